@@ -1,0 +1,62 @@
+"""What all processes read of a checkpoint folder, without torch or transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from epd.errors import ConfigError
+
+_IDENTITY_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "model.safetensors.index.json",
+)
+_SAFETENSORS_HEADER_LIMIT = 100 << 20
+
+
+def read_json(model: Path, name: str) -> dict[str, Any]:
+    """A JSON file of the checkpoint; {} when it is not there.
+
+    Raises:
+        ConfigError: it is not JSON, or no object.
+    """
+    path = model / name
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: want a JSON object")
+    return content
+
+
+def fingerprint(model: Path) -> str:
+    """16 hex digits that differ between checkpoints, equal for copies of one on different hosts.
+
+    Made of the configuration files and of the names, shapes and offsets in the weights' headers, not of the weights
+    themselves: those are too large to read at every start.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name in _IDENTITY_FILES:
+        path = model / name
+        if path.is_file():
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(model.glob("*.safetensors")):
+        digest.update(path.name.encode() + b"\0" + _safetensors_header(path))
+    return digest.hexdigest()
+
+
+def _safetensors_header(path: Path) -> bytes:
+    """Format: 8 bytes little-endian length, then so many bytes of JSON (https://github.com/huggingface/safetensors)."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _SAFETENSORS_HEADER_LIMIT:
+            raise ConfigError(f"{path} is no safetensors file: it announces a header of {length} bytes")
+        return file.read(length)

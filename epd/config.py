@@ -1,0 +1,122 @@
+"""Configuration of every process: frozen, layered, each field documented by its `help`.
+
+The command line is made from these classes (`epd.flags`): the name of a field is the name of its flag, its default is
+the flag's default, and its help, with the unit, is what `--help` prints. Constructors validate; nothing is read from
+the environment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from epd.errors import ConfigError
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field with a default and the text that `--help` shows. `metadata`: metavar, choices."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def required(help: str, **metadata: Any) -> Any:
+    """A field that must be given."""
+    return field(metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessConfig:
+    """What every process has."""
+
+    model: Path = required("checkpoint folder in Hugging Face format", metavar="DIR")
+    log_level: str = option("info", "what to log", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        if not (self.model / "config.json").is_file():
+            raise ConfigError(f"--model {self.model}: no config.json there; give the folder of a checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyConfig(ProcessConfig):
+    """The HTTP front."""
+
+    host: str = option("0.0.0.0", "address to serve HTTP on")
+    port: int = option(5580, "port to serve HTTP on; 0 takes a free one")
+    proxy_addr: str | None = option(
+        None, "address where workers announce themselves (/tmp/proxy, host:port)", metavar="ADDR"
+    )
+    encode_addr_list: tuple[str, ...] = option((), "addresses of encoder workers", metavar="ADDR")
+    pd_addr_list: tuple[str, ...] = option((), "addresses of prefill-decode workers", metavar="ADDR")
+    allowed_local_media_path: Path | None = option(
+        None, "folder whose pictures file:// URLs may name; none: file:// is refused", metavar="DIR"
+    )
+    served_model_name: str | None = option(None, "name of the model in the API; default: --model as given")
+    max_model_len: int | None = option(None, "context in tokens; default: what the prefill-decode workers say")
+    request_timeout: float = option(120.0, "seconds a request may take in all")
+    encoder_router: str = option(
+        "affinity",
+        "how an encoder is chosen for a picture",
+        choices=("random", "round_robin", "least_loaded", "affinity"),
+    )
+    pd_router: str = option(
+        "least_loaded",
+        "how a prefill-decode worker is chosen",
+        choices=("random", "round_robin", "least_loaded", "affinity"),
+    )
+    max_body_bytes: int = option(64 << 20, "largest request body, in bytes")
+    max_image_bytes: int = option(20 << 20, "largest picture file, in bytes")
+    max_image_pixels: int = option(64_000_000, "largest picture, width × height in pixels")
+    max_images_per_request: int = option(32, "most pictures in one request")
+    media_timeout: float = option(10.0, "seconds that fetching a picture may take")
+    allowed_private_media: tuple[str, ...] = option(
+        (), "private networks that pictures may be fetched from (127.0.0.0/8); default: none", metavar="CIDR"
+    )
+    max_concurrent_requests: int = option(1024, "requests in work at once; more get 429")
+
+    @property
+    def model_name(self) -> str:
+        """What `/v1/models` lists and answers carry."""
+        return self.served_model_name or str(self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig(ProcessConfig):
+    """What encoder and prefill-decode workers share."""
+
+    worker_addr: str = required("address to listen on (/tmp/encoder_0, host:port)", metavar="ADDR")
+    proxy_addr: tuple[str, ...] = option((), "proxies to announce this worker to", metavar="ADDR")
+    device: str = option("auto", "where the model runs; auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
+    dtype: str = option(
+        "auto",
+        "precision of weights and embeddings; auto: the checkpoint's",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    threads: int | None = option(None, "CPU threads of the model; default: one per core")
+    drain_timeout: float = option(30.0, "seconds to finish running work after SIGTERM")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(WorkerConfig):
+    """An encoder: the vision tower and nothing else."""
+
+    embedding_cache_bytes: int = option(512 << 20, "memory for embeddings of pictures seen before, in bytes")
+    max_batch_patches: int = option(16384, "patches in one batch of the vision tower at most")
+    max_queued_images: int = option(256, "pictures waiting at most; more are refused as overloaded")
+    preprocess_threads: int = option(2, "threads that decode and resize pictures")
+    max_image_pixels: int = option(64_000_000, "largest picture, width × height in pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillDecodeConfig(WorkerConfig):
+    """A prefill-decode worker: the language model and nothing else."""
+
+    max_num_seqs: int = option(64, "requests that run at once")
+    max_num_batched_tokens: int = option(512, "tokens in one step: what bounds the pause that a long prompt makes")
+    max_model_len: int | None = option(None, "context in tokens; default: the model's")
+    gpu_memory_utilization: float = option(0.9, "share of the device's memory to use, weights and KV cache together")
+    kv_cache_memory_bytes: int | None = option(
+        None, "memory for the KV cache, in bytes; default: from --gpu-memory-utilization, on a CPU 1 GiB at most"
+    )
+    block_size: int = option(16, "tokens in one KV block")
+    embedding_store_bytes: int = option(256 << 20, "memory for embeddings that arrived, in bytes")
+    max_waiting: int = option(1024, "requests waiting at most; more are refused as overloaded")

@@ -1,0 +1,251 @@
+"""Every struct that crosses a socket.
+
+Encoding: msgpack maps, tagged by `type`, unknown fields ignored, so that a newer peer may add fields. The tensor or
+image bytes of a message travel behind it as raw frames (see `epd.codec`). Durations travel, clock readings never.
+
+    proxy → encoder    Hello, Peers, Ping, EncodeRequest (+ image bytes), Abort
+    proxy → PD         Hello, Ping, GenerateRequest, Abort
+    encoder → PD       Hello, Ping, Embeddings (+ tensor)
+    encoder → proxy    Welcome | Refusal, Pong, EncodeResult
+    PD → proxy         Welcome | Refusal, Pong, TokenBatch
+    PD → encoder       Welcome | Refusal, Pong, EmbeddingsReply
+    worker → proxy     Announcement (to the proxy's own address)
+
+Every `EncodeRequest` is answered by exactly one `EncodeResult`, every `Embeddings` by one `EmbeddingsReply`, and every
+`GenerateRequest` by `TokenOutput`s of which exactly one, the last, has a `finish_reason`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from epd.errors import ErrorInfo
+from epd.types import FinishReason, SamplingParams, WorkerRole, WorkerState
+
+PROTOCOL_VERSION = 1
+"""Raised when an old peer could misread a new message. Peers of different versions refuse each other."""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=True):
+    """Base of all messages; the tag is the class name."""
+
+
+# -- meeting each other ------------------------------------------------------------------------------------------
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker says of itself."""
+
+    role: WorkerRole
+    address: str
+    """Where it can be reached, as a ZeroMQ endpoint."""
+    incarnation: str
+    """Random per start: the same address with another incarnation is another worker."""
+    model: str
+    """Fingerprint of the checkpoint (see `epd.checkpoint.fingerprint`); encoder, PD and proxy must agree."""
+    dtype: str
+    """Of the embeddings made or taken, such as `bfloat16`."""
+    state: WorkerState = WorkerState.READY
+    max_model_len: int = 0
+    """Context in tokens (PD); 0 on encoders."""
+    max_num_seqs: int = 0
+    """Requests that run at once (PD), or images that queue at most (encoder)."""
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """How busy a worker is, as of the message that carries it."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_used_blocks: int = 0
+    kv_total_blocks: int = 0
+
+
+class StageStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Sum of a stage's durations in milliseconds, and how many there were."""
+
+    count: int = 0
+    total_ms: float = 0.0
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """First message on a connection to a worker."""
+
+    protocol_version: int
+    sender: str
+    """Name of the sender for logs, such as `proxy-5580` or an encoder's address."""
+    model: str
+    """Checkpoint fingerprint that the sender serves."""
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """Answer to a `Hello` of a matching peer."""
+
+    protocol_version: int
+    worker: WorkerInfo
+
+
+class Refusal(Message, frozen=True, kw_only=True):
+    """Answer to a `Hello` that does not match: version or model."""
+
+    protocol_version: int
+    reason: str
+
+
+class Announcement(Message, frozen=True, kw_only=True):
+    """A worker tells a proxy where it is; repeated every second as a heartbeat."""
+
+    protocol_version: int
+    worker: WorkerInfo
+
+
+class Peers(Message, frozen=True, kw_only=True):
+    """A proxy tells an encoder which PD addresses are in its roster; an encoder dials no others."""
+
+    pd_addresses: tuple[str, ...]
+
+
+class Ping(Message, frozen=True, kw_only=True):
+    """Are you there?"""
+
+    sequence: int
+
+
+class Pong(Message, frozen=True, kw_only=True):
+    """Answer to a `Ping`, with what the roster and `/metrics` show."""
+
+    sequence: int
+    incarnation: str
+    state: WorkerState
+    load: Load
+    stages: dict[str, StageStats] = msgspec.field(default_factory=dict)
+    """Name of a stage → durations since start. Names: see `epd.observability.Stage`."""
+    counters: dict[str, int] = msgspec.field(default_factory=dict)
+    """Name → count since start, such as `embedding_cache_hits`."""
+
+
+# -- one request ---------------------------------------------------------------------------------------------------
+
+
+class EncodeRequest(Message, frozen=True, kw_only=True):
+    """Encode one picture and ship its embeddings to a PD. One raw frame follows: the original image bytes."""
+
+    request_id: str
+    image_index: int
+    """Which picture of the request; echoed in the result."""
+    content_key: str
+    """Hash of bytes, processor settings and model; the cache key on every worker."""
+    pd_address: str
+    """Where the embeddings go; must be one of the `Peers`."""
+    max_pixels: int | None = None
+    """Upper bound on the resized picture (`detail: low`); None: the processor's own."""
+    timeout_s: float
+    """What is left of the request's time when this is sent."""
+
+
+class EncodeResult(Message, frozen=True, kw_only=True):
+    """Terminal answer to an `EncodeRequest`, sent after the PD took the embeddings."""
+
+    request_id: str
+    image_index: int
+    error: ErrorInfo | None = None
+    num_tokens: int = 0
+    """Prompt tokens that the picture takes."""
+    cache_hit: bool = False
+    timings_ms: dict[str, float] = msgspec.field(default_factory=dict)
+    """Stage name → duration: `encode_queue`, `preprocess`, `encode`, `transfer`."""
+
+
+class ImageSlot(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a picture stands in a prompt."""
+
+    content_key: str
+    offset: int
+    """Index of its single placeholder in `prompt_token_ids`; offsets increase from slot to slot."""
+
+
+class GenerateRequest(Message, frozen=True, kw_only=True):
+    """Generate from a prompt; pictures arrive as `Embeddings` with the same content keys."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    """With one placeholder token for each picture; the PD expands it to what `Embeddings.token_ids` says."""
+    images: tuple[ImageSlot, ...] = ()
+    sampling: SamplingParams
+    timeout_s: float
+
+
+class Embeddings(Message, frozen=True, kw_only=True):
+    """The vision tower's output for one picture. One raw frame follows: `shape` × `dtype`, C order, little endian."""
+
+    content_key: str
+    token_ids: tuple[int, ...]
+    """What the placeholder expands to. Embedding row i replaces the i-th of them that is an image token."""
+    grid_thw: tuple[int, int, int]
+    """Patches of the picture (time, height, width) before merging: what multimodal positions need."""
+    shape: tuple[int, ...]
+    """(rows, hidden size)."""
+    dtype: str
+
+
+class EmbeddingsReply(Message, frozen=True, kw_only=True):
+    """The PD took the embeddings, or says why not."""
+
+    content_key: str
+    error: ErrorInfo | None = None
+
+
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """New tokens of one request."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    """Those since the last output; a stop token that ended the answer is the last of them."""
+    finish_reason: FinishReason | None = None
+    """Set on the terminal output, and only there."""
+    stop_token_id: int | None = None
+    """The token that ended the answer, when one did."""
+    error: ErrorInfo | None = None
+    """Set if and only if `finish_reason` is `error`."""
+    prompt_tokens: int = 0
+    """Prompt length with pictures expanded; set on the first and on the terminal output."""
+    cached_tokens: int = 0
+    timings_ms: dict[str, float] = msgspec.field(default_factory=dict)
+    """On the terminal output: stage name → duration: `queue`, `embeddings_wait`, `prefill`, `decode`."""
+
+
+class TokenBatch(Message, frozen=True, kw_only=True):
+    """What one engine step made for one proxy."""
+
+    outputs: tuple[TokenOutput, ...]
+
+
+class Abort(Message, frozen=True, kw_only=True):
+    """Stop these requests and free what they hold. Unknown ids are ignored; known ones end with `abort`."""
+
+    request_ids: tuple[str, ...]
+
+
+AnyMessage = (
+    Hello
+    | Welcome
+    | Refusal
+    | Announcement
+    | Peers
+    | Ping
+    | Pong
+    | EncodeRequest
+    | EncodeResult
+    | GenerateRequest
+    | Embeddings
+    | EmbeddingsReply
+    | TokenBatch
+    | Abort
+)
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of all messages, for documentation and tests."""
+    return msgspec.json.schema(AnyMessage)

@@ -1,0 +1,96 @@
+"""Logging and stage clocks, the same for every process."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from enum import StrEnum
+from types import TracebackType
+from typing import Self
+
+from epd.messages import StageStats
+
+
+class Stage(StrEnum):
+    """Stages of a request, as named in messages, `timings` of an answer and `/metrics`. All in milliseconds."""
+
+    E2E = "e2e"
+    """From the arrival of a request at this process to its terminal answer."""
+    QUEUE = "queue"
+    """From arrival to the first time that work on it began."""
+    EMBEDDINGS_WAIT = "embeddings_wait"
+    """PD: waiting for pictures, part of `queue`."""
+    PREFILL = "prefill"
+    """PD: from the first scheduled prompt token to the first new token."""
+    TTFT = "time_to_first_token"
+    """PD: from arrival to the first new token."""
+    TPOT = "time_per_output_token"
+    """PD: mean time between the new tokens of a request."""
+    DECODE = "decode"
+    """PD: from the first to the last new token."""
+    ENCODE_QUEUE = "encode_queue"
+    """Encoder: waiting for a place in a batch."""
+    PREPROCESS = "preprocess"
+    """Encoder: decoding and resizing a picture."""
+    ENCODE = "encode"
+    """Encoder: the vision tower."""
+    TRANSFER = "transfer"
+    """Encoder: shipping the embeddings until the PD has acknowledged them."""
+
+
+class StageRecorder:
+    """Sums of stage durations since start. One writer thread."""
+
+    def __init__(self) -> None:
+        self._count: dict[str, int] = {}
+        self._total_ms: dict[str, float] = {}
+
+    def observe(self, stage: str, duration_ms: float) -> None:
+        """Add one duration."""
+        self._count[stage] = self._count.get(stage, 0) + 1
+        self._total_ms[stage] = self._total_ms.get(stage, 0.0) + duration_ms
+
+    def snapshot(self) -> dict[str, StageStats]:
+        """All stages seen so far."""
+        return {stage: StageStats(count=count, total_ms=self._total_ms[stage]) for stage, count in self._count.items()}
+
+
+class Stopwatch:
+    """Milliseconds since it was made, or inside a `with` block."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.ms = 0.0
+
+    def elapsed_ms(self) -> float:
+        """Milliseconds since the start."""
+        return (time.perf_counter() - self._start) * 1000
+
+    def __enter__(self) -> Self:
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ms = self.elapsed_ms()
+
+
+def setup_logging(process: str, level: str = "info") -> None:
+    """Log to standard error, one line an event, headed by the process's name.
+
+    Args:
+        process: such as `proxy` or `encoder_0`.
+        level: debug, info, warning or error.
+    """
+    logging.basicConfig(
+        level=level.upper(),
+        stream=sys.stderr,
+        format=f"%(asctime)s %(levelname)-7s {process:<10} %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    # They tell each request or each file at info; ours say what matters.
+    for noisy in ("httpx", "httpcore", "httpx2", "transformers", "urllib3", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
