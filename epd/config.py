@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 
 
@@ -120,3 +121,37 @@ class PrefillDecodeConfig(WorkerConfig):
     block_size: int = option(16, "tokens in one KV block")
     embedding_store_bytes: int = option(256 << 20, "memory for embeddings that arrived, in bytes")
     max_waiting: int = option(1024, "requests waiting at most; more are refused as overloaded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpConfig(ProcessConfig):
+    """A supervised cluster on this host."""
+
+    model: Path = option(CHECKPOINT_DIR, "checkpoint folder in Hugging Face format", metavar="DIR")
+    served_model_name: str | None = option(None, "name of the model in the API; default: --model as given")
+    encoders: int = option(1, "encoder workers; 0 serves text only")
+    pds: int = option(1, "prefill-decode workers")
+    proxies: int = option(1, "HTTP fronts; the second listens on --port + 1, and so on")
+    host: str = option("127.0.0.1", "address to serve HTTP on")
+    port: int = option(5580, "port to serve HTTP on")
+    device: str = option("auto", "where the models run; auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
+    dtype: str = option(
+        "auto",
+        "precision of weights and embeddings; auto: the checkpoint's",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    threads: int | None = option(None, "CPU threads of each worker's model; default: one per core")
+    max_model_len: int | None = option(None, "context in tokens; default: the model's")
+    kv_cache_memory_bytes: int | None = option(None, "memory of each prefill-decode worker for its KV cache, in bytes")
+    allowed_local_media_path: Path | None = option(
+        None, "folder whose pictures file:// URLs may name; none: file:// is refused", metavar="DIR"
+    )
+    allowed_private_media: tuple[str, ...] = option(
+        (), "private networks that pictures may be fetched from (127.0.0.0/8); default: none", metavar="CIDR"
+    )
+    request_timeout: float = option(120.0, "seconds a request may take in all")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoders < 0 or self.pds < 1 or self.proxies < 1:
+            raise ConfigError("a cluster needs --pds and --proxies of at least 1, and --encoders of at least 0")

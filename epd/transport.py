@@ -3,7 +3,8 @@
 A worker binds one `Router` on its address; proxies and encoders connect a `Dealer` to it; answers come back on the
 connection that asked. Both have finite queues, never linger, and turn a vanished peer into `PeerGone`.
 
-Addresses (`endpoint`): `/tmp/x` is `ipc:///tmp/x`; `host:port` and `[v6]:port` are TCP; full URLs are taken as they are.
+Addresses (`endpoint`): `/tmp/x` is `ipc:///tmp/x`; `host:port` and `[v6]:port` are TCP; full URLs stay
+as they are.
 """
 
 from __future__ import annotations

@@ -1,0 +1,166 @@
+"""The `epd` command. The only module that wires the parts together; each command imports what it runs, no more."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from epd import __version__
+from epd.config import EncoderConfig, PrefillDecodeConfig, ProxyConfig, UpConfig, WorkerConfig
+from epd.demo import CHECKPOINT_DIR
+from epd.errors import ConfigError
+from epd.flags import HelpFormatter, add_flags, read_flags
+
+EXIT_CONFIG_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 1 failed, 2 a flag or file is wrong, 130 interrupted."""
+    parsed = _parser().parse_args(arguments)
+    command: Command = parsed.command
+    try:
+        return command(parsed)
+    except ConfigError as error:
+        print(f"epd: {error}", file=sys.stderr)
+        return EXIT_CONFIG_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="epd",
+        description="A disaggregated encode / prefill / decode cluster for multimodal models.",
+        epilog="Try it: `epd up` in one terminal, `epd chat --image picture.png 'What is this?'` in another.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"epd {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_command(commands, "up", _up, "run a whole cluster on this host, supervised", UpConfig)
+    _add_command(commands, "proxy", _proxy, "run the HTTP front", ProxyConfig)
+    _add_command(commands, "encoder", _encoder, "run an encoder worker", EncoderConfig)
+    _add_command(commands, "pd", _prefill_decode, "run a prefill-decode worker", PrefillDecodeConfig)
+    _add_chat(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, command: Command, summary: str, config: type[Any] | None) -> Any:
+    parser = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", formatter_class=HelpFormatter
+    )
+    parser.set_defaults(command=command)
+    if config is not None:
+        add_flags(parser, config)
+    return parser
+
+
+def _add_chat(commands: Any) -> None:
+    chat = _add_command(commands, "chat", _chat, "ask a running cluster and see where the time went", None)
+    chat.add_argument("question", help="what to ask")
+    chat.add_argument("--image", nargs="+", type=Path, default=[], metavar="FILE", help="pictures to ask about")
+    chat.add_argument(
+        "--url", default="http://127.0.0.1:5580/v1", help="base URL of the cluster (default: %(default)s)"
+    )
+    chat.add_argument("--model", help="model to ask (default: the first that the cluster lists)")
+    chat.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (default: %(default)s)"
+    )
+    chat.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: %(default)s)")
+
+
+def _add_demo(commands: Any) -> None:
+    demo = _add_command(
+        commands,
+        "demo",
+        _demo,
+        "start a cluster with the shipped model, ask about real pictures, check the answers",
+        None,
+    )
+    demo.add_argument("--encoders", type=int, default=1, metavar="N", help="encoder workers (default: %(default)s)")
+    demo.add_argument("--pds", type=int, default=1, metavar="N", help="prefill-decode workers (default: %(default)s)")
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+
+def _proxy(arguments: argparse.Namespace) -> int:
+    from epd.observability import setup_logging
+    from proxy.app import run_proxy
+
+    config = read_flags(ProxyConfig, arguments)
+    setup_logging(f"proxy_{config.port}", config.log_level)
+    return run_proxy(config)
+
+
+def _encoder(arguments: argparse.Namespace) -> int:
+    config = read_flags(EncoderConfig, arguments)
+    _prepare_worker(config)
+    from workers.encoder import run_encoder
+
+    return _run(run_encoder(config))
+
+
+def _prefill_decode(arguments: argparse.Namespace) -> int:
+    config = read_flags(PrefillDecodeConfig, arguments)
+    _prepare_worker(config)
+    from workers.prefill_decode import run_prefill_decode
+
+    return _run(run_prefill_decode(config))
+
+
+def _prepare_worker(config: WorkerConfig) -> None:
+    from epd.observability import setup_logging
+
+    setup_logging(config.worker_addr.rsplit("/", 1)[-1], config.log_level)
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"workers need torch and transformers ({error}): pip install 'epd[worker]'") from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device here")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+
+def _run(main_coroutine: Any) -> int:
+    import uvloop
+
+    return int(uvloop.run(main_coroutine))
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from epd.launcher import run_cluster
+    from epd.observability import setup_logging
+
+    config = read_flags(UpConfig, arguments)
+    setup_logging("up", config.log_level)
+    return asyncio.run(run_cluster(config))
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from epd.chat import ChatQuestion, ask_and_print
+
+    names = {field.name for field in dataclasses.fields(ChatQuestion)}
+    question = ChatQuestion(**{name: value for name, value in vars(arguments).items() if name in names})
+    return ask_and_print(question)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from epd.demo.tour import run_tour
+    from epd.observability import setup_logging
+
+    setup_logging("demo", "warning")
+    config = UpConfig(model=CHECKPOINT_DIR, encoders=arguments.encoders, pds=arguments.pds, log_level="warning")
+    return asyncio.run(run_tour(config))

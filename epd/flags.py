@@ -1,0 +1,81 @@
+"""Command-line flags made from the configuration classes, so that a default is written once.
+
+A field `max_num_seqs: int` becomes `--max-num-seqs N`; tuples take several words, commas, or both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from epd.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT")
+
+_METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wide enough that a flag and its explanation read as one line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type[Any]) -> None:
+    """Add a flag for each field of the configuration class, except those that the parser has already."""
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        _add_flag(parser, field, hints[field.name])
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
+    value_type, is_list = _value_type(hint)
+    is_required = field.default is dataclasses.MISSING
+    help_text = str(field.metadata["help"])
+    options: dict[str, Any] = {"required": is_required, "dest": field.name, "type": value_type}
+    if "choices" in field.metadata:
+        options["choices"] = field.metadata["choices"]
+        options["metavar"] = "|".join(field.metadata["choices"])
+    else:
+        options["metavar"] = field.metadata.get("metavar", _METAVARS[value_type])
+    if is_list:
+        options["nargs"] = "+"
+    if not is_required:
+        options["default"] = field.default
+        if field.default not in (None, ()):
+            help_text += f" (default: {field.default})"
+    parser.add_argument("--" + field.name.replace("_", "-"), help=help_text.replace("%", "%%"), **options)
+
+
+def _value_type(hint: Any) -> tuple[type[Any], bool]:
+    """The type of one word of a flag, and whether it takes several."""
+    if isinstance(hint, types.UnionType):
+        hint = next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def read_flags(config: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
+    """The configuration that the parsed flags describe.
+
+    Raises:
+        ConfigError: a value that the configuration class refuses.
+    """
+    values = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]  # ConfigT is one of our dataclasses
+        value = getattr(arguments, field.name)
+        values[field.name] = _split_words(value) if isinstance(value, list) else value
+    try:
+        return config(**values)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _split_words(words: list[Any]) -> tuple[Any, ...]:
+    return tuple(part for word in words for part in str(word).split(",") if part)

@@ -1,0 +1,262 @@
+"""What every worker does beside its work: listen, shake hands, answer pings, announce itself, drain, leave.
+
+The work itself is a `Service`. The runtime calls it on the event loop only, and a malformed or unexpected message
+costs that message, never the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+import time
+from typing import Protocol
+
+import msgspec
+
+from epd.codec import Buffer
+from epd.config import WorkerConfig
+from epd.errors import ProtocolError
+from epd.messages import (
+    PROTOCOL_VERSION,
+    Announcement,
+    AnyMessage,
+    Hello,
+    Load,
+    Ping,
+    Pong,
+    Refusal,
+    StageStats,
+    Welcome,
+    WorkerInfo,
+)
+from epd.transport import Dealer, PeerGone, Router
+from epd.types import WorkerRole, WorkerState
+
+log = logging.getLogger(__name__)
+
+ANNOUNCE_INTERVAL_S = 1.0
+PEER_TIMEOUT_S = 10.0
+"""Proxies ping twice a second; one that is silent for so long has gone, and its requests with it."""
+
+
+class Send(Protocol):
+    """Answers a peer. A peer that has vanished is no error for the caller: `Service.peer_gone` tells the service."""
+
+    async def __call__(self, peer: bytes, message: AnyMessage, *buffers: Buffer) -> bool:
+        """True when it was handed to the peer's connection."""
+        ...
+
+
+class Service(Protocol):
+    """The work of one kind of worker. All methods are called on the event loop."""
+
+    def handle(self, peer: bytes, message: AnyMessage, buffers: list[memoryview]) -> None:
+        """Take a message that the runtime does not answer itself. Must not block.
+
+        Raises:
+            ProtocolError: this worker does not take such a message.
+        """
+
+    def peer_gone(self, peer: bytes) -> None:
+        """Stop everything that was done for this peer."""
+
+    async def drain(self) -> None:
+        """Refuse new work from now on; return when the running work is finished and answered."""
+
+    async def stop(self) -> None:
+        """End threads and connections. Called once, whether drained or not."""
+
+    def load(self) -> Load:
+        """What `Pong` and the roster show."""
+
+    def stages(self) -> dict[str, StageStats]:
+        """Durations since start."""
+
+    def counters(self) -> dict[str, int]:
+        """Counts since start."""
+
+
+class WorkerRuntime:
+    """Runs one service behind one `Router`.
+
+    Args:
+        config: address and proxies.
+        role: what the service does.
+        model: fingerprint of the checkpoint; peers with another one are refused.
+        dtype: of embeddings made or taken.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        *,
+        role: WorkerRole,
+        model: str,
+        dtype: str,
+        max_model_len: int = 0,
+        max_num_seqs: int = 0,
+    ) -> None:
+        self._config = config
+        self._router = Router(config.worker_addr)
+        self._info = WorkerInfo(
+            role=role,
+            address=self._router.address,
+            incarnation=secrets.token_hex(8),
+            model=model,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+        )
+        self._state = WorkerState.READY
+        self._last_seen: dict[bytes, float] = {}
+        self._names: dict[bytes, str] = {}
+        self._malformed = 0
+        self._warned: set[str] = set()
+        self._stop = asyncio.Event()
+        self._exit_code = 0
+
+    async def send(self, peer: bytes, message: AnyMessage, *buffers: Buffer) -> bool:
+        """Implements `Send`."""
+        try:
+            await self._router.send(peer, message, *buffers)
+        except PeerGone:
+            self._forget(peer)
+            return False
+        return True
+
+    def shut_down(self, exit_code: int) -> None:
+        """Leave as on SIGTERM, with this exit code: the service can't go on."""
+        self._exit_code = exit_code
+        self._stop.set()
+
+    async def run(self, service: Service) -> int:
+        """Serve until SIGTERM or SIGINT, then drain and leave. Returns the exit code."""
+        self._service = service
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        self._router.bind()
+        log.info("%s ready on %s (%s)", self._info.role, self._info.address, self._info.dtype)
+        tasks = [asyncio.create_task(self._receive_loop()), asyncio.create_task(self._watch_peers())]
+        tasks += [asyncio.create_task(self._announce_to(proxy)) for proxy in self._config.proxy_addr]
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            done, _ = await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stop}:
+                log.error("a task of the runtime ended", exc_info=task.exception())
+                self._exit_code = 1
+            await self._leave()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, stop, return_exceptions=True)
+            await service.stop()
+            self._router.close()
+        return self._exit_code
+
+    async def _leave(self) -> None:
+        self._state = WorkerState.DRAINING
+        load = self._service.load()
+        log.info("draining: %d running, %d waiting", load.running, load.waiting)
+        try:
+            async with asyncio.timeout(self._config.drain_timeout):
+                await self._service.drain()
+                log.info("drained")
+        except TimeoutError:
+            log.warning("not drained after %g s: the rest is aborted", self._config.drain_timeout)
+
+    # -- messages --------------------------------------------------------------------------------------------------
+
+    async def _receive_loop(self) -> None:
+        while True:
+            try:
+                peer, message, buffers = await self._router.receive()
+            except ProtocolError as error:
+                self._count_malformed("a stranger", error)
+                continue
+            self._last_seen[peer] = time.monotonic()
+            try:
+                await self._dispatch(peer, message, buffers)
+            except ProtocolError as error:
+                self._count_malformed(self._names.get(peer, "a stranger"), error)
+
+    async def _dispatch(self, peer: bytes, message: AnyMessage, buffers: list[memoryview]) -> None:
+        if isinstance(message, Ping):
+            await self.send(peer, self._pong(message.sequence))
+        elif isinstance(message, Hello):
+            await self._greet(peer, message)
+        elif peer not in self._names:
+            raise ProtocolError(f"{type(message).__name__} before Hello")
+        else:
+            self._service.handle(peer, message, buffers)
+
+    async def _greet(self, peer: bytes, hello: Hello) -> None:
+        reason = self._reason_to_refuse(hello)
+        if reason:
+            log.warning("refused %s: %s", hello.sender, reason)
+            await self.send(peer, Refusal(protocol_version=PROTOCOL_VERSION, reason=reason))
+            return
+        self._names[peer] = hello.sender
+        log.info("%s connected", hello.sender)
+        await self.send(peer, Welcome(protocol_version=PROTOCOL_VERSION, worker=self._current_info()))
+
+    def _reason_to_refuse(self, hello: Hello) -> str | None:
+        if hello.protocol_version != PROTOCOL_VERSION:
+            return f"protocol version {hello.protocol_version}, this worker speaks {PROTOCOL_VERSION}"
+        if hello.model != self._info.model:
+            return f"checkpoint {hello.model}, this worker serves {self._info.model} ({self._config.model})"
+        return None
+
+    def _pong(self, sequence: int) -> Pong:
+        counters = self._service.counters() | {"malformed_messages": self._malformed}
+        return Pong(
+            sequence=sequence,
+            incarnation=self._info.incarnation,
+            state=self._state,
+            load=self._service.load(),
+            stages=self._service.stages(),
+            counters=counters,
+        )
+
+    def _current_info(self) -> WorkerInfo:
+        return msgspec.structs.replace(self._info, state=self._state)
+
+    def _count_malformed(self, sender: str, error: ProtocolError) -> None:
+        self._malformed += 1
+        if sender not in self._warned:
+            self._warned.add(sender)
+            log.warning("dropped a malformed message from %s (further ones are only counted): %s", sender, error)
+
+    # -- peers -----------------------------------------------------------------------------------------------------
+
+    async def _watch_peers(self) -> None:
+        while True:
+            await asyncio.sleep(PEER_TIMEOUT_S / 4)
+            silent_since = time.monotonic() - PEER_TIMEOUT_S
+            for peer in [peer for peer, seen in self._last_seen.items() if seen < silent_since]:
+                self._forget(peer)
+
+    def _forget(self, peer: bytes) -> None:
+        self._last_seen.pop(peer, None)
+        name = self._names.pop(peer, None)
+        if name is not None:
+            log.info("%s has gone", name)
+            self._warned.discard(name)
+            self._service.peer_gone(peer)
+
+    async def _announce_to(self, proxy: str) -> None:
+        """Tell a proxy where this worker is, every second and for ever: a proxy that restarts learns it again."""
+        while True:
+            dealer = Dealer(proxy)
+            dealer.connect()
+            with contextlib.closing(dealer):
+                try:
+                    while True:
+                        announcement = Announcement(protocol_version=PROTOCOL_VERSION, worker=self._current_info())
+                        await dealer.send(announcement, timeout_s=60.0)
+                        await asyncio.sleep(ANNOUNCE_INTERVAL_S if self._state is WorkerState.READY else 0.1)
+                except PeerGone:
+                    log.debug("proxy %s is not there; trying again", proxy)
