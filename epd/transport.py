@@ -127,6 +127,7 @@ class Router:
         self.address = endpoint(address)
         self._socket = _make_socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._is_bound = False
 
     def bind(self) -> None:
         """Start to listen.
@@ -141,6 +142,7 @@ class Router:
             self._socket.bind(self.address)
         except zmq.ZMQError as error:
             raise ConfigError(f"can't listen on {self.address}: {error}") from error
+        self._is_bound = True
 
     async def receive(self) -> tuple[bytes, AnyMessage, list[memoryview]]:
         """The next message, with the id of its sender to answer to.
@@ -163,7 +165,7 @@ class Router:
     def close(self) -> None:
         """Stop listening; a socket file goes too. Answers that are on their way get a moment."""
         self._socket.close(linger=500)
-        if self.address.startswith("ipc://"):
+        if self._is_bound and self.address.startswith("ipc://"):
             Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
