@@ -188,10 +188,11 @@ class Dealer:
     def __init__(self, address: str) -> None:
         self.address = endpoint(address)
         self._socket = _make_socket(zmq.DEALER)
-        # Without this, messages to a peer that is not there yet would queue up and arrive out of the blue.
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        # ZMQ_IMMEDIATE would keep messages from queueing for a peer that is not there yet, but it also throws away what
+        # has arrived and was not read when the peer disconnects. So `send` waits for the handshake instead.
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self._pending: asyncio.Future[list[zmq.Frame]] | None = None
+        self._connected = asyncio.Event()
         self._lost: asyncio.Future[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
 
@@ -207,6 +208,8 @@ class Dealer:
             event = parse_monitor_message(await self._monitor.recv_multipart())
             if event["event"] == zmq.EVENT_DISCONNECTED:
                 self._lost.set_result(None)
+            else:
+                self._connected.set()
 
     async def receive(self) -> tuple[AnyMessage, list[memoryview]]:
         """The next message; what arrived before the peer vanished is still delivered.
@@ -221,8 +224,11 @@ class Dealer:
         if not pending.done():
             waited: set[asyncio.Future[Any]] = {pending, self._lost}
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        if not pending.done() and not await self._socket.poll(0):
-            raise PeerGone(f"lost the connection to {self.address}")
+        if not pending.done():
+            # The poll also lets `pending` take what is there, after which there is nothing to poll.
+            is_readable = await self._socket.poll(0)
+            if not is_readable and not pending.done():
+                raise PeerGone(f"lost the connection to {self.address}")
         frames = await pending
         self._pending = None
         return codec.decode([frame.buffer for frame in frames])
@@ -235,7 +241,16 @@ class Dealer:
         """
         if self._lost is None or self._lost.done():
             raise PeerGone(f"not connected to {self.address}")
+        if not self._connected.is_set():
+            await self._wait_connected(timeout_s)
         await _send(self._socket, codec.encode(message, *buffers), timeout_s)
+
+    async def _wait_connected(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._connected.wait()
+        except TimeoutError:
+            raise PeerGone(f"nobody answers at {self.address}") from None
 
     def close(self) -> None:
         """Drop the connection and what is queued on it."""
