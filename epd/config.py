@@ -112,13 +112,16 @@ class PrefillDecodeConfig(WorkerConfig):
     """A prefill-decode worker: the language model and nothing else."""
 
     max_num_seqs: int = option(64, "requests that run at once")
-    max_num_batched_tokens: int = option(512, "tokens in one step: what bounds the pause that a long prompt makes")
+    max_num_batched_tokens: int | None = option(
+        None,
+        "tokens in one step: what bounds the pause that a long prompt makes; default: 512 on a CPU, 4096 on a GPU",
+    )
     max_model_len: int | None = option(None, "context in tokens; default: the model's")
     gpu_memory_utilization: float = option(0.9, "share of the device's memory to use, weights and KV cache together")
     kv_cache_memory_bytes: int | None = option(
         None, "memory for the KV cache, in bytes; default: from --gpu-memory-utilization, on a CPU 1 GiB at most"
     )
-    block_size: int = option(16, "tokens in one KV block")
+    block_size: int | None = option(None, "tokens in one KV block; default: 16 on a CPU, 256 on a GPU")
     embedding_store_bytes: int = option(256 << 20, "memory for embeddings that arrived, in bytes")
     max_waiting: int = option(1024, "requests waiting at most; more are refused as overloaded")
 

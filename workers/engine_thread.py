@@ -1,0 +1,94 @@
+"""The engine on a thread of its own, and the two queues that cross to it.
+
+The event loop puts commands in; the thread takes all that are there, runs one step, and posts everything that the
+step made in one call back to the loop. So a busy engine costs the loop one wake-up a step, and a busy loop costs the
+engine nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+from epd.errors import EPDError, ErrorInfo
+from workers.engine.engine import Engine, StepOutput
+
+log = logging.getLogger(__name__)
+
+Command = Callable[[Engine], None]
+
+
+class EngineThread:
+    """Owns the engine: nobody else may touch it once the thread runs.
+
+    Args:
+        engine: as built, on the calling thread.
+        deliver: called on the event loop, once a step.
+        crashed: called on the event loop when the engine can't go on. No request is answered after that.
+    """
+
+    def __init__(
+        self, engine: Engine, deliver: Callable[[Sequence[StepOutput]], None], crashed: Callable[[], None]
+    ) -> None:
+        self.load = engine.load()
+        """As of the last step. Read by the event loop, replaced by the thread."""
+        self._engine = engine
+        self._deliver = deliver
+        self._crashed = crashed
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to run steps."""
+        self._thread.start()
+
+    def submit(self, command: Command) -> None:
+        """Have `command` called on the engine's thread before its next step. What it raises ends the engine."""
+        self._commands.put(command)
+
+    def ask(self, command: Command, reply: Callable[[ErrorInfo | None], None]) -> None:
+        """As `submit`; then call `reply` on the event loop, with the error if the command raised an `EPDError`."""
+
+        def run(engine: Engine) -> None:
+            error = None
+            try:
+                command(engine)
+            except EPDError as raised:
+                error = raised.to_info()
+            self._loop.call_soon_threadsafe(reply, error)
+
+        self._commands.put(run)
+
+    async def stop(self) -> None:
+        """End the thread after the step that it is in."""
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                outputs = self._engine.step()
+                self.load = self._engine.load()
+                if outputs:
+                    self._loop.call_soon_threadsafe(self._deliver, outputs)
+        except Exception:
+            # The edge of the thread: whatever it was, the requests must be answered and the process must end.
+            log.exception("the engine can't go on")
+            self._loop.call_soon_threadsafe(self._crashed)
+
+    def _take_commands(self) -> bool:
+        """Run the commands that are there, waiting for one when there is nothing to compute. False: stop."""
+        timeout_s = self._engine.seconds_to_deadline()
+        must_wait = not self._engine.has_work() and (timeout_s is None or timeout_s > 0)
+        try:
+            command = self._commands.get(block=must_wait, timeout=timeout_s if must_wait else None)
+            while command is not None:
+                command(self._engine)
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return True
+        return False

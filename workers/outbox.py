@@ -1,0 +1,69 @@
+"""Outputs on their way to one proxy: a slow reader costs one merged slot a request, not a queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from epd.messages import TokenBatch, TokenOutput
+
+
+class Outbox:
+    """Sends what is put in, one `TokenBatch` at a time; while one is on its way, the rest is merged by request.
+
+    Args:
+        send: sends one batch; False when the peer has gone, after which everything is dropped.
+    """
+
+    def __init__(self, send: Callable[[TokenBatch], Awaitable[bool]]) -> None:
+        self._send = send
+        self._pending: dict[str, TokenOutput] = {}
+        self._wake = asyncio.Event()
+        self._is_flushed = asyncio.Event()
+        self._is_flushed.set()
+        self._task = asyncio.create_task(self._run())
+
+    def put(self, output: TokenOutput) -> None:
+        """Queue one output; outputs of one request keep their order."""
+        earlier = self._pending.get(output.request_id)
+        # A terminal output is never followed by another of the same request, unless its id is used again.
+        if earlier is not None and earlier.finish_reason is None:
+            output = merge(earlier, output)
+        elif earlier is not None:
+            self._pending[f"{output.request_id}#{len(self._pending)}"] = self._pending.pop(output.request_id)
+        self._pending[output.request_id] = output
+        self._is_flushed.clear()
+        self._wake.set()
+
+    async def flushed(self) -> None:
+        """Return when everything was handed to the connection, or the peer has gone."""
+        await self._is_flushed.wait()
+
+    def close(self) -> None:
+        """Drop what is left."""
+        self._task.cancel()
+        self._is_flushed.set()
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            outputs = tuple(self._pending.values())
+            self._pending.clear()
+            if not await self._send(TokenBatch(outputs=outputs)):
+                break
+            if not self._pending:
+                self._is_flushed.set()
+        self._is_flushed.set()
+
+
+def merge(earlier: TokenOutput, later: TokenOutput) -> TokenOutput:
+    """One output that says what both say."""
+    return msgspec.structs.replace(
+        later,
+        token_ids=earlier.token_ids + later.token_ids,
+        prompt_tokens=earlier.prompt_tokens or later.prompt_tokens,
+        cached_tokens=earlier.cached_tokens or later.cached_tokens,
+    )

@@ -1,0 +1,305 @@
+"""The prefill-decode worker: sockets on the event loop, the engine on its own thread.
+
+    GenerateRequest ──▶ engine.add_request ──▶ engine.step ──▶ one TokenBatch a step and proxy
+    Embeddings      ──▶ engine.provide_embeddings ──▶ EmbeddingsReply
+
+Every `GenerateRequest` ends with exactly one terminal `TokenOutput`, sent to the connection that asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import methodcaller
+
+import msgspec
+import torch
+
+from epd.checkpoint import fingerprint
+from epd.config import PrefillDecodeConfig
+from epd.errors import EPDError, ErrorInfo, InternalError, InvalidRequest, NoWorker, Overloaded, ProtocolError
+from epd.messages import (
+    Abort,
+    AnyMessage,
+    Embeddings,
+    EmbeddingsReply,
+    GenerateRequest,
+    Load,
+    StageStats,
+    TokenOutput,
+)
+from epd.observability import Stage, StageRecorder
+from epd.types import FinishReason, WorkerRole
+from workers.engine.config import EngineConfig
+from workers.engine.engine import Engine, StepOutput
+from workers.engine.request import ImagePlaceholder
+from workers.engine_thread import EngineThread
+from workers.outbox import Outbox
+from workers.runtime import Send, WorkerRuntime
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Accepted:
+    """A request that has no terminal output yet."""
+
+    peer: bytes
+    request_id: str
+    """As the proxy calls it; the engine knows it by another name, since two proxies may choose the same."""
+    num_tokens: int = 0
+    is_orphaned: bool = False
+    """The proxy has gone; nobody is there to answer."""
+
+
+class PrefillDecodeService:
+    """Implements `workers.runtime.Service` around an engine.
+
+    Args:
+        engine: not touched by anyone else from now on.
+        send: answers a peer.
+        max_requests: running and waiting ones together; more are refused as overloaded.
+        crashed: called once when the engine can't go on, after all requests were answered.
+    """
+
+    def __init__(self, engine: Engine, send: Send, *, max_requests: int, crashed: asyncio.Event) -> None:
+        self._send = send
+        self._max_requests = max_requests
+        self._crashed = crashed
+        self._engine = EngineThread(engine, self._deliver, self._engine_crashed)
+        self._accepted: dict[str, _Accepted] = {}
+        self._engine_ids: dict[tuple[bytes, str], str] = {}
+        self._next_id = 0
+        self._outboxes: dict[bytes, Outbox] = {}
+        self._replies: set[asyncio.Task[bool]] = set()
+        self._is_draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._stages = StageRecorder()
+        self._counters: dict[str, int] = defaultdict(int)
+        self._engine.start()
+
+    # -- Service ---------------------------------------------------------------------------------------------------
+
+    def handle(self, peer: bytes, message: AnyMessage, buffers: list[memoryview]) -> None:
+        """Take one message from a proxy or an encoder."""
+        match message:
+            case GenerateRequest():
+                self._generate(peer, message)
+            case Embeddings():
+                self._take_embeddings(peer, message, buffers[0])
+            case Abort():
+                known = (self._engine_ids.get((peer, request_id)) for request_id in message.request_ids)
+                self._abort(engine_id for engine_id in known if engine_id is not None)
+            case _:
+                raise ProtocolError(f"a prefill-decode worker takes no {type(message).__name__}")
+
+    def peer_gone(self, peer: bytes) -> None:
+        """Abort everything that this proxy asked for."""
+        orphans = [engine_id for engine_id, accepted in self._accepted.items() if accepted.peer == peer]
+        for engine_id in orphans:
+            self._accepted[engine_id].is_orphaned = True
+        self._abort(orphans)
+        outbox = self._outboxes.pop(peer, None)
+        if outbox is not None:
+            outbox.close()
+
+    async def drain(self) -> None:
+        """Refuse new requests; return when the last one is answered."""
+        self._is_draining = True
+        await self._idle.wait()
+        await asyncio.gather(*(outbox.flushed() for outbox in self._outboxes.values()))
+
+    async def stop(self) -> None:
+        """End the engine's thread."""
+        for outbox in self._outboxes.values():
+            outbox.close()
+        await self._engine.stop()
+
+    def load(self) -> Load:
+        """As of the last step."""
+        load = self._engine.load
+        return Load(
+            running=load.running,
+            waiting=load.waiting,
+            kv_used_blocks=load.kv_used_blocks,
+            kv_total_blocks=load.kv_total_blocks,
+        )
+
+    def stages(self) -> dict[str, StageStats]:
+        """Durations of the requests answered so far."""
+        return self._stages.snapshot()
+
+    def counters(self) -> dict[str, int]:
+        """Requests by outcome, and tokens."""
+        return dict(self._counters)
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def _generate(self, peer: bytes, message: GenerateRequest) -> None:
+        refusal = self._reason_to_refuse(peer, message)
+        if refusal is not None:
+            self._post(peer, _error_output(message.request_id, refusal.to_info()))
+            return
+        engine_id = f"{self._next_id}"
+        self._next_id += 1
+        self._accepted[engine_id] = _Accepted(peer, message.request_id)
+        self._engine_ids[peer, message.request_id] = engine_id
+        self._idle.clear()
+
+        def add(engine: Engine) -> None:
+            engine.add_request(
+                engine_id,
+                message.prompt_token_ids,
+                message.sampling,
+                images=[ImagePlaceholder(slot.content_key, slot.offset) for slot in message.images],
+                timeout_s=message.timeout_s,
+            )
+
+        self._engine.ask(add, partial(self._added, engine_id))
+
+    def _reason_to_refuse(self, peer: bytes, message: GenerateRequest) -> EPDError | None:
+        if (peer, message.request_id) in self._engine_ids:
+            return InvalidRequest(f"Request id {message.request_id} is in use.", param="request_id")
+        if self._crashed.is_set():
+            return InternalError("The prefill-decode worker has failed.")
+        if self._is_draining:
+            return NoWorker("The prefill-decode worker is shutting down.")
+        if len(self._accepted) >= self._max_requests:
+            return Overloaded(f"The prefill-decode worker has {self._max_requests} requests already.")
+        return None
+
+    def _added(self, engine_id: str, error: ErrorInfo | None) -> None:
+        if error is not None and engine_id in self._accepted:
+            self._answer(_error_output(engine_id, error))
+
+    def _abort(self, engine_ids: Iterable[str]) -> None:
+        for engine_id in engine_ids:
+            self._engine.submit(methodcaller("abort", engine_id))
+
+    def _take_embeddings(self, peer: bytes, message: Embeddings, buffer: memoryview) -> None:
+        rows = torch.frombuffer(buffer, dtype=getattr(torch, message.dtype)).view(message.shape)
+
+        def reply(error: ErrorInfo | None) -> None:
+            self._counters["embeddings_refused" if error else "embeddings_taken"] += 1
+            task = asyncio.create_task(self._send(peer, EmbeddingsReply(content_key=message.content_key, error=error)))
+            self._replies.add(task)
+            task.add_done_callback(self._replies.discard)
+
+        self._engine.ask(
+            lambda engine: engine.provide_embeddings(message.content_key, message.token_ids, message.grid_thw, rows),
+            reply,
+        )
+
+    # -- answers ---------------------------------------------------------------------------------------------------
+
+    def _deliver(self, outputs: Sequence[StepOutput]) -> None:
+        for output in outputs:
+            self._answer(
+                TokenOutput(
+                    request_id=output.request_id,
+                    token_ids=output.token_ids,
+                    finish_reason=output.finish_reason,
+                    stop_token_id=output.stop_token_id,
+                    error=output.error,
+                    prompt_tokens=output.prompt_tokens,
+                    cached_tokens=output.cached_tokens,
+                    timings_ms=output.timings_ms,
+                )
+            )
+
+    def _answer(self, output: TokenOutput) -> None:
+        """Pass on what the engine made; `output.request_id` is the engine's."""
+        accepted = self._accepted[output.request_id]
+        accepted.num_tokens += len(output.token_ids)
+        if output.finish_reason is not None:
+            self._finish(output, accepted)
+        if not accepted.is_orphaned:
+            self._post(accepted.peer, msgspec.structs.replace(output, request_id=accepted.request_id))
+
+    def _finish(self, output: TokenOutput, accepted: _Accepted) -> None:
+        del self._accepted[output.request_id]
+        del self._engine_ids[accepted.peer, accepted.request_id]
+        if not self._accepted:
+            self._idle.set()
+        self._counters[f"requests_{output.finish_reason}"] += 1
+        self._counters["prompt_tokens"] += output.prompt_tokens
+        self._counters["generated_tokens"] += accepted.num_tokens
+        if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._record(output.timings_ms, accepted.num_tokens)
+
+    def _record(self, timings_ms: dict[str, float], num_tokens: int) -> None:
+        for stage, duration_ms in timings_ms.items():
+            self._stages.observe(stage, duration_ms)
+        until_first = timings_ms.get(Stage.QUEUE, 0.0) + timings_ms.get(Stage.PREFILL, 0.0)
+        decode = timings_ms.get(Stage.DECODE, 0.0)
+        self._stages.observe(Stage.TTFT, until_first)
+        self._stages.observe(Stage.E2E, until_first + decode)
+        if num_tokens > 1:
+            self._stages.observe(Stage.TPOT, decode / (num_tokens - 1))
+
+    def _post(self, peer: bytes, output: TokenOutput) -> None:
+        if peer not in self._outboxes:
+            self._outboxes[peer] = Outbox(partial(self._send, peer))
+        self._outboxes[peer].put(output)
+
+    def _engine_crashed(self) -> None:
+        error = InternalError("The prefill-decode worker has failed.").to_info()
+        for engine_id in list(self._accepted):
+            self._answer(_error_output(engine_id, error))
+        self._crashed.set()
+
+
+def _error_output(request_id: str, error: ErrorInfo) -> TokenOutput:
+    return TokenOutput(request_id=request_id, finish_reason=FinishReason.ERROR, error=error)
+
+
+async def run_prefill_decode(config: PrefillDecodeConfig) -> int:
+    """Run a prefill-decode worker until SIGTERM. Returns the exit code: 1 when the engine failed.
+
+    Raises:
+        ConfigError: checkpoint, address or settings cannot work.
+    """
+    engine = Engine.from_checkpoint(_engine_config(config))
+    runtime = WorkerRuntime(
+        config,
+        role=WorkerRole.PREFILL_DECODE,
+        model=fingerprint(config.model),
+        dtype=str(engine.info.dtype).removeprefix("torch."),
+        max_model_len=engine.info.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+    )
+    crashed = asyncio.Event()
+    service = PrefillDecodeService(
+        engine, runtime.send, max_requests=config.max_num_seqs + config.max_waiting, crashed=crashed
+    )
+    watch = asyncio.create_task(_shut_down_on_crash(crashed, runtime))
+    try:
+        return await runtime.run(service)
+    finally:
+        watch.cancel()
+
+
+async def _shut_down_on_crash(crashed: asyncio.Event, runtime: WorkerRuntime) -> None:
+    await crashed.wait()
+    runtime.shut_down(exit_code=1)
+
+
+def _engine_config(config: PrefillDecodeConfig) -> EngineConfig:
+    return EngineConfig(
+        model=str(config.model),
+        device=config.device,
+        dtype=config.dtype,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+        embedding_store_bytes=config.embedding_store_bytes,
+        max_waiting=config.max_waiting,
+    )
