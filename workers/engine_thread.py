@@ -18,6 +18,9 @@ from workers.engine.engine import Engine, StepOutput
 
 log = logging.getLogger(__name__)
 
+_CHECK_AFTER_IDLE_S = 0.5
+"""An engine that has been idle for so long recounts its blocks, once, before it sleeps on."""
+
 Command = Callable[[Engine], None]
 
 
@@ -35,6 +38,10 @@ class EngineThread:
     ) -> None:
         self.load = engine.load()
         """As of the last step. Read by the event loop, replaced by the thread."""
+        self.integrity_checks = 0
+        """Recounts of all resources, each after the last request had gone."""
+        self.integrity_failures = 0
+        self._is_unchecked = False
         self._engine = engine
         self._deliver = deliver
         self._crashed = crashed
@@ -82,13 +89,34 @@ class EngineThread:
 
     def _take_commands(self) -> bool:
         """Run the commands that are there, waiting for one when there is nothing to compute. False: stop."""
-        timeout_s = self._engine.seconds_to_deadline()
-        must_wait = not self._engine.has_work() and (timeout_s is None or timeout_s > 0)
         try:
-            command = self._commands.get(block=must_wait, timeout=timeout_s if must_wait else None)
+            command = self._next_command()
             while command is not None:
+                self._is_unchecked = True
                 command(self._engine)
                 command = self._commands.get_nowait()
         except queue.Empty:
             return True
         return False
+
+    def _next_command(self) -> Command | None:
+        """The next command; waits while the engine has nothing to do. Raises queue.Empty when it has again."""
+        if self._engine.has_work():
+            return self._commands.get_nowait()
+        wait_s = self._engine.seconds_to_deadline()
+        if not self._is_unchecked or (wait_s is not None and wait_s < _CHECK_AFTER_IDLE_S):
+            return self._commands.get(timeout=wait_s if wait_s is None else max(wait_s, 0))
+        try:
+            return self._commands.get(timeout=_CHECK_AFTER_IDLE_S)
+        except queue.Empty:
+            self._check_integrity()
+            raise
+
+    def _check_integrity(self) -> None:
+        self._is_unchecked = False
+        self.integrity_checks += 1
+        try:
+            self._engine.check_integrity()
+        except AssertionError:
+            self.integrity_failures += 1
+            log.exception("the engine's resources do not add up")

@@ -135,8 +135,12 @@ class PrefillDecodeService:
         return self._stages.snapshot()
 
     def counters(self) -> dict[str, int]:
-        """Requests by outcome, and tokens."""
-        return dict(self._counters)
+        """Requests by outcome, tokens, and recounts of the engine's resources."""
+        return {
+            **self._counters,
+            "integrity_checks": self._engine.integrity_checks,
+            "integrity_failures": self._engine.integrity_failures,
+        }
 
     # -- requests --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,214 @@
+"""Image files to embeddings: decoding and preprocessing in a thread pool, the vision tower in one thread.
+
+    ask ─▶ waiting ─▶ preprocessing (pool) ─▶ ready ─▶ a batch in the tower (one thread, one batch at a time) ─▶ answer
+
+What goes when is up to `workers.encode_scheduler`; here are the threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from PIL import Image
+
+from epd.errors import EPDError, InternalError
+from epd.observability import Stage, StageRecorder, Stopwatch
+from workers.embedding_cache import EmbeddingCache, EncodedImage
+from workers.encode_scheduler import EncodeJob, EncodeScheduler, Prepared
+from workers.images import ImageLimits, decode_image
+
+log = logging.getLogger(__name__)
+
+MAX_PREPARED_BYTES = 512 << 20
+"""Preprocessed pictures that wait for the tower. One picture of 64k patches takes 300 MB."""
+
+P = TypeVar("P", bound=Prepared)
+
+
+class Vision(Protocol[P]):
+    """What is used of `workers.vision.VisionModel`."""
+
+    def preprocess(self, image: Image.Image, max_pixels: int | None = None) -> P: ...  # noqa: D102
+
+    def encode_for_wire(self, images: list[P]) -> list[EncodedImage]: ...  # noqa: D102
+
+    def warm_up(self) -> None: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file, and how large its picture may be when it is resized."""
+
+    data: memoryview
+    max_pixels: int | None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture's embeddings, and what they took."""
+
+    image: EncodedImage
+    timings_ms: dict[str, float]
+
+
+_Asker = asyncio.Future[Encoded]
+
+
+class EncodePipeline(Generic[P]):
+    """Decodes and preprocesses in a thread pool, runs the tower in one thread, a batch at a time.
+
+    Args:
+        vision: the model.
+        limits: bounds of what is decoded.
+        cache: keeps what was encoded, even when nobody waits for it any more.
+        max_batch_patches: budget of a batch.
+        preprocess_threads: size of the pool.
+        stages: where durations are noted.
+        broken: called when the tower fails even on a blank picture: the process should be restarted.
+    """
+
+    def __init__(
+        self,
+        vision: Vision[P],
+        *,
+        limits: ImageLimits,
+        cache: EmbeddingCache[EncodedImage],
+        max_batch_patches: int,
+        preprocess_threads: int,
+        stages: StageRecorder,
+        broken: Callable[[], None],
+    ) -> None:
+        self._vision = vision
+        self._limits = limits
+        self._cache = cache
+        self._stages = stages
+        self._broken = broken
+        self.scheduler: EncodeScheduler[ImageFile, P, _Asker] = EncodeScheduler(max_batch_patches, MAX_PREPARED_BYTES)
+        self._max_preparing = preprocess_threads
+        self._preparing = 0
+        self._encoding = False
+        self._preprocess_pool = ThreadPoolExecutor(preprocess_threads, thread_name_prefix="preprocess")
+        self._tower_thread = ThreadPoolExecutor(1, thread_name_prefix="tower")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.batches = 0
+        self.images = 0
+        self.joined = 0
+
+    async def warm_up(self) -> None:
+        """Run the tower once, in its thread."""
+        await asyncio.get_running_loop().run_in_executor(self._tower_thread, self._vision.warm_up)
+
+    async def encode(self, content_key: str, file: ImageFile) -> Encoded:
+        """Embeddings of one picture; those who ask for the same at once share the work. May be cancelled.
+
+        Raises:
+            EPDError: the picture can't be decoded or encoded.
+        """
+        asker: _Asker = asyncio.get_running_loop().create_future()
+        if not self.scheduler.ask(content_key, file, asker):
+            self.joined += 1
+        self._pump()
+        try:
+            return await asker
+        finally:
+            self.scheduler.leave(content_key, asker)
+            self._pump()
+
+    async def stop(self) -> None:
+        """Wait for what threads are doing, then end them. Nobody may wait for a picture any more."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        self._preprocess_pool.shutdown()
+        self._tower_thread.shutdown()
+
+    def _pump(self) -> None:
+        """Start whatever can start now. Called after every change."""
+        while self._preparing < self._max_preparing and (job := self.scheduler.next_to_prepare()):
+            self._preparing += 1
+            self._start(self._prepare(job))
+        if not self._encoding and (batch := self.scheduler.next_batch()):
+            self._encoding = True
+            self._start(self._encode(batch))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _prepare(self, job: EncodeJob[ImageFile, P, _Asker]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            with Stopwatch() as clock:
+                prepared = await loop.run_in_executor(self._preprocess_pool, self._decode_and_preprocess, job.source)
+        except Exception as error:  # the edge of a thread that handles hostile files
+            self._finish(job, error)
+        else:
+            job.timings_ms[Stage.PREPROCESS] = clock.ms
+            self.scheduler.prepared(job, prepared)
+        finally:
+            self._preparing -= 1
+            self._pump()
+
+    def _decode_and_preprocess(self, file: ImageFile) -> P:
+        return self._vision.preprocess(decode_image(file.data, self._limits), file.max_pixels)
+
+    async def _encode(self, batch: list[EncodeJob[ImageFile, P, _Asker]]) -> None:
+        loop = asyncio.get_running_loop()
+        images = [job.prepared for job in batch if job.prepared is not None]
+        with Stopwatch() as clock:
+            outcomes = await loop.run_in_executor(self._tower_thread, self._run_tower, images)
+        self.batches += 1
+        for job, outcome in zip(batch, outcomes, strict=True):
+            job.timings_ms[Stage.ENCODE] = clock.ms
+            self._finish(job, outcome)
+        self._encoding = False
+        if any(isinstance(outcome, Exception) for outcome in outcomes) and not await self._is_well():
+            self._broken()
+        self._pump()
+
+    def _run_tower(self, images: list[P]) -> list[EncodedImage | Exception]:
+        """An outcome for each picture: one that makes the batch fail must not take the others with it."""
+        try:
+            return list(self._vision.encode_for_wire(images))
+        except Exception as error:  # the edge of the tower's thread
+            if len(images) == 1:
+                return [error]
+            log.warning("a batch of %d pictures failed (%s), trying them one by one", len(images), error)
+        return [self._run_tower([image])[0] for image in images]
+
+    async def _is_well(self) -> bool:
+        """A device can fail for good, and this encoder would then attract requests by failing fast."""
+        try:
+            await self.warm_up()
+        except Exception:  # whatever it is, the tower can't encode
+            log.exception("the vision tower fails even on a blank picture")
+            return False
+        return True
+
+    def _finish(self, job: EncodeJob[ImageFile, P, _Asker], outcome: EncodedImage | Exception) -> None:
+        askers = [asker for asker in self.scheduler.finish(job) if not asker.done()]
+        if isinstance(outcome, Exception):
+            error = for_client(outcome)
+            for asker in askers:
+                asker.set_exception(error)
+            return
+        self._cache.put(job.key, outcome)
+        self.images += 1
+        job.timings_ms[Stage.ENCODE_QUEUE] = job.waited_s * 1000
+        for stage, duration_ms in job.timings_ms.items():
+            self._stages.observe(stage, duration_ms)
+        for asker in askers:
+            asker.set_result(Encoded(outcome, job.timings_ms))
+
+
+def for_client(error: BaseException) -> EPDError:
+    """The error itself when it is meant for clients; else a nameless one, and the trace goes to the log."""
+    if isinstance(error, EPDError):
+        return error
+    log.error("encoding failed", exc_info=error)
+    return InternalError("The encoder failed on this image.")

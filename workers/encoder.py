@@ -1,0 +1,275 @@
+"""The encoder: original image bytes in, embeddings straight to the PD.
+
+    EncodeRequest ─▶ Encoder ─▶ cache? ──────────────────────────────────────────┐ hit
+                                  │ miss                                          ▼
+                                  └▶ EncodePipeline: decode, preprocess ─▶ tower ─▶ EmbeddingTransfer ─▶ EncodeResult
+                                     (threads)                   (one thread)
+
+Two tasks for each request: one does the work and may be cancelled at any point, the other waits for it, whatever
+becomes of it, and sends the one `EncodeResult`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import warnings
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol
+
+from epd.checkpoint import fingerprint
+from epd.config import EncoderConfig
+from epd.errors import (
+    DeadlineExceeded,
+    EPDError,
+    ErrorInfo,
+    NoWorker,
+    Overloaded,
+    ProtocolError,
+)
+from epd.messages import Abort, AnyMessage, EncodeRequest, EncodeResult, Load, Peers, StageStats
+from epd.observability import Stage, StageRecorder, Stopwatch
+from epd.types import WorkerRole
+from workers.embedding_cache import EmbeddingCache, EncodedImage
+from workers.embedding_transfer import EmbeddingTransfer
+from workers.encode_pipeline import EncodePipeline, ImageFile, P, Vision, for_client
+from workers.images import ImageLimits
+from workers.runtime import Send, WorkerRuntime
+
+log = logging.getLogger(__name__)
+
+MAX_HELD_BYTES = 1 << 30
+"""Image files in memory at once; more are refused as overloaded."""
+_LONGEST_TIMEOUT_S = 24 * 3600.0
+
+
+class Transfer(Protocol):
+    """What is used of `workers.embedding_transfer.EmbeddingTransfer`."""
+
+    def set_roster(self, proxy: bytes, addresses: tuple[str, ...]) -> None: ...  # noqa: D102
+
+    def forget_roster(self, proxy: bytes) -> None: ...  # noqa: D102
+
+    def knows(self, address: str) -> bool: ...  # noqa: D102
+
+    async def ship(self, address: str, content_key: str, image: EncodedImage) -> None: ...  # noqa: D102
+
+    async def close(self) -> None: ...  # noqa: D102
+
+
+@dataclass(frozen=True, eq=False)
+class _Accepted:
+    """A request in work."""
+
+    peer: bytes
+    request: EncodeRequest
+    nbytes: int
+    work: asyncio.Task[EncodeResult]
+
+
+class Encoder(Generic[P]):
+    """The encoder's `workers.runtime.Service`.
+
+    Args:
+        vision: the model.
+        transfer: the way to the PDs.
+        send: answers a proxy.
+        config: bounds.
+        broken: called when the tower can't encode any more.
+    """
+
+    def __init__(
+        self,
+        vision: Vision[P],
+        transfer: Transfer,
+        send: Send,
+        config: EncoderConfig,
+        *,
+        broken: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._transfer = transfer
+        self._send = send
+        self._max_requests = config.max_queued_images
+        self._stages = StageRecorder()
+        self._cache: EmbeddingCache[EncodedImage] = EmbeddingCache(config.embedding_cache_bytes)
+        self.pipeline = EncodePipeline(
+            vision,
+            limits=ImageLimits(max_pixels=config.max_image_pixels),
+            cache=self._cache,
+            max_batch_patches=config.max_batch_patches,
+            preprocess_threads=config.preprocess_threads,
+            stages=self._stages,
+            broken=broken,
+        )
+        self._accepted: set[_Accepted] = set()
+        self._held_bytes = 0
+        self._answers: set[asyncio.Task[None]] = set()
+        self._draining = False
+        self._failed = 0
+
+    # -- workers.runtime.Service -----------------------------------------------------------------------------------
+
+    def handle(self, peer: bytes, message: AnyMessage, buffers: list[memoryview]) -> None:
+        """Take a request, an abort or a roster."""
+        match message:
+            case EncodeRequest():
+                self._take(peer, message, buffers[0])
+            case Abort():
+                self._cancel(lambda one: one.peer == peer and one.request.request_id in message.request_ids)
+            case Peers():
+                self._transfer.set_roster(peer, message.pd_addresses)
+            case _:
+                raise ProtocolError(f"an encoder takes no {type(message).__name__}")
+
+    def peer_gone(self, peer: bytes) -> None:
+        """Stop everything that was done for this proxy."""
+        self._transfer.forget_roster(peer)
+        self._cancel(lambda one: one.peer == peer)
+
+    async def drain(self) -> None:
+        """Refuse new pictures; return when those in work are answered."""
+        self._draining = True
+        while self._answers:
+            await asyncio.wait(self._answers)
+
+    async def stop(self) -> None:
+        """Abort what is left, answer it, end threads and connections."""
+        self._draining = True
+        self._cancel(lambda _: True)
+        await self.drain()
+        await self.pipeline.stop()
+        await self._transfer.close()
+
+    def load(self) -> Load:
+        """Pictures in the tower, and all others in work."""
+        running = self.pipeline.scheduler.num_running
+        return Load(running=running, waiting=max(0, len(self._accepted) - running))
+
+    def stages(self) -> dict[str, StageStats]:
+        """Durations since start: `encode_queue`, `preprocess`, `encode`, `transfer`."""
+        return self._stages.snapshot()
+
+    def counters(self) -> dict[str, int]:
+        """Counts since start."""
+        return {
+            "embedding_cache_hits": self._cache.hits,
+            "embedding_cache_misses": self._cache.misses,
+            "embedding_cache_evictions": self._cache.evictions,
+            "images_encoded": self.pipeline.images,
+            "images_joined": self.pipeline.joined,
+            "images_failed": self._failed,
+            "encode_batches": self.pipeline.batches,
+        }
+
+    # -- one request -----------------------------------------------------------------------------------------------
+
+    def _take(self, peer: bytes, request: EncodeRequest, data: memoryview) -> None:
+        refusal = self._refusal(request, data)
+        if refusal is not None:
+            self._keep(self._send_result(peer, _failure(request, refusal.to_info())))
+            return
+        work = asyncio.create_task(self._encode_and_ship(request, data), name=f"encode {request.request_id}")
+        accepted = _Accepted(peer, request, data.nbytes, work)
+        self._accepted.add(accepted)
+        self._held_bytes += data.nbytes
+        self._keep(self._answer(accepted))
+
+    def _refusal(self, request: EncodeRequest, data: memoryview) -> EPDError | None:
+        """Why a request is not accepted; None when it is."""
+        if self._draining:
+            return NoWorker("The encoder is shutting down.")
+        if len(self._accepted) >= self._max_requests:
+            return Overloaded(f"The encoder has {self._max_requests} images in work, which is its limit.")
+        if self._held_bytes + data.nbytes > MAX_HELD_BYTES:
+            return Overloaded(f"The encoder holds {self._held_bytes} bytes of images, its limit is {MAX_HELD_BYTES}.")
+        if not request.timeout_s > 0:  # NaN too
+            return DeadlineExceeded("There was no time left to encode the image.")
+        if not self._transfer.knows(request.pd_address):
+            return NoWorker(f"The encoder knows no prefill-decode worker at {request.pd_address}.")
+        return None
+
+    def _keep(self, answer: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(answer)
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
+
+    async def _encode_and_ship(self, request: EncodeRequest, data: memoryview) -> EncodeResult:
+        try:
+            async with asyncio.timeout(min(request.timeout_s, _LONGEST_TIMEOUT_S)):
+                return await self._within_deadline(request, data)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"The image was not encoded within {request.timeout_s:.3g} s.") from error
+
+    async def _within_deadline(self, request: EncodeRequest, data: memoryview) -> EncodeResult:
+        image = self._cache.get(request.content_key)
+        cache_hit = image is not None
+        timings_ms: dict[str, float] = {}
+        if image is None:
+            encoded = await self.pipeline.encode(request.content_key, ImageFile(data, request.max_pixels))
+            image, timings_ms = encoded.image, dict(encoded.timings_ms)
+        with Stopwatch() as clock:
+            await self._transfer.ship(request.pd_address, request.content_key, image)
+        timings_ms[Stage.TRANSFER] = clock.ms
+        self._stages.observe(Stage.TRANSFER, clock.ms)
+        return EncodeResult(
+            request_id=request.request_id,
+            image_index=request.image_index,
+            num_tokens=len(image.token_ids),
+            cache_hit=cache_hit,
+            timings_ms=timings_ms,
+        )
+
+    async def _answer(self, accepted: _Accepted) -> None:
+        # `wait` does not raise what the work raises, and sees cancelled work too, even if it had not begun.
+        await asyncio.wait({accepted.work})
+        self._accepted.discard(accepted)
+        self._held_bytes -= accepted.nbytes
+        await self._send_result(accepted.peer, _result_of(accepted))
+
+    async def _send_result(self, peer: bytes, result: EncodeResult) -> None:
+        self._failed += result.error is not None
+        await self._send(peer, result)
+
+    def _cancel(self, chosen: Callable[[_Accepted], bool]) -> None:
+        for accepted in self._accepted:
+            if chosen(accepted):
+                accepted.work.cancel()
+
+
+def _result_of(accepted: _Accepted) -> EncodeResult:
+    work = accepted.work
+    if work.cancelled():
+        return _failure(accepted.request, ErrorInfo(code="aborted", message="The request was aborted."))
+    error = work.exception()
+    if error is not None:
+        return _failure(accepted.request, for_client(error).to_info())
+    return work.result()
+
+
+def _failure(request: EncodeRequest, error: ErrorInfo) -> EncodeResult:
+    return EncodeResult(request_id=request.request_id, image_index=request.image_index, error=error)
+
+
+async def run_encoder(config: EncoderConfig) -> int:
+    """Load the vision tower, and nothing else, and serve until SIGTERM or SIGINT.
+
+    Returns:
+        The exit code of the process.
+
+    Raises:
+        ConfigError: a flag, the checkpoint or the address is of no use.
+    """
+    from workers.vision import VisionModel, pick_device  # noqa: PLC0415 - torch; the rest of this module does without
+
+    # Pillow warns of damaged metadata; strangers' files must not write into our log.
+    warnings.filterwarnings("ignore", module="PIL")
+    model = fingerprint(config.model)
+    vision = VisionModel.load(config.model, dtype=config.dtype, device=pick_device(config.device))
+    runtime = WorkerRuntime(
+        config, role=WorkerRole.ENCODER, model=model, dtype=vision.dtype, max_num_seqs=config.max_queued_images
+    )
+    transfer = EmbeddingTransfer(sender=f"encoder {config.worker_addr}", model=model)
+    encoder = Encoder(vision, transfer, runtime.send, config, broken=lambda: runtime.shut_down(1))
+    await encoder.pipeline.warm_up()
+    return await runtime.run(encoder)

@@ -1,0 +1,1 @@
+"""The prefill-decode engine: a library without I/O."""

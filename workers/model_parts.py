@@ -1,0 +1,194 @@
+"""Which part of a checkpoint a worker owns, and how to load only that part.
+
+The model is the transformers class itself. A worker gets a subclass of it whose constructor builds the whole model
+on the meta device (shapes, no memory) and then deletes what another kind of worker owns: the vision tower on a
+prefill-decode worker, the language model and its head on an encoder. `from_pretrained` of that subclass then applies
+everything that transformers knows: names of older checkpoints, tied weights, quantisers, float32 islands.
+
+What transformers 5.23 does with it:
+
+- Checkpoint tensors are opened as lazy slices; those that match no parameter of the model are counted as unexpected
+  and never read, so an encoder reads its tower from the disk and not the many times larger rest.
+- The attributes that a parent collects from its children while it is built (tied weights) still name the deleted
+  parts, so they are cut as well.
+- `get_rope_index` reads nothing but the config, so it works without the vision tower.
+- `device_map` needs the accelerate package; loading on the CPU and moving does not.
+- Missing weights are only a warning there, and are then drawn at random. Here they are an error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from epd.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Submodules of the class that `from_pretrained` builds, by owner, as dotted paths."""
+
+    vision: tuple[str, ...]
+    language: tuple[str, ...]
+
+
+_FAMILIES: dict[str, Parts] = {
+    "qwen2_vl": Parts(vision=("model.visual",), language=("model.language_model", "lm_head")),
+    "qwen2_5_vl": Parts(vision=("model.visual",), language=("model.language_model", "lm_head")),
+}
+"""`model_type` → parts. Another family needs a line here and, for its positions, in `workers.engine.adapter`."""
+
+
+def is_multimodal(config: PretrainedConfig) -> bool:
+    """Whether the checkpoint has a vision part, covered here or not."""
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or hasattr(config, "vision_config")
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """The checkpoint's config.
+
+    Raises:
+        ConfigError: the folder has no config that transformers can read.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: no readable model config: {error}") from error
+    return config
+
+
+def load_language_part(
+    path: str, dtype: str | torch.dtype, device: str | torch.device, *, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """The causal LM without its vision tower, in eval mode.
+
+    Args:
+        path: checkpoint folder.
+        dtype: of the weights; "auto" for the checkpoint's own.
+        device: where the weights go.
+        attn_implementation: name in transformers' attention interface; None for its default.
+
+    Returns:
+        The checkpoint's own class. `get_decoder()`, `get_input_embeddings()` and `get_output_embeddings()` work;
+        forward of the whole works on text.
+
+    Raises:
+        ConfigError: the family is not covered, or the checkpoint lacks weights.
+    """
+    config = load_config(path)
+    dropped = _parts(config).vision if is_multimodal(config) else ()
+    return _load(path, config, dropped, dtype, device, attn_implementation)
+
+
+def load_vision_part(
+    path: str, dtype: str | torch.dtype, device: str | torch.device, *, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """The model around its vision tower, without language model and head, in eval mode.
+
+    Args and errors: as `load_language_part`.
+
+    Returns:
+        The checkpoint's own class; `get_image_features(pixel_values, image_grid_thw)` works, forward does not.
+    """
+    config = load_config(path)
+    if not is_multimodal(config):
+        raise ConfigError(f"{path}: {_architecture(config)} has no vision part, so it needs no encoder")
+    return _load(path, config, _parts(config).language, dtype, device, attn_implementation)
+
+
+def _architecture(config: PretrainedConfig) -> str:
+    named = config.architectures or [type(config).__name__]
+    return str(named[0])
+
+
+def _parts(config: PretrainedConfig) -> Parts:
+    if config.model_type not in _FAMILIES:
+        covered = ", ".join(sorted(_FAMILIES))
+        raise ConfigError(
+            f"{_architecture(config)} (model type {config.model_type}) is not covered. "
+            f"Multimodal model types covered: {covered}; text-only causal language models all are."
+        )
+    return _FAMILIES[config.model_type]
+
+
+def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    table = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if is_multimodal(config) else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    name = table.get(config.model_type)
+    if name is None:
+        raise ConfigError(f"{_architecture(config)} (model type {config.model_type}) is no causal language model")
+    model_class: type[PreTrainedModel] = getattr(transformers, name)
+    return model_class
+
+
+def _without(model_class: type[PreTrainedModel], dropped: tuple[str, ...]) -> type[PreTrainedModel]:
+    """A subclass of `model_class` that is built without the submodules `dropped`.
+
+    It keeps the name and module of the original, which transformers looks things up by.
+    """
+
+    def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        super(partial_class, self).__init__(config, *args, **kwargs)
+        for path in dropped:
+            _delete(self, path)
+
+    patterns = {rf"^{path.replace('.', '[.]')}[.]" for path in dropped}
+    members = {
+        "__init__": __init__,
+        "__module__": model_class.__module__,
+        # Only what we dropped on purpose is silenced; other surplus keys still get transformers' report.
+        "_keys_to_ignore_on_load_unexpected": patterns | set(model_class._keys_to_ignore_on_load_unexpected or ()),
+    }
+    partial_class: type[PreTrainedModel] = type(model_class.__name__, (model_class,), members)
+    return partial_class
+
+
+def _delete(model: PreTrainedModel, path: str) -> None:
+    parent, _, name = path.rpartition(".")
+    delattr(model.get_submodule(parent), name)
+    gone = f"{path}."
+    model.all_tied_weights_keys = {
+        target: source
+        for target, source in model.all_tied_weights_keys.items()
+        if not target.startswith(gone) and not source.startswith(gone)
+    }
+
+
+def _load(
+    path: str,
+    config: PretrainedConfig,
+    dropped: tuple[str, ...],
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    attn_implementation: str | None,
+) -> PreTrainedModel:
+    model_class = _without(_model_class(config), dropped)
+    kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        model, info = model_class.from_pretrained(
+            path, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **kwargs
+        )
+    except OSError as error:
+        raise ConfigError(f"{path}: the weights cannot be read: {error}") from error
+    _refuse_missing(path, info["missing_keys"])
+    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    log.info("loaded %s without %s", _architecture(config), ", ".join(dropped) or "nothing")
+    return loaded
+
+
+def _refuse_missing(path: str, missing: Iterable[str]) -> None:
+    names = sorted(missing)
+    if names:
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        raise ConfigError(f"{path}: the checkpoint lacks {len(names)} weights: {shown}")
