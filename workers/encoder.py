@@ -195,11 +195,14 @@ class Encoder(Generic[P]):
         task.add_done_callback(self._answers.discard)
 
     async def _encode_and_ship(self, request: EncodeRequest, data: memoryview) -> EncodeResult:
+        clock = Stopwatch()
         try:
             async with asyncio.timeout(min(request.timeout_s, _LONGEST_TIMEOUT_S)):
-                return await self._within_deadline(request, data)
+                result = await self._within_deadline(request, data)
         except TimeoutError as error:
             raise DeadlineExceeded(f"The image was not encoded within {request.timeout_s:.3g} s.") from error
+        self._stages.observe(Stage.E2E, clock.elapsed_ms())
+        return result
 
     async def _within_deadline(self, request: EncodeRequest, data: memoryview) -> EncodeResult:
         image = self._cache.get(request.content_key)

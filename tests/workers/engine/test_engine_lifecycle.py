@@ -1,0 +1,289 @@
+"""How requests start and end, with a fake model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from epd.errors import ContextLengthExceeded, EPDError, InvalidRequest, Overloaded, WorkerFailed
+from epd.types import FinishReason, SamplingParams
+from tests.workers.engine.fakes import CONTEXT, EOS, HIDDEN, IMAGE_TOKEN, VOCAB, FakeClock, FakeRunner, fake_engine
+from tests.workers.engine.oracle import Answers, run
+from workers.engine.engine import Engine
+from workers.engine.request import ImagePlaceholder
+
+PROMPT = [1, 2, IMAGE_TOKEN, 3]
+IMAGES = (ImagePlaceholder("k", 2),)
+
+
+def provide(engine: Engine, key: str = "k", rows: int = 3, token_ids: Sequence[int] | None = None) -> None:
+    tokens = [IMAGE_TOKEN] * rows if token_ids is None else token_ids
+    engine.provide_embeddings(key, tokens, (1, 2, 2), torch.ones(rows, HIDDEN))
+
+
+def test_a_request_ends_once_at_max_tokens_with_its_times_and_lengths() -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner)
+    engine.add_request("a", [5, 6, 7], SamplingParams(max_tokens=4))
+    answers = Answers()
+    answers.take(engine.step())
+    assert engine.load().running == 1
+    answers.drain(engine)
+    assert answers.tokens["a"] == [3, 4, 5, 6]
+    end = answers.ends["a"]
+    assert (end.finish_reason, end.prompt_tokens, end.error) == (FinishReason.LENGTH, 3, None)
+    assert set(end.timings_ms) == {"queue", "prefill", "decode"}
+    assert runner.prompts == {}
+
+
+def test_prompt_tokens_are_on_the_first_and_the_last_output() -> None:
+    engine = fake_engine(FakeRunner())
+    engine.add_request("a", [5, 6, 7], SamplingParams(max_tokens=3))
+    outputs = [output for _ in range(3) for output in engine.step()]
+    assert [output.prompt_tokens for output in outputs] == [3, 0, 3]
+
+
+def test_no_max_tokens_means_the_rest_of_the_context() -> None:
+    engine = fake_engine(FakeRunner())
+    engine.add_request("a", [1] * 10, SamplingParams())
+    answers = run(engine)
+    assert len(answers.tokens["a"]) == CONTEXT - 10
+    assert answers.ends["a"].finish_reason is FinishReason.LENGTH
+
+
+def test_stop_token_ends_the_answer_and_is_its_last_token() -> None:
+    engine = fake_engine(FakeRunner())
+    engine.add_request("a", [1, 1], SamplingParams(stop_token_ids=(5, 10_000)))
+    answers = run(engine)
+    assert answers.tokens["a"] == [2, 3, 4, 5]
+    assert answers.ends["a"].stop_token_id == 5
+    assert answers.ends["a"].finish_reason is FinishReason.STOP
+
+
+def test_tokens_that_end_are_forbidden_before_min_tokens() -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner)
+    engine.add_request("a", [1], SamplingParams(min_tokens=2, max_tokens=3, stop_token_ids=(7,)))
+    seen = []
+    while engine.has_work():
+        engine.step()
+        seen.append(set(runner.rows[0].forbidden))
+    assert seen == [{EOS, 7}, {EOS, 7}, set()]
+
+
+def test_ignore_eos_leaves_only_the_requests_own_stop_tokens() -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner)
+    engine.add_request("a", [1], SamplingParams(min_tokens=1, max_tokens=1, stop_token_ids=(7,), ignore_eos=True))
+    engine.step()
+    assert runner.rows[0].forbidden == (7,)
+
+
+def test_embeddings_that_come_later_start_all_who_wait_for_them() -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner)
+    for name in "ab":
+        engine.add_request(name, PROMPT, SamplingParams(max_tokens=2), images=IMAGES)
+    assert not engine.has_work()
+    assert engine.load().waiting == 2
+    provide(engine)
+    assert runner.prompts["a"] == [1, 2, IMAGE_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN, 3]
+    answers = run(engine)
+    assert answers.tokens == {"a": [6, 7], "b": [6, 7]}
+    assert "embeddings_wait" in answers.ends["a"].timings_ms
+
+
+def test_embeddings_that_came_before_start_the_request_at_once_also_a_second_time() -> None:
+    engine = fake_engine(FakeRunner())
+    provide(engine)
+    assert engine.has_embeddings("k")
+    for name in "ab":
+        engine.add_request(name, PROMPT, SamplingParams(max_tokens=2), images=IMAGES)
+        assert run(engine).tokens == {name: [6, 7]}
+
+
+@pytest.mark.parametrize("early_steps", [0, 1, 3])
+def test_abort_frees_everything_at_once(early_steps: int) -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner)
+    provide(engine)
+    engine.add_request("a", PROMPT * 5, SamplingParams(), images=IMAGES)
+    for _ in range(early_steps):
+        engine.step()
+    engine.abort("a")
+    engine.abort("a")
+    engine.abort("unknown")
+    load = engine.load()
+    assert (load.running, load.waiting, load.kv_used_blocks, runner.prompts) == (0, 0, 0, {})
+    engine.check_integrity()
+    assert engine.has_work()
+    outputs = engine.step()
+    assert [output.finish_reason for output in outputs] == [FinishReason.ABORT]
+    assert not engine.has_work()
+
+
+def test_abort_while_waiting_for_embeddings_then_the_embeddings_come() -> None:
+    engine = fake_engine(FakeRunner())
+    engine.add_request("a", PROMPT, SamplingParams(), images=IMAGES)
+    engine.abort("a")
+    provide(engine)
+    assert [output.finish_reason for output in engine.step()] == [FinishReason.ABORT]
+    engine.check_integrity()
+
+
+def test_an_id_can_be_used_again_after_its_end_but_not_before() -> None:
+    engine = fake_engine(FakeRunner())
+    engine.add_request("a", [1], SamplingParams(max_tokens=1))
+    with pytest.raises(InvalidRequest, match="in use"):
+        engine.add_request("a", [1], SamplingParams())
+    run(engine)
+    engine.add_request("a", [1], SamplingParams(max_tokens=1))
+    assert run(engine).tokens["a"] == [1]
+
+
+def test_a_request_past_its_deadline_ends_with_an_error_wherever_it_is() -> None:
+    clock = FakeClock()
+    engine = fake_engine(FakeRunner(), clock=clock)
+    engine.add_request("running", [1], SamplingParams(), timeout_s=5)
+    engine.add_request("picture", PROMPT, SamplingParams(), images=IMAGES, timeout_s=6)
+    engine.add_request("patient", [1], SamplingParams(max_tokens=9))
+    answers = Answers()
+    answers.take(engine.step())
+    assert engine.seconds_to_deadline() == 5
+    clock.now += 6
+    answers.drain(engine)
+    codes = {name: end.error.code if end.error else None for name, end in answers.ends.items()}
+    assert codes == {"running": "timeout", "picture": "timeout", "patient": None}
+    assert engine.seconds_to_deadline() is None
+
+
+def test_an_earlier_deadline_of_the_same_id_means_nothing() -> None:
+    clock = FakeClock()
+    engine = fake_engine(FakeRunner(), clock=clock)
+    engine.add_request("a", [1], SamplingParams(max_tokens=1), timeout_s=5)
+    run(engine)
+    engine.add_request("a", PROMPT, SamplingParams(max_tokens=1), images=IMAGES, timeout_s=100)
+    clock.now += 6
+    assert not engine.has_work()
+    assert engine.seconds_to_deadline() == 94
+    provide(engine)
+    assert run(engine).ends["a"].error is None
+
+
+def test_an_idle_engine_has_work_once_a_deadline_passes() -> None:
+    clock = FakeClock()
+    engine = fake_engine(FakeRunner(), clock=clock)
+    engine.add_request("a", PROMPT, SamplingParams(), images=IMAGES, timeout_s=1)
+    assert not engine.has_work()
+    clock.now += 2
+    assert engine.has_work()
+    assert len(engine.step()) == 1
+    assert not engine.has_work()
+
+
+def test_a_failing_step_ends_only_its_requests_and_the_engine_goes_on() -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner)
+    for name in "ab":
+        engine.add_request(name, [1, 2], SamplingParams())
+    engine.add_request("waits", PROMPT, SamplingParams(max_tokens=1), images=IMAGES)
+    engine.step()
+    runner.failure = RuntimeError("secret detail")
+    answers = Answers()
+    answers.take(engine.step())
+    errors = [answers.ends[name].error for name in "ab"]
+    assert [error.code for error in errors if error] == ["internal_error"] * 2
+    assert all("secret" not in error.message for error in errors if error)
+    assert engine.load().kv_used_blocks == 0
+    engine.check_integrity()
+    runner.failure = None
+    provide(engine)
+    engine.add_request("after", [1], SamplingParams(max_tokens=1))
+    answers.drain(engine)
+    assert answers.tokens["waits"] == [6]
+    assert answers.tokens["after"] == [1]
+
+
+def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
+    engine = fake_engine(FakeRunner(), max_waiting=2)
+    for name in "ab":
+        engine.add_request(name, [1], SamplingParams(max_tokens=1))
+    with pytest.raises(Overloaded):
+        engine.add_request("c", [1], SamplingParams(max_tokens=1))
+    engine.check_integrity()
+    assert set(run(engine).ends) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "sampling", "images", "error"),
+    [
+        ([], {}, (), InvalidRequest),
+        ([VOCAB], {}, (), InvalidRequest),
+        ([-1], {}, (), InvalidRequest),
+        ([1], {"max_tokens": 0}, (), InvalidRequest),
+        ([1], {"max_tokens": CONTEXT}, (), ContextLengthExceeded),
+        ([1] * CONTEXT, {}, (), ContextLengthExceeded),
+        ([1, 2], {}, (ImagePlaceholder("k", 2),), InvalidRequest),
+        ([1, 2], {}, (ImagePlaceholder("k", 1), ImagePlaceholder("l", 1)), InvalidRequest),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_at_the_door(
+    token_ids: list[int], sampling: dict[str, Any], images: tuple[ImagePlaceholder, ...], error: type[EPDError]
+) -> None:
+    engine = fake_engine(FakeRunner())
+    with pytest.raises(error):
+        engine.add_request("a", token_ids, SamplingParams(**sampling), images=images)
+    engine.check_integrity()
+    assert not engine.has_work()
+
+
+def test_a_text_model_takes_no_pictures() -> None:
+    engine = fake_engine(FakeRunner(), images=False)
+    with pytest.raises(InvalidRequest, match="no images"):
+        engine.add_request("a", PROMPT, SamplingParams(), images=IMAGES)
+    with pytest.raises(InvalidRequest, match="no images"):
+        provide(engine)
+
+
+@pytest.mark.parametrize("embeddings_first", [True, False])
+def test_pictures_that_outgrow_the_context_end_the_request_with_an_error(embeddings_first: bool) -> None:
+    engine = fake_engine(FakeRunner())
+    if embeddings_first:
+        provide(engine, rows=CONTEXT)
+    engine.add_request("a", PROMPT, SamplingParams(), images=IMAGES)
+    if not embeddings_first:
+        provide(engine, rows=CONTEXT)
+    engine.add_request("b", [1], SamplingParams(max_tokens=1))
+    answers = run(engine)
+    error = answers.ends["a"].error
+    assert error is not None
+    assert error.code == "context_length_exceeded"
+    assert str(CONTEXT + 3) in error.message
+    assert answers.tokens["b"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "rows", "message"),
+    [
+        ([IMAGE_TOKEN] * 2, torch.ones(3, HIDDEN), "for 2 image tokens"),
+        ([IMAGE_TOKEN] * 2, torch.ones(2, HIDDEN + 1), "shape"),
+        ([1], torch.ones(0, HIDDEN), "for 0 image tokens"),
+        ([IMAGE_TOKEN, VOCAB], torch.ones(1, HIDDEN), "vocabulary"),
+        ([IMAGE_TOKEN], torch.full((1, HIDDEN), torch.nan), "not finite"),
+        ([IMAGE_TOKEN], torch.full((1, HIDDEN), 1e300, dtype=torch.float64), "not finite"),
+        ([IMAGE_TOKEN], torch.ones(1, HIDDEN, dtype=torch.int64), "type"),
+    ],
+)
+def test_bad_embeddings_are_refused_and_better_ones_still_help(
+    token_ids: list[int], rows: torch.Tensor, message: str
+) -> None:
+    engine = fake_engine(FakeRunner())
+    engine.add_request("a", PROMPT, SamplingParams(max_tokens=1), images=IMAGES)
+    with pytest.raises(WorkerFailed, match=message):
+        engine.provide_embeddings("k", token_ids, (1, 2, 2), rows)
+    engine.check_integrity()
+    provide(engine)
+    assert run(engine).tokens["a"] == [6]

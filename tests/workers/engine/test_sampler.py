@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from epd.types import SamplingParams
+from workers.engine.sampler import SamplingRow, sample, uniforms
+
+LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, 0.5])
+
+
+def rows(count: int, seed: int = 1, **params: Any) -> list[SamplingRow]:
+    return [SamplingRow(SamplingParams(seed=seed, **params), position) for position in range(count)]
+
+
+def frequencies(logits: torch.Tensor, count: int = 20_000, **params: Any) -> torch.Tensor:
+    tokens = sample(logits.repeat(count, 1), rows(count, **params))
+    return torch.bincount(torch.tensor(tokens), minlength=logits.numel()) / count
+
+
+def close(measured: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Within five standard deviations of 20000 draws."""
+    return bool(((measured - expected).abs() <= 5 * (expected * (1 - expected) / 20_000).sqrt() + 1e-9).all())
+
+
+def test_greedy_takes_the_best() -> None:
+    logits = torch.stack([LOGITS, -LOGITS])
+    assert sample(logits, rows(2, temperature=0)) == [0, 4]
+
+
+def test_a_hardly_positive_temperature_is_greedy() -> None:
+    assert sample(LOGITS[None].clone(), rows(1, temperature=1e-40)) == [0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature(temperature: float) -> None:
+    assert close(frequencies(LOGITS, temperature=temperature), (LOGITS / temperature).softmax(0))
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        ({"top_k": 1}, [0]),
+        ({"top_k": 3}, [0, 1, 5]),
+        ({"top_k": 100}, [0, 1, 2, 3, 4, 5]),
+        ({"top_p": 0.6}, [0, 1]),  # 0.54 alone is less than 0.6
+        ({"top_p": 0.5}, [0]),
+        ({"top_p": 1e-9}, [0]),
+        ({"min_p": 0.3}, [0, 1]),  # exp(-1) = 0.37, exp(-1.5) = 0.22
+        ({"top_k": 3, "top_p": 0.9}, [0, 1, 5]),
+        ({"top_k": 2, "top_p": 0.7}, [0]),  # top-k leaves 0.73 and 0.27
+        ({"top_k": 5, "min_p": 0.2}, [0, 1, 5]),
+    ],
+)
+def test_filters_keep_the_right_tokens_in_the_right_shares(params: dict[str, Any], kept: list[int]) -> None:
+    expected = torch.zeros_like(LOGITS)
+    expected[kept] = LOGITS[kept].softmax(0)
+    assert close(frequencies(LOGITS, **params), expected)
+
+
+def test_top_p_over_more_tokens_than_it_looks_at_first() -> None:
+    logits = torch.zeros(1000)
+    logits[0] = 1e-3
+    tokens = sample(logits.repeat(4000, 1), rows(4000, top_p=0.8))
+    assert 780 <= len(set(tokens)) <= 800
+
+
+def test_mixed_batch_gives_each_row_what_it_gets_alone() -> None:
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {},
+        {"top_k": 2},
+        {"top_p": 0.7},
+        {"min_p": 0.1},
+        {"temperature": 1.7, "top_k": 4, "top_p": 0.9, "min_p": 0.05},
+    ]
+    logits = torch.randn(60, 50, generator=torch.Generator().manual_seed(0))
+    batch = [
+        SamplingRow(SamplingParams(seed=index // 3, **kinds[index % len(kinds)]), 7 * index) for index in range(60)
+    ]
+    together = sample(logits.clone(), batch)
+    alone = [sample(logits[index : index + 1].clone(), [row])[0] for index, row in enumerate(batch)]
+    assert together == alone
+
+
+def test_noise_depends_on_seed_and_position() -> None:
+    logits = torch.zeros(1, 1000)
+    drawn = {
+        (seed, position): sample(logits, [SamplingRow(SamplingParams(seed=seed), position)])[0]
+        for seed in (0, 1, -1, 2**63, 2**64 - 2)
+        for position in range(20)
+    }
+    assert len(set(drawn.values())) > 85
+    assert drawn[0, 3] == sample(logits, [SamplingRow(SamplingParams(seed=0), 3)])[0]
+
+
+def test_uniforms_are_uniform_and_uncorrelated() -> None:
+    values = uniforms(torch.arange(2000)[None], rows(200))
+    assert values.min() > 0
+    assert values.max() < 1
+    assert abs(values.mean().item() - 0.5) < 0.003
+    assert abs(values.var().item() - 1 / 12) < 0.001
+    for neighbour in (values.roll(1, 0), values.roll(1, 1)):
+        correlation = torch.corrcoef(torch.stack([values.flatten(), neighbour.flatten()]))[0, 1]
+        assert abs(correlation.item()) < 0.01
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, {"temperature": 1.0}, {"top_k": 1}, {"top_p": 1e-6}])
+def test_forbidden_tokens_never_come(params: dict[str, Any]) -> None:
+    row = SamplingRow(SamplingParams(**params), 0, forbidden=(0, 1))
+    assert sample(LOGITS[None].clone(), [row])[0] not in (0, 1)
+
+
+def test_bfloat16_logits_are_sampled_in_float32() -> None:
+    assert close(frequencies(LOGITS.bfloat16()), LOGITS.softmax(0))

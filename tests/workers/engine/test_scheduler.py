@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from epd.errors import Overloaded
+from epd.types import SamplingParams
+from workers.engine.kv_cache_manager import KVCacheManager
+from workers.engine.request import EngineRequest, ImagePlaceholder, RequestStatus
+from workers.engine.scheduler import ScheduledChunk, Scheduler
+
+BLOCK_SIZE = 4
+
+
+def make_scheduler(num_blocks: int = 64, *, seqs: int = 4, tokens: int = 16, waiting: int = 100) -> Scheduler:
+    return Scheduler(
+        KVCacheManager(num_blocks, BLOCK_SIZE),
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        max_waiting=waiting,
+    )
+
+
+def make_request(name: str, prompt: int, images: int = 0) -> EngineRequest:
+    placeholders = [ImagePlaceholder(f"{name}-{index}", index) for index in range(images)]
+    return EngineRequest(name, [0] * prompt, SamplingParams(), images=placeholders)
+
+
+def step(scheduler: Scheduler) -> list[tuple[str, int, int]]:
+    """Run one step with a model that says 1; returns (request, start, end) of each chunk."""
+    chunks = scheduler.schedule()
+    for chunk in chunks:
+        samples = chunk.samples
+        scheduler.advance(chunk)
+        if samples:
+            chunk.request.append(1)
+    scheduler.check_integrity()
+    return [_summary(chunk) for chunk in chunks]
+
+
+def _summary(chunk: ScheduledChunk) -> tuple[str, int, int]:
+    return chunk.request.request_id, chunk.start, chunk.end
+
+
+def test_decodes_go_before_prompts_and_prompts_are_chunked() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 3))
+    scheduler.add(make_request("b", 30))
+    assert step(scheduler) == [("a", 0, 3), ("b", 0, 13)]
+    assert step(scheduler) == [("a", 3, 4), ("b", 13, 28)]
+    assert step(scheduler) == [("a", 4, 5), ("b", 28, 30)]
+    assert step(scheduler) == [("a", 5, 6), ("b", 30, 31)]
+
+
+def test_first_come_first_served_and_max_num_seqs() -> None:
+    scheduler = make_scheduler(seqs=2)
+    requests = [make_request(name, 2) for name in "abc"]
+    for request in requests:
+        scheduler.add(request)
+    assert [name for name, _, _ in step(scheduler)] == ["a", "b"]
+    scheduler.finish(requests[0], RequestStatus.FINISHED_LENGTH)
+    assert [name for name, _, _ in step(scheduler)] == ["b", "c"]
+
+
+def test_a_small_request_does_not_overtake_a_large_one() -> None:
+    scheduler = make_scheduler(num_blocks=6)
+    for name, prompt in (("a", 12), ("large", 12), ("small", 1)):
+        scheduler.add(make_request(name, prompt))
+    assert [name for name, _, _ in step(scheduler)] == ["a"]
+    assert scheduler.num_waiting == 2
+
+
+def test_requests_with_missing_embeddings_wait_apart_and_keep_their_place() -> None:
+    scheduler = make_scheduler(seqs=1)
+    picture = make_request("picture", 2, images=1)
+    first, second = make_request("first", 2), make_request("second", 2)
+    for request in (first, picture, second):
+        scheduler.add(request)
+    assert [name for name, _, _ in step(scheduler)] == ["first"]
+    scheduler.embeddings_complete(picture)
+    scheduler.finish(first, RequestStatus.FINISHED_LENGTH)
+    assert [name for name, _, _ in step(scheduler)] == ["picture"]
+
+
+def test_out_of_blocks_preempts_the_newest_and_computes_it_again() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    old, new = make_request("old", 4), make_request("new", 3)
+    scheduler.add(old)
+    scheduler.add(new)
+    while new.status is not RequestStatus.PREEMPTED:
+        assert step(scheduler)
+    kept = list(new.token_ids)
+    assert new.num_computed_tokens == 0
+    assert old.status is RequestStatus.RUNNING
+    scheduler.finish(old, RequestStatus.FINISHED_LENGTH)
+    assert step(scheduler) == [("new", 0, len(kept))]
+    assert new.token_ids == [*kept, 1]
+
+
+def test_the_newest_preempts_itself_rather_than_an_older_one() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    old, new = make_request("old", 5), make_request("new", 4)
+    scheduler.add(old)
+    scheduler.add(new)
+    step(scheduler)
+    assert step(scheduler) == [("old", 5, 6), ("new", 4, 5)]
+    for _ in range(8):
+        step(scheduler)
+    assert old.num_preemptions == 0
+    assert new.num_preemptions == 1
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_finish_frees_at_once_wherever_the_request_is(steps: int) -> None:
+    scheduler = make_scheduler()
+    request = make_request("a", 20)
+    scheduler.add(request)
+    for _ in range(steps):
+        step(scheduler)
+    scheduler.finish(request, RequestStatus.FINISHED_ABORTED)
+    scheduler.check_integrity()
+    assert not scheduler.can_step()
+    assert scheduler.num_running == scheduler.num_waiting == 0
+
+
+def test_the_queue_is_bounded_and_counts_those_that_wait_for_embeddings() -> None:
+    scheduler = make_scheduler(waiting=2)
+    scheduler.add(make_request("a", 2, images=1))
+    scheduler.add(make_request("b", 2))
+    with pytest.raises(Overloaded):
+        scheduler.add(make_request("c", 2))
+    scheduler.check_integrity()
+
+
+def test_a_step_must_have_room_for_every_sequence() -> None:
+    with pytest.raises(ValueError, match="max_num_seqs"):
+        make_scheduler(seqs=17, tokens=16)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_load_ends_with_every_token_computed_once_and_nothing_left(seed: int) -> None:
+    draw = random.Random(seed)
+    scheduler = make_scheduler(num_blocks=10, seqs=5, tokens=9)
+    wanted = {f"r{index}": draw.randint(1, 20) for index in range(15)}
+    arriving = [make_request(name, draw.randint(1, 19)) for name in wanted]
+    prompts = {request.request_id: request.num_prompt_tokens for request in arriving}
+    finished: dict[str, int] = {}
+    while len(finished) < len(wanted):
+        if arriving and draw.random() < 0.3:
+            scheduler.add(arriving.pop())
+        chunks = scheduler.schedule()
+        scheduler.check_integrity()
+        assert sum(chunk.length for chunk in chunks) <= 9
+        assert len({chunk.request.request_id for chunk in chunks}) == len(chunks) <= 5
+        for chunk in chunks:
+            request, samples = chunk.request, chunk.samples
+            assert chunk.start == request.num_computed_tokens
+            assert len(chunk.block_table) * BLOCK_SIZE >= chunk.end
+            scheduler.advance(chunk)
+            if samples:
+                request.append(request.num_output_tokens)
+            if request.num_output_tokens == wanted[request.request_id]:
+                assert request.token_ids[request.num_prompt_tokens :] == list(range(request.num_output_tokens))
+                finished[request.request_id] = request.num_prompt_tokens
+                scheduler.finish(request, RequestStatus.FINISHED_LENGTH)
+    assert finished == prompts
+    assert not scheduler.can_step()
+    scheduler.check_integrity()

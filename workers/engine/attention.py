@@ -1,0 +1,135 @@
+"""Attention over the paged KV cache, plugged into transformers' models through their attention interface.
+
+A step's tokens go through the model as one packed row [1, tokens]. Everything but attention treats tokens one by one,
+so only the function registered here needs to know which tokens belong together. It finds that in the active backend,
+set by the model runner around the forward call, and not in keyword arguments, which not every model hands through.
+
+transformers 5.23 builds no mask at all for an attention implementation that has no mask function registered, which is
+what we want, so none is registered; a mask that arrives all the same is refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from workers.engine.paged_kv import PagedKVCache
+
+ATTENTION_NAME = "epd_paged"
+
+_active: ContextVar[AttentionBackend] = ContextVar("epd_attention_backend")
+
+
+@dataclass(frozen=True)
+class PackedChunk:
+    """Rows [first_row, first_row + length) of the packed batch are tokens [start, start + length) of one sequence."""
+
+    first_row: int
+    length: int
+    start: int
+    block_table: tuple[int, ...]
+    """Covers at least tokens [0, start + length)."""
+
+    @property
+    def end(self) -> int:
+        """Tokens of the sequence that the last row sees, itself included."""
+        return self.start + self.length
+
+    @property
+    def rows(self) -> slice:
+        """The chunk's rows in the packed batch."""
+        return slice(self.first_row, self.first_row + self.length)
+
+
+class AttentionBackend(ABC):
+    """One way to compute attention over a `PagedKVCache`."""
+
+    def __init__(self, cache: PagedKVCache, device: torch.device) -> None:
+        """Work on `cache`, whose tensors are on `device`."""
+        self.cache = cache
+        self.device = device
+        self._slots = torch.empty(0, dtype=torch.int64)
+
+    def prepare(self, chunks: Sequence[PackedChunk]) -> None:
+        """Compute what all layers of the next forward call share. Chunks of one token come first, short before long."""
+        self._slots = torch.tensor(slot_mapping(chunks, self.cache.block_size), device=self.device)
+        self._prepare(chunks)
+
+    def forward(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Store the new keys and values of a layer and attend over the sequences so far.
+
+        Args:
+            layer: index of the layer.
+            queries: [tokens, heads, head dim].
+            keys: [tokens, kv heads, head dim].
+            values: as `keys`.
+            scale: factor on the scores.
+
+        Returns:
+            [tokens, heads, head dim].
+        """
+        self.cache.write(layer, self._slots, keys, values)
+        return self._attend(layer, queries, keys, values, scale)
+
+    @abstractmethod
+    def _prepare(self, chunks: Sequence[PackedChunk]) -> None: ...
+
+    @abstractmethod
+    def _attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor: ...
+
+
+def slot_mapping(chunks: Sequence[PackedChunk], block_size: int) -> list[int]:
+    """The cache slot of each row of the packed batch."""
+    return [
+        chunk.block_table[index // block_size] * block_size + index % block_size
+        for chunk in chunks
+        for index in range(chunk.start, chunk.end)
+    ]
+
+
+@contextmanager
+def use_backend(backend: AttentionBackend) -> Iterator[None]:
+    """Models with our attention use `backend` inside, in this thread or task."""
+    token = _active.set(backend)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def register() -> None:
+    """Make `ATTENTION_NAME` known to transformers. Doing it again changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, _paged_attention_forward)
+
+
+_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
+
+
+def _paged_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What a model calls per layer: query [1, heads, tokens, head dim] → [1, tokens, heads, head dim]."""
+    wanted = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if wanted or attention_mask is not None:
+        raise NotImplementedError(f"paged attention has no {', '.join(wanted) or 'attention mask'}")
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    scale = scaling if scaling is not None else float(query.shape[-1] ** -0.5)
+    output = _active.get().forward(module.layer_idx, queries, keys, values, scale)
+    return output[None], None

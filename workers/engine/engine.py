@@ -1,0 +1,391 @@
+"""The prefill-decode engine: requests and embeddings in, tokens out. A library without I/O.
+
+One thread calls it. `add_request`, `provide_embeddings` and `abort` only change queues; `step` computes and returns
+what happened since the last one. Every request that `add_request` took gets exactly one `StepOutput` with a
+`finish_reason`, its last.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from epd.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    EPDError,
+    ErrorInfo,
+    InternalError,
+    InvalidRequest,
+)
+from epd.types import FinishReason, SamplingParams
+from workers.engine import model_loader
+from workers.engine.config import EngineConfig
+from workers.engine.embeddings import EmbeddingStore, ImageEmbeddings, expand_prompt
+from workers.engine.kv_cache_manager import KVCacheManager
+from workers.engine.model_loader import ModelInfo
+from workers.engine.model_runner import Runner
+from workers.engine.request import Clock, EngineRequest, ImagePlaceholder, RequestStatus
+from workers.engine.sampler import SamplingRow
+from workers.engine.scheduler import ScheduledChunk, Scheduler
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """New tokens of one request, or its end; the fields mean what they mean in `epd.messages.TokenOutput`."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: ErrorInfo | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """How busy the engine is."""
+
+    running: int
+    waiting: int
+    kv_used_blocks: int
+    kv_total_blocks: int
+
+
+class Engine:
+    """Continuous batching over one model."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        info: ModelInfo,
+        kv_cache: KVCacheManager,
+        scheduler: Scheduler,
+        store: EmbeddingStore,
+        *,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """Put parts together; `from_checkpoint` is the usual way.
+
+        Args:
+            runner: computes steps.
+            info: what `runner`'s model takes.
+            kv_cache: block tables for the cache that `runner` writes to.
+            scheduler: works on `kv_cache`.
+            store: for image embeddings.
+            clock: monotonic seconds, for deadlines and stage durations.
+        """
+        self.info = info
+        self._runner = runner
+        self._kv_cache = kv_cache
+        self._scheduler = scheduler
+        self._store = store
+        self._clock = clock
+        self._requests: dict[str, EngineRequest] = {}
+        self._missing: dict[str, set[str]] = {}
+        """Request id → content keys that it still waits for."""
+        self._deadlines: list[tuple[float, str]] = []
+        """A heap of (deadline, request id). Ended requests linger in it, by id alone to keep nothing of them alive."""
+        self._outputs: list[StepOutput] = []
+
+    @classmethod
+    def from_checkpoint(cls, config: EngineConfig, *, clock: Clock = time.monotonic) -> Engine:
+        """Load a model and allocate its KV cache.
+
+        Raises:
+            ConfigError: checkpoint or settings cannot work.
+        """
+        loaded = model_loader.load(config)
+        kv_cache = KVCacheManager(loaded.num_blocks, loaded.block_size)
+        scheduler = Scheduler(
+            kv_cache,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=loaded.max_num_batched_tokens,
+            max_waiting=config.max_waiting,
+        )
+        store = EmbeddingStore(config.embedding_store_bytes, config.embedding_unclaimed_ttl_s, clock)
+        tokens = loaded.num_blocks * loaded.block_size
+        log.info(
+            "KV cache: %d tokens in blocks of %d; %.1f requests of the full context of %d tokens fit at once",
+            tokens, loaded.block_size, tokens / loaded.info.max_model_len, loaded.info.max_model_len,
+        )  # fmt: skip
+        return cls(loaded.runner, loaded.info, kv_cache, scheduler, store, clock=clock)
+
+    # -- input -----------------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        images: Sequence[ImagePlaceholder] = (),
+        timeout_s: float | None = None,
+    ) -> None:
+        """Take a request.
+
+        Args:
+            request_id: not in use by an unfinished request.
+            prompt_token_ids: with one placeholder token for each picture.
+            sampling: ranges are trusted.
+            images: by increasing offset. Their embeddings may be here already, or come later.
+            timeout_s: after so many seconds the request ends with `DeadlineExceeded`.
+
+        Raises:
+            InvalidRequest: the id is in use, or prompt or pictures cannot be for this model.
+            ContextLengthExceeded: prompt and `max_tokens` do not fit, even with pictures of one token.
+            Overloaded: too many requests wait. In all these cases the request gets no output.
+        """
+        self._validate(request_id, prompt_token_ids, sampling, images)
+        deadline = None if timeout_s is None else self._clock() + timeout_s
+        request = EngineRequest(
+            request_id, prompt_token_ids, sampling, images=images, deadline=deadline, clock=self._clock
+        )
+        request.ending_token_ids = self._ending_token_ids(sampling)
+        self._scheduler.add(request)
+        self._requests[request_id] = request
+        if deadline is not None:
+            heapq.heappush(self._deadlines, (deadline, request_id))
+        keys = {image.content_key for image in images}
+        self._missing[request_id] = {key for key in keys if key not in self._store}
+        for key in keys - self._missing[request_id]:
+            self._store.claim(key, request_id)
+        if not self._missing[request_id]:
+            self._place_prompt(request)
+
+    def provide_embeddings(
+        self, content_key: str, token_ids: Sequence[int], grid_thw: tuple[int, int, int], rows: torch.Tensor
+    ) -> None:
+        """Take a picture's embeddings, for all requests that wait for them and for those to come.
+
+        Args:
+            content_key: what requests call the picture.
+            token_ids: what its placeholder expands to.
+            grid_thw: patches (time, height, width) before merging.
+            rows: [image tokens among `token_ids`, hidden size]. Kept, not copied, if the dtype is the model's.
+
+        Raises:
+            InvalidRequest: the model takes no pictures.
+            WorkerFailed: the embeddings are not what this model takes. Requests go on waiting, for better ones.
+            Overloaded: the store is full of embeddings in use. Requests go on waiting.
+        """
+        if content_key in self._store:
+            return
+        self._store.put(content_key, self._checked(token_ids, grid_thw, rows))
+        for request_id, missing in list(self._missing.items()):
+            if content_key in missing:
+                missing.remove(content_key)
+                self._store.claim(content_key, request_id)
+                if not missing:
+                    self._place_prompt(self._requests[request_id])
+
+    def has_embeddings(self, content_key: str) -> bool:
+        """Whether a request with this picture would find its embeddings here."""
+        return content_key in self._store
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free what it holds, now. Its terminal output comes with the next step. Unknown ids are
+        ignored: it may just have finished."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._finish(request, RequestStatus.FINISHED_ABORTED)
+
+    # -- output ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[StepOutput]:
+        """Compute one step of all requests that it has room for.
+
+        Returns:
+            What happened since the last call, at most one output per request that is not its end and one that is.
+            A failing step ends its requests with `InternalError` and leaves the engine in order.
+        """
+        self._expire()
+        chunks = self._scheduler.schedule()
+        if chunks:
+            for request, token in self._compute(chunks):
+                self._accept(request, token)
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def has_work(self) -> bool:
+        """Whether `step` would do or return something."""
+        wait_s = self.seconds_to_deadline()
+        return bool(self._outputs) or self._scheduler.can_step() or (wait_s is not None and wait_s <= 0)
+
+    def seconds_to_deadline(self) -> float | None:
+        """How long an idle engine may be left alone; None: for ever. Negative when a deadline has passed."""
+        while self._deadlines and not self._is_current(*self._deadlines[0]):
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] - self._clock() if self._deadlines else None
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a request lost its blocks to an older one, since the start."""
+        return self._scheduler.num_preemptions
+
+    def load(self) -> EngineLoad:
+        """How busy the engine is."""
+        return EngineLoad(
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting,
+            kv_used_blocks=self._kv_cache.num_used_blocks,
+            kv_total_blocks=self._kv_cache.num_blocks,
+        )
+
+    def check_integrity(self) -> None:
+        """Recount blocks, queues and embeddings; raises AssertionError on a leak."""
+        self._scheduler.check_integrity()
+        self._store.check_integrity()
+        queued = {request.request_id for request in self._scheduler.requests()}
+        if queued != set(self._requests) or queued != set(self._missing):
+            raise AssertionError(f"queued {queued}, known {set(self._requests)}, missing of {set(self._missing)}")
+        if not self._store.users() <= queued:
+            raise AssertionError(f"embeddings are held for {self._store.users() - queued}, which are gone")
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _validate(
+        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, images: Sequence[ImagePlaceholder]
+    ) -> None:
+        if request_id in self._requests:
+            raise InvalidRequest(f"Request id {request_id} is in use.", param="request_id")
+        if not token_ids:
+            raise InvalidRequest("The prompt is empty.", param="messages")
+        if min(token_ids) < 0 or max(token_ids) >= self.info.vocab_size:
+            raise InvalidRequest("The prompt has token ids outside the vocabulary.", param="messages")
+        if images and self.info.adapter.image_token_id is None:
+            raise InvalidRequest("This model takes no images.", param="messages")
+        offsets = [-1, *(image.offset for image in images), len(token_ids)]
+        if any(left >= right for left, right in itertools.pairwise(offsets)):
+            raise InvalidRequest("Picture offsets must increase and lie in the prompt.", param="images")
+        self._max_tokens(len(token_ids), sampling)
+
+    def _max_tokens(self, num_prompt_tokens: int, sampling: SamplingParams) -> int:
+        """How many tokens a request may generate. Raises ContextLengthExceeded when they, or one, do not fit."""
+        limit = self.info.max_model_len
+        if sampling.max_tokens is not None and sampling.max_tokens < 1:
+            raise InvalidRequest("max_tokens must be at least 1.", param="max_tokens")
+        if num_prompt_tokens + (sampling.max_tokens or 1) > limit:
+            raise ContextLengthExceeded.of(limit=limit, prompt=num_prompt_tokens, completion=sampling.max_tokens)
+        return sampling.max_tokens or limit - num_prompt_tokens
+
+    def _ending_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        eos = frozenset() if sampling.ignore_eos else self.info.eos_token_ids
+        return eos | {token for token in sampling.stop_token_ids if 0 <= token < self.info.vocab_size}
+
+    def _checked(self, token_ids: Sequence[int], grid_thw: tuple[int, int, int], rows: torch.Tensor) -> ImageEmbeddings:
+        image_token_id = self.info.adapter.image_token_id
+        if image_token_id is None:
+            raise InvalidRequest("This model takes no images.")
+        embeddings = ImageEmbeddings.checked(
+            token_ids,
+            grid_thw,
+            rows,
+            image_token_id=image_token_id,
+            vocab_size=self.info.vocab_size,
+            hidden_size=self.info.hidden_size,
+            dtype=self.info.dtype,
+        )
+        self.info.adapter.check_grid(embeddings)
+        return embeddings
+
+    def _place_prompt(self, request: EngineRequest) -> None:
+        """Expand the prompt, now that all embeddings are here, and let the request compete for steps."""
+        embeddings = {image.content_key: self._store.claim(image.content_key, request.request_id)
+                      for image in request.images}  # fmt: skip
+        try:
+            spans = expand_prompt(request, embeddings)
+            request.max_tokens = self._max_tokens(request.num_prompt_tokens, request.sampling)
+            placed = [(span.offset, embeddings[span.content_key]) for span in spans]
+            self._runner.add(request.request_id, request.token_ids, placed)
+        except EPDError as error:
+            self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
+            return
+        if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS:
+            self._scheduler.embeddings_complete(request)
+
+    def _is_current(self, deadline: float, request_id: str) -> bool:
+        """Whether a heap entry is about an unfinished request, and not an earlier one of the same id."""
+        request = self._requests.get(request_id)
+        return request is not None and request.deadline == deadline
+
+    def _expire(self) -> None:
+        now = self._clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, request_id = heapq.heappop(self._deadlines)
+            if self._is_current(deadline, request_id):
+                request = self._requests[request_id]
+                waited_for = "image embeddings" if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS else "tokens"
+                error = DeadlineExceeded(f"The request's time ran out while it waited for {waited_for}.")
+                self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
+
+    def _compute(self, chunks: list[ScheduledChunk]) -> list[tuple[EngineRequest, int]]:
+        """Run the step. Returns new tokens by request; none when it failed, which ends the requests."""
+        sampled = [chunk.request for chunk in chunks if chunk.samples]
+        try:
+            tokens = self._runner.run(chunks, [_sampling_row(request) for request in sampled])
+            pairs = list(zip(sampled, tokens, strict=True))
+        # The step's edge: whatever the model throws, memory included, costs these requests and not the engine.
+        except Exception:
+            log.exception("step failed; ending its %d requests", len(chunks))
+            for chunk in chunks:
+                error = InternalError("The model failed while it worked on this request.")
+                self._finish(chunk.request, RequestStatus.FINISHED_ERROR, error=error)
+            return []
+        for chunk in chunks:
+            self._scheduler.advance(chunk)
+        return pairs
+
+    def _accept(self, request: EngineRequest, token: int) -> None:
+        request.append(token)
+        if token in request.ending_token_ids:
+            self._finish(request, RequestStatus.FINISHED_STOPPED, token_ids=(token,), stop_token_id=token)
+        elif request.num_output_tokens >= request.max_tokens:
+            self._finish(request, RequestStatus.FINISHED_LENGTH, token_ids=(token,))
+        else:
+            prompt_tokens = request.num_prompt_tokens if request.num_output_tokens == 1 else 0
+            self._outputs.append(StepOutput(request.request_id, (token,), prompt_tokens=prompt_tokens))
+
+    def _finish(
+        self,
+        request: EngineRequest,
+        status: RequestStatus,
+        *,
+        error: EPDError | None = None,
+        token_ids: tuple[int, ...] = (),
+        stop_token_id: int | None = None,
+    ) -> None:
+        """Free everything that a request holds and queue its terminal output: the only place where requests end."""
+        self._scheduler.finish(request, status)
+        self._runner.remove(request.request_id)
+        for image in request.images:
+            self._store.release(image.content_key, request.request_id)
+        del self._missing[request.request_id]
+        del self._requests[request.request_id]
+        self._outputs.append(
+            StepOutput(
+                request.request_id,
+                token_ids,
+                finish_reason=request.finish_reason,
+                stop_token_id=stop_token_id,
+                error=None if error is None else error.to_info(),
+                prompt_tokens=request.num_prompt_tokens,
+                timings_ms=request.timings_ms(),
+            )
+        )
+
+
+def _sampling_row(request: EngineRequest) -> SamplingRow:
+    too_early = request.num_output_tokens < request.sampling.min_tokens
+    forbidden = tuple(request.ending_token_ids) if too_early else ()
+    return SamplingRow(request.sampling, request.num_tokens, forbidden)

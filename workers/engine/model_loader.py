@@ -1,0 +1,150 @@
+"""From a checkpoint folder to a runner with its KV cache."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from epd.errors import ConfigError
+from workers import model_parts
+from workers.engine import attention, attention_varlen
+from workers.engine.adapter import PlainPositions, make_adapter
+from workers.engine.attention import AttentionBackend
+from workers.engine.attention_sdpa import SdpaBackend
+from workers.engine.config import EngineConfig
+from workers.engine.model_runner import ModelRunner
+from workers.engine.paged_kv import KVShape, PagedKVCache, num_blocks_for
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the engine must know of a model to check requests and embeddings."""
+
+    vocab_size: int
+    hidden_size: int
+    dtype: torch.dtype
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    adapter: PlainPositions
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to run, and the sizes that were decided on the way."""
+
+    runner: ModelRunner
+    info: ModelInfo
+    num_blocks: int
+    block_size: int
+    max_num_batched_tokens: int
+
+
+def load(config: EngineConfig) -> LoadedModel:
+    """Load the language part and allocate the KV cache.
+
+    Raises:
+        ConfigError: the checkpoint is not covered or not complete, or memory does not suffice.
+    """
+    device = _device(config.device)
+    attention.register()
+    model = model_parts.load_language_part(
+        config.model, _dtype(config.dtype), device, attn_implementation=attention.ATTENTION_NAME
+    )
+    text_config = model.config.get_text_config()
+    _refuse_uncovered(text_config)
+    on_gpu = device.type == "cuda"
+    batched_tokens = config.max_num_batched_tokens or max(4096 if on_gpu else 512, config.max_num_seqs)
+    paged_kernel = attention_varlen.is_available(device)
+    block_size = config.block_size or (attention_varlen.PAGE_SIZE_MULTIPLE if paged_kernel else 16)
+    context = config.max_model_len or text_config.max_position_embeddings
+    shape = KVShape.of(text_config, model.dtype)
+    num_blocks = num_blocks_for(
+        shape,
+        block_size,
+        device,
+        memory_bytes=config.kv_cache_memory_bytes,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        reserved_bytes=_activation_bytes(text_config, model.dtype, batched_tokens, config.max_num_seqs),
+        max_useful_tokens=config.max_num_seqs * context,
+    )
+    info = _model_info(model, config, text_config, _fitting_context(config, context, num_blocks * block_size))
+    backend_class: type[AttentionBackend] = attention_varlen.VarlenBackend if paged_kernel else SdpaBackend
+    backend = backend_class(PagedKVCache(shape, num_blocks, block_size, device), device)
+    runner = ModelRunner(model, info.adapter, backend)
+    return LoadedModel(runner, info, num_blocks, block_size, batched_tokens)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}") from error
+
+
+def _dtype(name: str) -> str | torch.dtype:
+    if name == "auto":
+        return name
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"unknown dtype {name!r}; try bfloat16, float16 or float32")
+    return dtype
+
+
+def _refuse_uncovered(text_config: Any) -> None:
+    """Refuse layers that keep something else than all keys and values."""
+    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if kinds:
+        raise ConfigError(f"layers with {', '.join(sorted(kinds))} are not covered; only full attention is")
+
+
+def _fitting_context(config: EngineConfig, context: int, cache_tokens: int) -> int:
+    """The context that a lone request can really use: one that outgrows the cache could never go on."""
+    if context <= cache_tokens:
+        return context
+    if config.max_model_len is not None:
+        raise ConfigError(
+            f"max_model_len is {context}, but the KV cache has room for {cache_tokens} tokens. "
+            "Raise kv_cache_memory_bytes or gpu_memory_utilization, or lower max_model_len."
+        )
+    log.warning("context reduced from %d to %d tokens: more do not fit into the KV cache", context, cache_tokens)
+    return cache_tokens
+
+
+def _activation_bytes(text_config: Any, dtype: torch.dtype, batched_tokens: int, num_seqs: int) -> int:
+    """Upper estimate of a step's temporaries: the widest layer, and logits with what sampling makes of them."""
+    width = 4 * text_config.intermediate_size + 16 * text_config.hidden_size
+    sampling_bytes_per_logit = 40  # float32 copies, sorted scores and int64 noise
+    logits = num_seqs * int(text_config.vocab_size)
+    return batched_tokens * int(width) * dtype.itemsize + logits * sampling_bytes_per_logit
+
+
+def _model_info(model: PreTrainedModel, config: EngineConfig, text_config: Any, context: int) -> ModelInfo:
+    return ModelInfo(
+        vocab_size=text_config.vocab_size,
+        hidden_size=text_config.hidden_size,
+        dtype=model.dtype,
+        max_model_len=context,
+        eos_token_ids=_eos_token_ids(config.model, text_config),
+        adapter=make_adapter(model, model.config),
+    )
+
+
+def _eos_token_ids(path: str, text_config: Any) -> frozenset[int]:
+    """From the generation config, which lists all of them, or else the one in the model config."""
+    try:
+        eos = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
+    except OSError:  # optional in a checkpoint
+        eos = None
+    if eos is None:
+        eos = text_config.eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset([eos] if isinstance(eos, int) else eos)

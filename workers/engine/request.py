@@ -1,0 +1,182 @@
+"""One request inside the engine: what it asked for, how far it is, and when it got there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from epd.types import FinishReason, SamplingParams
+
+Clock = Callable[[], float]
+"""Seconds of a monotonic clock."""
+
+
+class RequestStatus(IntEnum):
+    """In the order of a request's life; everything from `FINISHED_STOPPED` on is final."""
+
+    WAITING_FOR_EMBEDDINGS = 0
+    WAITING = 1
+    RUNNING = 2
+    PREEMPTED = 3
+    FINISHED_STOPPED = 4
+    FINISHED_LENGTH = 5
+    FINISHED_ABORTED = 6
+    FINISHED_ERROR = 7
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing follows."""
+        return self >= RequestStatus.FINISHED_STOPPED
+
+
+FINISH_REASONS = {
+    RequestStatus.FINISHED_STOPPED: FinishReason.STOP,
+    RequestStatus.FINISHED_LENGTH: FinishReason.LENGTH,
+    RequestStatus.FINISHED_ABORTED: FinishReason.ABORT,
+    RequestStatus.FINISHED_ERROR: FinishReason.ERROR,
+}
+
+
+@dataclass(frozen=True)
+class ImagePlaceholder:
+    """A picture's single placeholder in the prompt as it was sent."""
+
+    content_key: str
+    offset: int
+    """Index in the prompt token ids; offsets increase."""
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """Where a picture's tokens stand in the expanded prompt: [offset, offset + length)."""
+
+    content_key: str
+    offset: int
+    length: int
+
+
+class EngineRequest:
+    """State of one request. Integers only; its tensors live in the model runner.
+
+    `token_ids` is the prompt, later with pictures expanded, followed by everything generated. The keys and values of
+    its first `num_computed_tokens` are in the cache. A preemption sets that to 0 and nothing else, so that the same
+    tokens are computed again and none is lost or repeated.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        images: Sequence[ImagePlaceholder] = (),
+        deadline: float | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """Make a request that arrives now.
+
+        Args:
+            request_id: unique among the requests of the engine.
+            prompt_token_ids: with one placeholder per picture.
+            sampling: how to choose tokens and when to end.
+            images: the placeholders, by increasing offset.
+            deadline: reading of `clock` after which the request is given up; None: never.
+            clock: monotonic seconds.
+        """
+        self.request_id = request_id
+        self.token_ids = list(prompt_token_ids)
+        self.sampling = sampling
+        self.images = tuple(images)
+        self.deadline = deadline
+
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed_tokens = 0
+        self.image_spans: tuple[ImageSpan, ...] = ()
+        self.max_tokens = sampling.max_tokens or 0
+        """Set by the engine once the expanded prompt's length is known."""
+        self.ending_token_ids: frozenset[int] = frozenset()
+        """Tokens that end the answer; set by the engine, which knows the model's."""
+
+        self.arrival_order = 0
+        """Set by the scheduler; smaller came first."""
+        self.num_preemptions = 0
+        self._clock = clock
+        self._entered: dict[RequestStatus, float] = {}
+        self._first_token_at: float | None = None
+        self._finished_at: float | None = None
+        self.arrived_at = clock()
+        self.status = RequestStatus.WAITING_FOR_EMBEDDINGS if images else RequestStatus.WAITING
+
+    def __repr__(self) -> str:
+        return f"EngineRequest({self.request_id!r}, {self.status.name}, {self.num_computed_tokens}/{self.num_tokens})"
+
+    @property
+    def status(self) -> RequestStatus:
+        """Where the request is; setting it stamps the time of the first entry."""
+        return self._status
+
+    @status.setter
+    def status(self, status: RequestStatus) -> None:
+        self._status = status
+        now = self._clock()
+        self._entered.setdefault(status, now)
+        if status.is_finished:
+            self._finished_at = now
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated tokens."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose keys and values are not in the cache: 1 while decoding."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether a step of it is one token, as opposed to a chunk of prompt (or of a recomputation)."""
+        return self.num_output_tokens > 0 and self.num_uncomputed_tokens == 1
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended; None while it has not."""
+        return FINISH_REASONS.get(self.status)
+
+    def set_expanded_prompt(self, token_ids: Sequence[int], spans: Sequence[ImageSpan]) -> None:
+        """Replace the prompt by the one with pictures expanded. Only before the first step of the request."""
+        self.token_ids = list(token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.image_spans = tuple(spans)
+
+    def append(self, token_id: int) -> None:
+        """Add a generated token; the first one stamps the end of prefill."""
+        self.token_ids.append(token_id)
+        if self._first_token_at is None:
+            self._first_token_at = self._clock()
+
+    def timings_ms(self) -> dict[str, float]:
+        """Durations of the stages that began, in milliseconds; a stage that did not end runs until the finish.
+
+        `embeddings_wait`: arrival → last embedding; `queue`: ready → first step; `prefill`: first step → first token;
+        `decode`: first token → end. Time lost to preemption counts in the stage that it hit.
+        """
+        end = self._finished_at if self._finished_at is not None else self._clock()
+        ready_at = self._entered.get(RequestStatus.WAITING)
+        running_at = self._entered.get(RequestStatus.RUNNING)
+        marks = [self.arrived_at, ready_at, running_at, self._first_token_at, None]
+        timings: dict[str, float] = {}
+        for index, stage in enumerate(("embeddings_wait", "queue", "prefill", "decode")):
+            start, stop = marks[index], marks[index + 1]
+            if start is not None:
+                timings[stage] = ((end if stop is None else stop) - start) * 1000
+        if not self.images:
+            del timings["embeddings_wait"]
+        return timings

@@ -1,0 +1,156 @@
+"""The next token of each row, vectorised over the batch.
+
+Noise for token v of a row is a hash of (seed, position, v), so it depends neither on what else is in the batch nor on
+what was drawn before: a request gives the same tokens alone, batched, preempted or resumed on another worker. Adding
+Gumbel noise to logits and taking the largest draws from their softmax ("Gumbel-max"). Compared with one uniform number
+against cumulated probabilities it survives the rounding differences between batches: those move every boundary of a
+cumulated distribution, but here only matter when the two best scores nearly tie.
+
+Filters apply in the order temperature, top-k, top-p, min-p; top-p counts the probability that top-k left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from epd.types import SamplingParams
+
+_MASK64 = (1 << 64) - 1
+_GREEDY_BELOW = 1e-5
+"""Temperatures below this would only overflow."""
+_FIRST_CANDIDATES = 256
+"""Rows with top-k or top-p look at this many best tokens first; sorting a whole vocabulary is slow."""
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """What one row of logits needs to become a token."""
+
+    params: SamplingParams
+    position: int
+    """Index that the new token will have in its sequence."""
+    forbidden: tuple[int, ...] = ()
+    """Tokens that must not come now: those that end the answer, before `min_tokens`."""
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    """Choose a token for each row.
+
+    Args:
+        logits: [rows, vocabulary], any float type; modified when a row forbids tokens.
+        rows: one per row of `logits`.
+
+    Returns:
+        Token ids in the order of the rows.
+    """
+    for index, row in enumerate(rows):
+        if row.forbidden:
+            logits[index, list(row.forbidden)] = -torch.inf
+    random = [index for index, row in enumerate(rows) if row.params.temperature >= _GREEDY_BELOW]
+    if not random:
+        return _ints(logits.argmax(dim=-1))
+    tokens = logits.argmax(dim=-1) if len(random) < len(rows) else logits.new_zeros(len(rows), dtype=torch.int64)
+    picked = torch.tensor(random, device=logits.device)
+    tokens[picked] = _sample_random(logits[picked].float(), [rows[index] for index in random])
+    return _ints(tokens)
+
+
+def _ints(tokens: torch.Tensor) -> list[int]:
+    values: list[int] = tokens.tolist()
+    return values
+
+
+def _sample_random(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    logits = logits / _column([row.params.temperature for row in rows], logits)
+    filtered = [index for index, row in enumerate(rows) if row.params.top_k > 0 or row.params.top_p < 1]
+    if not filtered:
+        return _draw(_apply_min_p(logits, rows), None, rows)
+    if len(filtered) == len(rows):
+        return _sample_filtered(logits, rows)
+    tokens = logits.new_zeros(len(rows), dtype=torch.int64)
+    for part in (filtered, [index for index in range(len(rows)) if index not in set(filtered)]):
+        part_rows = [rows[index] for index in part]
+        part_logits = logits[part]
+        if part is filtered:
+            tokens[part] = _sample_filtered(part_logits, part_rows)
+        else:
+            tokens[part] = _draw(_apply_min_p(part_logits, part_rows), None, part_rows)
+    return tokens
+
+
+def _sample_filtered(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Sample rows with top-k or top-p, from their best tokens if those decide it, else from all."""
+    vocab_size = logits.shape[1]
+    top_k = [row.params.top_k if 0 < row.params.top_k < vocab_size else vocab_size for row in rows]
+    top_p = _column([row.params.top_p for row in rows], logits)
+    log_total = logits.logsumexp(dim=-1, keepdim=True)
+    count = min(vocab_size, max(_FIRST_CANDIDATES, *(k for k in top_k if k < vocab_size), 0))
+    while True:
+        scores, ids = logits.topk(count, dim=-1)
+        ranks = torch.arange(count, device=logits.device)
+        within_k = ranks < _column(top_k, ranks)
+        scores = scores.masked_fill(~within_k, -torch.inf)
+        # A row without top-k competes with its whole vocabulary, a row with it only with what top-k left.
+        log_mass = torch.where(_column(top_k, ranks) <= count, scores.logsumexp(dim=-1, keepdim=True), log_total)
+        probabilities = (scores - log_mass).exp()
+        before = probabilities.cumsum(dim=-1) - probabilities
+        decided = (_column(top_k, ranks) <= count) | (before[:, -1:] + probabilities[:, -1:] >= top_p)
+        if count == vocab_size or bool(decided.all()):
+            break
+        count = vocab_size
+    keep = within_k & ((before < top_p) | (ranks == 0))  # the best token always stays
+    return _draw(_apply_min_p(scores.masked_fill(~keep, -torch.inf), rows), ids, rows)
+
+
+def _apply_min_p(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    if all(row.params.min_p <= 0 for row in rows):
+        return scores
+    # p < min_p * p_max is the same as score < score_max + log(min_p), and needs no softmax.
+    floor = scores.amax(dim=-1, keepdim=True) + _column([row.params.min_p for row in rows], scores).log()
+    return scores.masked_fill(scores < floor, -torch.inf)
+
+
+def _draw(scores: torch.Tensor, ids: torch.Tensor | None, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Gumbel-max over `scores`; column j stands for token `ids[:, j]`, or j when `ids` is None."""
+    tokens = torch.arange(scores.shape[1], device=scores.device)[None] if ids is None else ids
+    noise = -(-uniforms(tokens, rows).log()).log()
+    best = (scores + noise).argmax(dim=-1, keepdim=True)
+    return best.squeeze(1) if ids is None else ids.gather(1, best).squeeze(1)
+
+
+def uniforms(tokens: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Numbers in (0, 1) that depend on (seed, position, token) alone.
+
+    Args:
+        tokens: int64 token ids, [rows or 1, n].
+        rows: give seed and position.
+
+    Returns:
+        float32 [rows, n].
+    """
+    keys = [_signed(_mix(_mix(row.params.seed & _MASK64) ^ row.position)) for row in rows]
+    # Two multiply-xorshift rounds in wrapping int64 arithmetic. `>>` keeps the sign, hence the masks.
+    x = tokens * _signed(0x9E3779B97F4A7C15) ^ _column(keys, tokens)
+    x = (x ^ ((x >> 32) & 0xFFFFFFFF)) * _signed(0xD6E8FEB86659FD93)
+    x = (x ^ ((x >> 32) & 0xFFFFFFFF)) * _signed(0xD6E8FEB86659FD93)
+    # 23 bits and a half: both ends stay strictly inside (0, 1) in float32, so that no noise is infinite.
+    return (((x >> 41) & 0x7FFFFF).float() + 0.5) * 2.0**-23
+
+
+def _mix(value: int) -> int:
+    """Spread a 64-bit number over all its bits (the finaliser of SplitMix64)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

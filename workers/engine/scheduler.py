@@ -1,0 +1,203 @@
+"""Who computes how many tokens in the next step. Decides on integers; knows no tensor.
+
+Policy:
+1. A step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests.
+2. Requests that decode come first, one token each; then prompts under way; then waiting requests, all by arrival.
+3. A prompt that exceeds what is left of the step is computed in chunks, over several steps.
+4. A request is admitted when blocks for its whole prompt are free, beside one for each that runs, and takes them all.
+5. A decoding request without a free block preempts the newest: it loses its blocks, waits, and is computed again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from epd.errors import Overloaded
+from workers.engine.kv_cache_manager import KVCacheManager
+from workers.engine.request import EngineRequest, RequestStatus
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScheduledChunk:
+    """Tokens [start, start + length) of a request are computed in this step."""
+
+    request: EngineRequest
+    start: int
+    length: int
+    block_table: tuple[int, ...]
+    """Blocks that cover tokens [0, start + length), and perhaps some more."""
+
+    @property
+    def end(self) -> int:
+        """One past the last token of the chunk."""
+        return self.start + self.length
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the request's last token, so that its output gives the next one."""
+        return self.end == self.request.num_tokens
+
+
+def _arrival(request: EngineRequest) -> int:
+    return request.arrival_order
+
+
+class Scheduler:
+    """Keeps the queues and the block tables consistent with each other."""
+
+    def __init__(
+        self, kv_cache: KVCacheManager, *, max_num_seqs: int, max_num_batched_tokens: int, max_waiting: int
+    ) -> None:
+        """Make an idle scheduler; see `EngineConfig` for the limits. A step has room for one token of each sequence."""
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError("max_num_batched_tokens must be at least max_num_seqs")
+        self._kv_cache = kv_cache
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_waiting = max_waiting
+        self._waiting_for_embeddings: dict[str, EngineRequest] = {}
+        self._waiting: list[EngineRequest] = []
+        self._running: list[EngineRequest] = []
+        self._arrivals = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in a queue: for embeddings, for their first step or, preempted, for their next one."""
+        return len(self._waiting) + len(self._waiting_for_embeddings)
+
+    def requests(self) -> Iterator[EngineRequest]:
+        """All unfinished requests."""
+        yield from self._running
+        yield from self._waiting
+        yield from self._waiting_for_embeddings.values()
+
+    def can_step(self) -> bool:
+        """Whether `schedule` would find something to compute."""
+        return bool(self._running or self._waiting)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a new request, by its status for embeddings or for computation.
+
+        Raises:
+            Overloaded: the queue is full.
+        """
+        if self.num_waiting >= self._max_waiting:
+            raise Overloaded(f"{self.num_waiting} requests are waiting already")
+        self._arrivals += 1
+        request.arrival_order = self._arrivals
+        if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS:
+            self._waiting_for_embeddings[request.request_id] = request
+        else:
+            self._enqueue(request)
+
+    def embeddings_complete(self, request: EngineRequest) -> None:
+        """Move a request that waited for embeddings to the queue for computation, at the place of its arrival."""
+        del self._waiting_for_embeddings[request.request_id]
+        request.status = RequestStatus.WAITING
+        self._enqueue(request)
+
+    def schedule(self) -> list[ScheduledChunk]:
+        """Decide the next step. The caller computes it, then calls `advance` for each chunk.
+
+        Preempts and admits as the policy says. At most one chunk per request; may be empty.
+        """
+        preemptions = self.num_preemptions
+        chunks = self._schedule_decodes()
+        budget = self._max_num_batched_tokens - len(chunks)
+        budget = self._schedule_prefills(chunks, budget)
+        if self.num_preemptions == preemptions:  # else a newcomer would take the blocks just freed
+            self._admit(chunks, budget)
+        return chunks
+
+    def advance(self, chunk: ScheduledChunk) -> None:
+        """Record that a chunk's keys and values are in the cache now."""
+        chunk.request.num_computed_tokens = chunk.end
+
+    def finish(self, request: EngineRequest, status: RequestStatus) -> None:
+        """Take an unfinished request out, wherever it is, and free its blocks at once."""
+        if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS:
+            del self._waiting_for_embeddings[request.request_id]
+        elif request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+        else:
+            self._waiting.remove(request)
+        self._kv_cache.free(request.request_id)
+        request.status = status
+
+    def check_integrity(self) -> None:
+        """Recount blocks and queues; raises AssertionError on a leak or a misplaced request."""
+        self._kv_cache.check_integrity()
+        running = {request.request_id for request in self._running}
+        if self._kv_cache.owners() != running:
+            raise AssertionError(f"blocks of {self._kv_cache.owners()}, but running are {running}")
+        for queue in (self._running, self._waiting):
+            if sorted(queue, key=_arrival) != queue:
+                raise AssertionError("a queue is not in order of arrival")
+        for request in self.requests():
+            if request.status.is_finished:
+                raise AssertionError(f"{request} is finished but queued")
+
+    def _enqueue(self, request: EngineRequest) -> None:
+        bisect.insort(self._waiting, request, key=_arrival)
+
+    def _schedule_decodes(self) -> list[ScheduledChunk]:
+        chunks: list[ScheduledChunk] = []
+        for request in [r for r in self._running if r.is_decoding]:
+            # The newest goes first, and we go from old to new, so whoever loses its blocks has no chunk yet.
+            while request.status is RequestStatus.RUNNING and not self._grow(request):
+                self._preempt(self._running[-1])
+            if request.status is RequestStatus.RUNNING:
+                chunks.append(self._chunk(request, 1))
+        return chunks
+
+    def _schedule_prefills(self, chunks: list[ScheduledChunk], budget: int) -> int:
+        for request in self._running:
+            if budget == 0:
+                break
+            if not request.is_decoding:
+                budget -= self._add_prefill(chunks, request, budget)
+        return budget
+
+    def _admit(self, chunks: list[ScheduledChunk], budget: int) -> None:
+        while budget > 0 and self._waiting and len(self._running) < self._max_num_seqs:
+            request = self._waiting[0]
+            # The spare blocks keep a newcomer from being preempted again by the next tokens of those before it.
+            if not self._grow(request, spare=len(self._running)):
+                break  # strictly first come, first served: a smaller one behind it does not overtake
+            del self._waiting[0]
+            bisect.insort(self._running, request, key=_arrival)
+            request.status = RequestStatus.RUNNING
+            budget -= self._add_prefill(chunks, request, budget)
+
+    def _add_prefill(self, chunks: list[ScheduledChunk], request: EngineRequest, budget: int) -> int:
+        length = min(request.num_uncomputed_tokens, budget)
+        chunks.append(self._chunk(request, length))
+        return length
+
+    def _chunk(self, request: EngineRequest, length: int) -> ScheduledChunk:
+        table = tuple(self._kv_cache.block_table(request.request_id))
+        return ScheduledChunk(request, request.num_computed_tokens, length, table)
+
+    def _grow(self, request: EngineRequest, spare: int = 0) -> bool:
+        return self._kv_cache.grow(request.request_id, request.num_tokens, spare=spare)
+
+    def _preempt(self, request: EngineRequest) -> None:
+        self._running.remove(request)
+        self._kv_cache.free(request.request_id)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        request.status = RequestStatus.PREEMPTED
+        self._enqueue(request)
+        self.num_preemptions += 1
+        log.info("request %s preempted: out of KV blocks", request.request_id)
