@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -96,7 +97,7 @@ class Cluster:
         """Done, with the reason, when the cluster can't go on."""
         self._folder = tempfile.TemporaryDirectory(prefix="epd-", ignore_cleanup_errors=True)
         self._supervisors: list[asyncio.Task[None]] = []
-        self._stopping = False
+        self._stop_requested = asyncio.Event()
 
     @property
     def base_urls(self) -> list[str]:
@@ -111,7 +112,7 @@ class Cluster:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._stopping = True
+        self._stop_requested.set()
         # Proxies first: they finish their streams while the workers are still there.
         await self._stop_children(lambda name: name.startswith("proxy"))
         await self._stop_children(lambda name: True)
@@ -139,10 +140,10 @@ class Cluster:
 
     async def _supervise(self, spec: ChildSpec) -> None:
         pause_s = _FIRST_PAUSE_S
-        while not self._stopping:
+        while not self._stop_requested.is_set():
             started = time.monotonic()
             code = await self._run_once(spec)
-            if self._stopping:
+            if self._stop_requested.is_set():
                 return
             if code == _EXIT_CONFIG_ERROR:
                 if not self.failure.done():
@@ -230,7 +231,8 @@ async def run_cluster(config: UpConfig) -> int:
     async with Cluster(config) as cluster:
         ready = asyncio.create_task(_tell_when_ready(cluster))
         stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait({stopped, cluster.failure}, return_when=asyncio.FIRST_COMPLETED)
+        waited: set[asyncio.Future[Any]] = {stopped, cluster.failure}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         ready.cancel()
         stopped.cancel()
         if cluster.failure.done():

@@ -87,7 +87,7 @@ def setup_logging(process: str, level: str = "info") -> None:
     logging.basicConfig(
         level=level.upper(),
         stream=sys.stderr,
-        format=f"%(asctime)s %(levelname)-7s {process:<10} %(message)s",
+        format=f"%(asctime)s %(levelname)-7s {process:<16} %(message)s",
         datefmt="%H:%M:%S",
         force=True,
     )
