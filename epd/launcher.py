@@ -36,6 +36,7 @@ _KILL_AFTER_S = 40.0
 _EXIT_CONFIG_ERROR = 2
 _LOG_LINE = re.compile(r"\d\d:\d\d:\d\d ")
 _PR_SET_PDEATHSIG = 1
+_COMMAND = (sys.executable, "-m", "epd")
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,7 @@ class Cluster:
 
     async def _run_once(self, spec: ChildSpec) -> int:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "epd",
+            *_COMMAND,
             *spec.arguments,
             stdin=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,

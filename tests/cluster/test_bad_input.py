@@ -1,4 +1,4 @@
-"""Bad input through the real processes: a clear OpenAI-shaped error with the right status, and the cluster serves on."""
+"""Bad input through the real processes: a clear OpenAI-shaped error with its status, and the cluster serves on."""
 
 from __future__ import annotations
 

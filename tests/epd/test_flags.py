@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epd.cli import main
+from epd.config import EncoderConfig, PrefillDecodeConfig, ProxyConfig, UpConfig
+from epd.demo import CHECKPOINT_DIR
+from epd.errors import ConfigError
+from epd.flags import add_flags, read_flags
+
+MODEL = ["--model", str(CHECKPOINT_DIR)]
+
+
+def parse(config: type[Any], *words: str) -> Any:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, config)
+    return read_flags(config, parser.parse_args([*MODEL, *words]))
+
+
+def test_defaults_are_those_of_the_class() -> None:
+    assert parse(ProxyConfig) == ProxyConfig(model=CHECKPOINT_DIR)
+    assert parse(EncoderConfig, "--worker-addr", "/tmp/e") == EncoderConfig(model=CHECKPOINT_DIR, worker_addr="/tmp/e")
+
+
+@pytest.mark.parametrize("words", [["a", "b", "c"], ["a,b,c"], ["a,b", "c"], ["a,", "b,c"]])
+def test_lists_take_words_and_commas(words: list[str]) -> None:
+    assert parse(ProxyConfig, "--encode-addr-list", *words).encode_addr_list == ("a", "b", "c")
+
+
+def test_values_have_the_type_of_the_field() -> None:
+    config = parse(
+        PrefillDecodeConfig, "--worker-addr", "h:1", "--max-num-seqs", "7", "--gpu-memory-utilization", "0.5"
+    )
+    assert (config.max_num_seqs, config.gpu_memory_utilization, config.model) == (7, 0.5, CHECKPOINT_DIR)
+
+
+def test_a_model_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--model .* no config\.json"):
+        ProxyConfig(model=tmp_path)
+
+
+@pytest.mark.parametrize("flags", [{"pds": 0}, {"encoders": -1}, {"proxies": 0}])
+def test_a_cluster_needs_its_parts(flags: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="--pds"):
+        UpConfig(**flags)
+
+
+@pytest.mark.parametrize("command", ["proxy", "encoder", "pd", "up", "chat", "demo"])
+def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    flags = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+    assert len(flags) == len(set(flags)) > 0
+
+
+def test_a_wrong_model_folder_exits_with_2_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["proxy", "--model", str(tmp_path)]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_chat_says_what_to_do_when_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "--url", "http://127.0.0.1:9/v1", "hello?"]) == 2
+    assert "epd up" in capsys.readouterr().err
+
+
+def test_chat_names_a_picture_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    missing = tmp_path / "missing.png"
+    assert main(["chat", "--model", "m", "--image", str(missing), "--", "what?"]) == 2
+    assert str(missing) in capsys.readouterr().err

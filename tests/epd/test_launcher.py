@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from epd import launcher
+from epd.config import UpConfig
+from epd.errors import ConfigError
+from epd.launcher import ChildSpec, Cluster, plan_cluster
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_plan_connects_everybody(tmp_path: Path) -> None:
+    plan = plan_cluster(UpConfig(encoders=2, pds=2, proxies=2, port=7000, max_model_len=99), tmp_path)
+    assert [spec.name for spec in plan] == [
+        "encoder_0",
+        "encoder_1",
+        "prefill_decode_0",
+        "prefill_decode_1",
+        "proxy_7000",
+        "proxy_7001",
+    ]
+    for proxy in plan[-2:]:
+        for spec in plan[:4]:
+            assert str(tmp_path / spec.name) in proxy.arguments
+        assert proxy.arguments[proxy.arguments.index("--max-model-len") + 1] == "99"
+
+
+def test_without_encoders_there_is_no_list_of_them(tmp_path: Path) -> None:
+    assert "--encode-addr-list" not in plan_cluster(UpConfig(encoders=0), tmp_path)[-1].arguments
+
+
+class StubCluster(Cluster):
+    """Children that are quick to start, in place of real ones."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+        super().__init__(UpConfig(port=free_port()))
+        monkeypatch.setattr(launcher, "plan_cluster", lambda *_: [ChildSpec("child", ())])
+        monkeypatch.setattr(launcher, "_COMMAND", ("/bin/sh", "-c", script))
+        monkeypatch.setattr(launcher, "_FIRST_PAUSE_S", 0.01)
+
+    async def pid(self, other_than: int = 0) -> int:
+        async with asyncio.timeout(20):
+            while "child" not in self.processes or self.processes["child"].pid == other_than:
+                await asyncio.sleep(0.005)
+        return self.processes["child"].pid
+
+
+async def test_a_child_that_dies_is_named_and_started_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    async with StubCluster(monkeypatch, "exec sleep 60") as cluster:
+        first = await cluster.pid()
+        os.kill(first, signal.SIGKILL)
+        assert await cluster.pid(other_than=first) != first
+        assert "child died (killed by SIGKILL); starting it again" in caplog.text
+        last = cluster.processes["child"]
+    assert last.returncode == -signal.SIGTERM
+
+
+async def test_a_child_that_refuses_its_flags_ends_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with StubCluster(monkeypatch, "exit 2") as cluster:
+        assert "child refused its configuration" in await asyncio.wait_for(cluster.failure, 20)
+        with pytest.raises(ConfigError, match="child refused"):
+            await cluster.wait_ready()
+
+
+async def test_lines_that_are_no_log_lines_get_the_name_of_the_child(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with StubCluster(monkeypatch, "echo 12:00:00 INFO x >&2; echo Traceback >&2; exit 2") as cluster:
+        await asyncio.wait_for(cluster.failure, 20)
+    assert capsys.readouterr().err == "12:00:00 INFO x\nchild: Traceback\n"
