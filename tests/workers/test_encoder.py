@@ -170,7 +170,7 @@ class Bench:
     async def prepared(self, count: int) -> None:
         """Return when so many pictures wait for the tower."""
         async with asyncio.timeout(30):
-            while self.encoder.pipeline.scheduler.prepared_bytes < 100 * count:  # noqa: ASYNC110 - threads, no event
+            while self.encoder.pipeline.scheduler.prepared_bytes < 100 * count:
                 await asyncio.sleep(0.001)
 
     async def code(self) -> str | None:

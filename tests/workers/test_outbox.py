@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from epd.messages import TokenBatch, TokenOutput
+from epd.types import FinishReason
+from workers.outbox import Outbox
+
+
+class Connection:
+    """Takes batches when the test lets it."""
+
+    def __init__(self) -> None:
+        self.batches: list[TokenBatch] = []
+        self.is_open = asyncio.Event()
+        self.is_open.set()
+        self.is_sending = asyncio.Event()
+        self.is_there = True
+
+    async def __call__(self, batch: TokenBatch) -> bool:
+        self.is_sending.set()
+        await self.is_open.wait()
+        if self.is_there:
+            self.batches.append(batch)
+        return self.is_there
+
+
+@asynccontextmanager
+async def outbox(connection: Connection) -> AsyncIterator[Outbox]:
+    box = Outbox(connection)
+    try:
+        yield box
+    finally:
+        box.close()
+
+
+def output(request_id: str, *tokens: int, end: bool = False, prompt_tokens: int = 0) -> TokenOutput:
+    reason = FinishReason.STOP if end else None
+    return TokenOutput(request_id=request_id, token_ids=tokens, finish_reason=reason, prompt_tokens=prompt_tokens)
+
+
+async def test_outputs_of_one_step_travel_together() -> None:
+    connection = Connection()
+    async with outbox(connection) as box:
+        box.put(output("a", 1))
+        box.put(output("b", 2))
+        await box.flushed()
+    assert connection.batches == [TokenBatch(outputs=(output("a", 1), output("b", 2)))]
+
+
+async def test_a_slow_reader_gets_the_rest_merged_in_order() -> None:
+    connection = Connection()
+    async with outbox(connection) as box:
+        connection.is_open.clear()
+        box.put(output("a", 1, prompt_tokens=7))
+        await connection.is_sending.wait()
+        for step in range(2, 100):
+            box.put(output("a", step))
+            box.put(output("b", step, prompt_tokens=3 if step == 2 else 0))
+        box.put(output("a", 100, end=True))
+        connection.is_open.set()
+        await box.flushed()
+    first, second = connection.batches
+    assert first.outputs == (output("a", 1, prompt_tokens=7),)
+    assert second.outputs == (
+        output("a", *range(2, 101), end=True),
+        output("b", *range(2, 100), prompt_tokens=3),
+    )
+
+
+async def test_an_id_that_is_used_again_does_not_swallow_the_end_of_the_first() -> None:
+    connection = Connection()
+    async with outbox(connection) as box:
+        box.put(output("a", 1, end=True))
+        box.put(output("a", 2))
+        box.put(output("a", 3, end=True))
+        await box.flushed()
+    assert connection.batches[0].outputs == (output("a", 1, end=True), output("a", 2, 3, end=True))
+
+
+async def test_a_peer_that_has_gone_stops_nothing_else() -> None:
+    connection = Connection()
+    connection.is_there = False
+    async with outbox(connection) as box:
+        box.put(output("a", 1))
+        await box.flushed()
+        box.put(output("a", 2))
+    assert connection.batches == []

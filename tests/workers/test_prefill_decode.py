@@ -1,0 +1,225 @@
+"""The prefill-decode service around an engine whose model is a formula; peers are lists."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import torch
+
+from epd.codec import Buffer
+from epd.errors import ProtocolError
+from epd.messages import (
+    Abort,
+    AnyMessage,
+    Embeddings,
+    EmbeddingsReply,
+    GenerateRequest,
+    ImageSlot,
+    Peers,
+    TokenBatch,
+    TokenOutput,
+)
+from epd.types import FinishReason, SamplingParams
+from tests.workers.engine.fakes import HIDDEN, IMAGE_TOKEN, FakeRunner, fake_engine
+from workers.prefill_decode import PrefillDecodeService
+
+PROXY, OTHER, ENCODER = b"proxy", b"other", b"encoder"
+MAX_REQUESTS = 4
+
+
+class Peers_:  # noqa: N801 (a message has the good name)
+    """What was sent to whom."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[tuple[bytes, str], list[TokenOutput]] = defaultdict(list)
+        self.replies: list[EmbeddingsReply] = []
+        self.changed = asyncio.Event()
+
+    async def send(self, peer: bytes, message: AnyMessage, *_: Buffer) -> bool:
+        if isinstance(message, TokenBatch):
+            for output in message.outputs:
+                self.outputs[peer, output.request_id].append(output)
+        if isinstance(message, EmbeddingsReply):
+            self.replies.append(message)
+        self.changed.set()
+        return True
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+    async def end_of(self, request_id: str, peer: bytes = PROXY) -> TokenOutput:
+        outputs = self.outputs[peer, request_id]
+        await self.until(lambda: bool(outputs) and outputs[-1].finish_reason is not None)
+        assert sum(output.finish_reason is not None for output in outputs) == 1
+        return outputs[-1]
+
+    def tokens_of(self, request_id: str, peer: bytes = PROXY) -> list[int]:
+        return [token for output in self.outputs[peer, request_id] for token in output.token_ids]
+
+
+class Setup:
+    def __init__(self) -> None:
+        self.runner = FakeRunner()
+        self.peers = Peers_()
+        self.crashed = asyncio.Event()
+        self.engine = fake_engine(self.runner)
+        self.service = PrefillDecodeService(
+            self.engine, self.peers.send, max_requests=MAX_REQUESTS, crashed=self.crashed
+        )
+
+    def generate(
+        self, request_id: str, peer: bytes = PROXY, *, keys: tuple[str, ...] = (), max_tokens: int = 3
+    ) -> None:
+        prompt = (1, 2, *([IMAGE_TOKEN] * len(keys)), 3)
+        message = GenerateRequest(
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            images=tuple(ImageSlot(content_key=key, offset=2 + i) for i, key in enumerate(keys)),
+            sampling=SamplingParams(max_tokens=max_tokens, temperature=0),
+            timeout_s=60,
+        )
+        self.service.handle(peer, message, [])
+
+    def embed(self, key: str, rows: int = 2, hidden: int = HIDDEN) -> None:
+        message = Embeddings(
+            content_key=key,
+            token_ids=(IMAGE_TOKEN,) * rows,
+            grid_thw=(1, 2, 2),
+            shape=(rows, hidden),
+            dtype="float32",
+        )
+        buffer = memoryview(bytearray(torch.zeros(rows, hidden).numpy().tobytes()))
+        self.service.handle(ENCODER, message, [buffer])
+
+
+@pytest.fixture
+async def setup() -> AsyncIterator[Setup]:
+    made = Setup()
+    yield made
+    await made.service.stop()
+    made.engine.check_integrity()
+
+
+async def test_tokens_come_back_under_the_id_of_the_proxy(setup: Setup) -> None:
+    setup.generate("r")
+    setup.generate("r", OTHER, max_tokens=2)
+    assert (await setup.peers.end_of("r")).finish_reason is FinishReason.LENGTH
+    await setup.peers.end_of("r", OTHER)
+    assert setup.peers.tokens_of("r") == [3, 4, 5]
+    assert setup.peers.tokens_of("r", OTHER) == [3, 4]
+
+
+async def test_embeddings_may_come_before_or_after_the_request(setup: Setup) -> None:
+    setup.embed("early")
+    setup.generate("r", keys=("early", "late"))
+    setup.embed("late")
+    end = await setup.peers.end_of("r")
+    assert end.prompt_tokens == 3 + 2 + 2
+    await setup.peers.until(lambda: len(setup.peers.replies) == 2)
+    assert [reply.error for reply in setup.peers.replies] == [None, None]
+
+
+async def test_embeddings_that_do_not_fit_are_refused_and_better_ones_are_taken(setup: Setup) -> None:
+    setup.generate("r", keys=("k",))
+    setup.embed("k", hidden=HIDDEN + 1)
+    await setup.peers.until(lambda: bool(setup.peers.replies))
+    assert setup.peers.replies[0].error is not None
+    assert setup.peers.replies[0].error.code == "worker_failed"
+    setup.embed("k")
+    assert (await setup.peers.end_of("r")).finish_reason is FinishReason.LENGTH
+
+
+async def test_abort_ends_with_abort(setup: Setup) -> None:
+    setup.generate("r", keys=("never",))
+    setup.service.handle(PROXY, Abort(request_ids=("r", "unknown")), [])
+    assert (await setup.peers.end_of("r")).finish_reason is FinishReason.ABORT
+
+
+async def test_abort_of_another_proxy_is_not_heard(setup: Setup) -> None:
+    setup.generate("r", keys=("k",))
+    setup.service.handle(OTHER, Abort(request_ids=("r",)), [])
+    setup.embed("k")
+    assert (await setup.peers.end_of("r")).finish_reason is FinishReason.LENGTH
+
+
+async def test_a_proxy_that_has_gone_leaves_nothing_behind(setup: Setup) -> None:
+    setup.generate("r", keys=("never",))
+    setup.service.peer_gone(PROXY)
+    await setup.service.drain()
+    assert setup.peers.outputs == {}
+
+
+async def test_refusals_are_terminal_outputs(setup: Setup) -> None:
+    for number in range(MAX_REQUESTS):
+        setup.generate(f"r{number}", keys=("never",))
+    setup.generate("r0")
+    setup.generate("one too many")
+    codes = [(await setup.peers.end_of(name)).error for name in ("r0", "one too many")]
+    assert [code and code.code for code in codes] == ["invalid_request", "overloaded"]
+
+
+async def test_errors_of_the_engine_are_terminal_outputs(setup: Setup) -> None:
+    setup.generate("too long", max_tokens=1000)
+    end = await setup.peers.end_of("too long")
+    assert end.error is not None
+    assert end.error.code == "context_length_exceeded"
+
+
+async def test_draining_refuses_new_work_and_finishes_the_old(setup: Setup) -> None:
+    setup.generate("old", keys=("k",))
+    draining = asyncio.create_task(setup.service.drain())
+    await asyncio.sleep(0)
+    setup.generate("new")
+    refusal = await setup.peers.end_of("new")
+    assert refusal.error is not None
+    assert refusal.error.code == "no_worker"
+    assert not draining.done()
+    setup.embed("k")
+    await draining
+    assert setup.peers.outputs[PROXY, "old"][-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_a_failing_step_costs_its_requests_only(setup: Setup) -> None:
+    setup.runner.failure = RuntimeError("out of memory")
+    setup.generate("unlucky")
+    end = await setup.peers.end_of("unlucky")
+    assert end.error is not None
+    assert end.error.code == "internal_error"
+    setup.runner.failure = None
+    setup.generate("lucky")
+    assert (await setup.peers.end_of("lucky")).finish_reason is FinishReason.LENGTH
+
+
+async def test_an_engine_that_can_not_go_on_answers_everybody_and_says_so(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.generate("waiting", keys=("never",))
+    monkeypatch.setattr(setup.engine, "has_work", lambda: 1 / 0)
+    setup.generate("last")
+    for name in ("waiting", "last"):
+        assert (await setup.peers.end_of(name)).finish_reason is FinishReason.ERROR
+    await asyncio.wait_for(setup.crashed.wait(), 20)
+    setup.generate("later")
+    assert (await setup.peers.end_of("later")).finish_reason is FinishReason.ERROR
+    monkeypatch.undo()
+    for name in ("0",):
+        setup.engine.abort(name)
+
+
+async def test_what_others_take_is_refused(setup: Setup) -> None:
+    with pytest.raises(ProtocolError):
+        setup.service.handle(PROXY, Peers(pd_addresses=()), [])
+
+
+async def test_stages_and_counters_tell_what_happened(setup: Setup) -> None:
+    setup.generate("r")
+    await setup.peers.end_of("r")
+    stages, counters = setup.service.stages(), setup.service.counters()
+    assert {"queue", "prefill", "decode", "e2e", "time_to_first_token", "time_per_output_token"} <= set(stages)
+    assert (counters["requests_length"], counters["prompt_tokens"], counters["generated_tokens"]) == (1, 3, 3)

@@ -1,0 +1,215 @@
+"""The runtime around a service that does nothing, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from epd.config import WorkerConfig
+from epd.demo import CHECKPOINT_DIR
+from epd.errors import ProtocolError
+from epd.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Announcement,
+    AnyMessage,
+    Hello,
+    Load,
+    Peers,
+    Ping,
+    Pong,
+    Refusal,
+    StageStats,
+    Welcome,
+)
+from epd.transport import Dealer, Router
+from epd.types import WorkerRole, WorkerState
+from workers import runtime as runtime_module
+from workers.runtime import WorkerRuntime
+
+
+class Service:
+    def __init__(self) -> None:
+        self.messages: list[AnyMessage] = []
+        self.gone: list[bytes] = []
+        self.may_drain = asyncio.Event()
+        self.is_draining = asyncio.Event()
+        self.is_stopped = False
+
+    def handle(self, peer: bytes, message: AnyMessage, buffers: list[memoryview]) -> None:
+        if isinstance(message, Peers):
+            raise ProtocolError("not for me")
+        self.messages.append(message)
+
+    def peer_gone(self, peer: bytes) -> None:
+        self.gone.append(peer)
+
+    async def drain(self) -> None:
+        self.is_draining.set()
+        await self.may_drain.wait()
+
+    async def stop(self) -> None:
+        self.is_stopped = True
+
+    def load(self) -> Load:
+        return Load(running=3)
+
+    def stages(self) -> dict[str, StageStats]:
+        return {"e2e": StageStats(count=1, total_ms=2.0)}
+
+    def counters(self) -> dict[str, int]:
+        return {"things": 5}
+
+
+class Worker:
+    """A runtime on its way."""
+
+    def __init__(self, folder: Path, **config: object) -> None:
+        self.address = str(folder / "worker")
+        fields = {"model": CHECKPOINT_DIR, "worker_addr": self.address, "drain_timeout": 20.0} | config
+        self.service = Service()
+        self.runtime = WorkerRuntime(
+            WorkerConfig(**fields),  # type: ignore[arg-type]  # the tests' own fields
+            role=WorkerRole.ENCODER,
+            model="m",
+            dtype="float32",
+        )
+        self.exit_code = asyncio.create_task(self.runtime.run(self.service))
+
+    async def connect(self) -> Dealer:
+        dealer = Dealer(self.address)
+        dealer.connect()
+        return dealer
+
+    async def end(self) -> int:
+        self.service.may_drain.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        return await asyncio.wait_for(self.exit_code, 20)
+
+
+@pytest.fixture
+async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
+    worker = Worker(tmp_path)
+    with contextlib.closing(await worker.connect()) as dealer:  # listening: its signal handlers are in place
+        await dealer.send(Ping(sequence=0))
+        await dealer.receive()
+    yield worker
+    if not worker.exit_code.done():
+        assert await worker.end() == 0
+    assert worker.service.is_stopped
+
+
+def hello(**changes: object) -> Hello:
+    fields = {"protocol_version": PROTOCOL_VERSION, "sender": "test", "model": "m"} | changes
+    return Hello(**fields)  # type: ignore[arg-type]  # the tests' own fields
+
+
+async def test_hello_and_ping(worker: Worker) -> None:
+    with contextlib.closing(await worker.connect()) as dealer:
+        await dealer.send(hello())
+        welcome, _ = await dealer.receive()
+        assert isinstance(welcome, Welcome)
+        assert (welcome.worker.role, welcome.worker.model) == (WorkerRole.ENCODER, "m")
+        await dealer.send(Ping(sequence=9))
+        pong, _ = await dealer.receive()
+        assert isinstance(pong, Pong)
+        assert (pong.sequence, pong.load.running, pong.state) == (9, 3, WorkerState.READY)
+        assert pong.incarnation == welcome.worker.incarnation
+        assert pong.stages["e2e"].count == 1
+        assert pong.counters == {"things": 5, "malformed_messages": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"protocol_version": 999}, "protocol version 999"), ({"model": "other"}, "checkpoint other")],
+)
+async def test_peers_that_do_not_fit_are_refused_with_a_reason(
+    worker: Worker, changes: dict[str, object], reason: str
+) -> None:
+    with contextlib.closing(await worker.connect()) as dealer:
+        await dealer.send(hello(**changes))
+        refusal, _ = await dealer.receive()
+        assert isinstance(refusal, Refusal)
+        assert reason in refusal.reason
+
+
+async def test_strangers_and_garbage_cost_one_message_each(worker: Worker) -> None:
+    with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.linger = 0
+        stranger.connect(f"ipc://{worker.address}")
+        await stranger.send_multipart([b"garbage", b"\x00" * 100])
+        with contextlib.closing(await worker.connect()) as dealer:
+            await dealer.send(Abort(request_ids=("before hello",)))
+            await dealer.send(hello())
+            await dealer.receive()
+            await dealer.send(Peers(pd_addresses=()))
+            await dealer.send(Abort(request_ids=("after hello",)))
+            malformed = 0
+            while malformed < 3:
+                await dealer.send(Ping(sequence=1))
+                pong, _ = await dealer.receive()
+                assert isinstance(pong, Pong)
+                malformed = pong.counters["malformed_messages"]
+    assert worker.service.messages == [Abort(request_ids=("after hello",))]
+
+
+async def test_a_silent_peer_is_forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runtime_module, "PEER_TIMEOUT_S", 0.05)
+    worker = Worker(tmp_path)
+    with contextlib.closing(await worker.connect()) as dealer:
+        await dealer.send(hello())
+        await dealer.receive()
+        async with asyncio.timeout(20):
+            while not worker.service.gone:
+                await asyncio.sleep(0.01)
+    assert await worker.end() == 0
+
+
+async def test_draining_goes_on_answering_pings(worker: Worker) -> None:
+    with contextlib.closing(await worker.connect()) as dealer:
+        await dealer.send(hello())
+        await dealer.receive()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(worker.service.is_draining.wait(), 20)
+        await dealer.send(Ping(sequence=1))
+        pong, _ = await dealer.receive()
+        assert isinstance(pong, Pong)
+        assert pong.state is WorkerState.DRAINING
+        worker.service.may_drain.set()
+        assert await asyncio.wait_for(worker.exit_code, 20) == 0
+
+
+async def test_what_does_not_drain_in_time_is_left(tmp_path: Path) -> None:
+    worker = Worker(tmp_path, drain_timeout=0.01)
+    with contextlib.closing(await worker.connect()) as dealer:
+        await dealer.send(Ping(sequence=1))
+        await dealer.receive()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert await asyncio.wait_for(worker.exit_code, 20) == 0
+    assert worker.service.is_stopped
+
+
+async def test_a_service_that_fails_gives_its_exit_code(worker: Worker) -> None:
+    worker.service.may_drain.set()
+    worker.runtime.shut_down(exit_code=7)
+    assert await asyncio.wait_for(worker.exit_code, 20) == 7
+
+
+async def test_workers_announce_themselves_to_proxies_that_come_later(tmp_path: Path) -> None:
+    proxy_address = str(tmp_path / "proxy")
+    worker = Worker(tmp_path, proxy_addr=(proxy_address,))
+    for _ in range(2):  # the second one is a proxy that restarted
+        with contextlib.closing(Router(proxy_address)) as proxy:
+            proxy.bind()
+            _, message, _ = await asyncio.wait_for(proxy.receive(), 20)
+            assert isinstance(message, Announcement)
+            assert message.worker.address == f"ipc://{worker.address}"
+    assert await worker.end() == 0
