@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.cluster.harness import Cluster
+from epd.demo import CHECKPOINT_DIR
+from tests.cluster.harness import ROOT, Cluster
 from tests.cluster.reference import data_url, image_part, picture, png, text_part, user
 
 Urls = Callable[[Path], str]
@@ -51,16 +52,16 @@ BAD_PICTURES: dict[str, tuple[Urls, int, str]] = {
     "truncated JPEG": (lambda _: data_url(jpeg(picture(1, 400, 300))[:2000], "image/jpeg"), 400, "truncated"),
     "HTML": (lambda _: data_url(b"<!doctype html><html>Not found</html>"), 400, "HTML"),
     "empty": (lambda _: "data:image/png;base64,", 400, "empty"),
-    "bomb": (lambda _: data_url(bomb()), 413, "900000000"),
+    "bomb": (lambda _: data_url(bomb()), 413, "30000 × 30000"),
     "1×5000": (lambda _: data_url(png(picture(0, 1, 5000))), 400, "aspect"),
-    "outside the folder": (outside, 403, "not allowed"),
-    "symlink out of the folder": (symlink_out, 403, "not allowed"),
-    "missing file": (lambda folder: f"file://{folder}/missing.png", 403, "not allowed"),
-    "dot dot": (lambda folder: f"file://{folder}/../outside.png", 403, "not allowed"),
-    "loopback": (lambda _: "http://127.0.0.1/x.png", 403, "not allowed"),
-    "metadata service": (lambda _: "http://169.254.169.254/latest", 403, "not allowed"),
+    "outside the folder": (outside, 403, "not available"),
+    "symlink out of the folder": (symlink_out, 403, "not available"),
+    "missing file": (lambda folder: f"file://{folder}/missing.png", 403, "not available"),
+    "dot dot": (lambda folder: f"file://{folder}/../outside.png", 403, "not available"),
+    "loopback": (lambda _: "http://127.0.0.1/x.png", 403, "not public"),
+    "metadata service": (lambda _: "http://169.254.169.254/latest", 403, "not public"),
     "not base64": (lambda _: "data:image/png;base64,@@@@", 400, "base64"),
-    "other scheme": (lambda _: "ftp://example.org/x.png", 400, "scheme"),
+    "other scheme": (lambda _: "ftp://example.org/x.png", 400, "start with"),
 }
 
 
@@ -78,8 +79,8 @@ def assert_error(status: int, body: Any, expected: int, *, says: str = "") -> No
     error = body["error"]
     assert set(error) >= {"message", "type", "param", "code"}
     assert says in error["message"]
-    assert "/" not in error["message"].replace("http://", "").replace("image/", "").replace("and/or", "") or says
-    assert "Traceback" not in str(body)
+    for secret in ("Traceback", "/tmp/", str(ROOT), str(CHECKPOINT_DIR)):
+        assert secret not in str(body), f"the error tells the client about {secret}"
 
 
 @pytest.fixture(autouse=True)

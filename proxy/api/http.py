@@ -1,0 +1,146 @@
+"""HTTP as all dialects use it: bodies within limits, one shape of errors, answers that end when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from epd.errors import ClientError, EPDError, RequestTooLarge
+
+log = logging.getLogger(__name__)
+
+JSON = "application/json"
+STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+STALLED_CLIENT_S = 120.0
+"""A client that takes nothing for so long is treated as gone."""
+RETRY_AFTER_S = 1
+
+
+def error_body(error: EPDError) -> dict[str, Any]:
+    """OpenAI's object, with the flat keys of other dialects beside it."""
+    inner = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return {
+        "error": inner,
+        "object": "error",
+        "message": error.message,
+        "type": error.type,
+        "code": error.status,
+        "param": error.param,
+    }
+
+
+def error_response(error: EPDError) -> Response:
+    """The answer that an error becomes before a stream has begun."""
+    headers = {}
+    if error.retryable:
+        headers["retry-after"] = str(RETRY_AFTER_S)
+    if isinstance(error, ClientError):
+        headers["x-should-retry"] = "false"
+    return Response(msgspec.json.encode(error_body(error)), error.status, headers, JSON)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body, kept no further than the limit. The server drops what still comes, so that the client reads why.
+
+    Raises:
+        RequestTooLarge: it is larger.
+    """
+    too_large = RequestTooLarge(f"The request body is larger than {max_bytes} bytes; send smaller or fewer images.")
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > max_bytes:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise too_large
+    return bytes(body)
+
+
+class Client:
+    """Where an answer is written to. Either `reply` once, or `start_stream`, events, `end_stream`."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def reply(self, value: Any) -> None:
+        """Answer with one JSON body."""
+        body = msgspec.json.encode(value)
+        await self._start({"content-type": JSON, "content-length": str(len(body))})
+        await self._body(body, more=False)
+
+    async def start_stream(self) -> None:
+        """Send status and headers of a stream of server-sent events."""
+        await self._start(STREAM_HEADERS)
+
+    async def event(self, value: Any) -> None:
+        """Send one event."""
+        await self._body(b"data: %b\n\n" % msgspec.json.encode(value))
+
+    async def ping(self) -> None:
+        """Send a comment, so that nobody on the way takes a long prefill for a dead connection."""
+        await self._body(b": ping\n\n")
+
+    async def end_stream(self) -> None:
+        """Send the closing event."""
+        await self._body(b"data: [DONE]\n\n", more=False)
+
+    async def _start(self, headers: dict[str, str]) -> None:
+        self.started = True
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": pairs})
+
+    async def _body(self, body: bytes, *, more: bool = True) -> None:
+        try:
+            async with asyncio.timeout(STALLED_CLIENT_S):
+                await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError:
+            raise ClientDisconnect from None
+
+
+class Exchange(Response):
+    """A response written by a coroutine, which is cancelled as soon as the client disconnects, streaming or not.
+
+    What the coroutine raises before it has started to answer reaches the exception handlers of the app.
+
+    Args:
+        write: writes the answer.
+    """
+
+    def __init__(self, write: Callable[[Client], Awaitable[None]]) -> None:
+        super().__init__()
+        self._write = write
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the coroutine against the client's patience."""
+        writer = asyncio.ensure_future(self._write(Client(send)))
+        watcher = asyncio.create_task(_wait_for_disconnect(receive))
+        try:
+            await asyncio.wait({writer, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                with contextlib.suppress(ClientDisconnect):
+                    writer.result()
+            else:
+                log.info("the client of %s left early", scope["path"])
+        finally:
+            watcher.cancel()
+            writer.cancel()
+            await asyncio.gather(writer, watcher, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,155 @@
+"""`/v1/chat/completions` and `/v1/completions` as OpenAI clients speak them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from epd.errors import InvalidRequest
+from epd.types import SamplingParams
+from proxy.answer import TextOptions
+from proxy.api.http import Client, Exchange, read_body
+from proxy.api.openai_answer import ChatDialect, Dialect, Head, Teller, TextDialect
+from proxy.api.openai_prompt import (
+    check_supported,
+    messages_of,
+    prompts_of,
+    sampling_of,
+    template_variables,
+    text_options_of,
+)
+from proxy.api.openai_schema import (
+    ChatCompletion,
+    ChatRequest,
+    CompletionRequest,
+    SamplingRequest,
+    TextCompletion,
+    decode_body,
+)
+from proxy.dispatcher import Work
+from proxy.service import Service
+
+router = APIRouter(tags=["OpenAI"])
+
+REF = "#/components/schemas/{name}"
+
+
+def _documented(body: type[Any], answer: type[Any]) -> dict[str, Any]:
+    def content(kind: type[Any]) -> dict[str, Any]:
+        return {"application/json": {"schema": {"$ref": REF.format(name=kind.__name__)}}}
+
+    return {
+        "requestBody": {"required": True, "content": content(body)},
+        "responses": {"200": {"description": "The answer, or a stream of events", "content": content(answer)}},
+    }
+
+
+def schema_components() -> dict[str, Any]:
+    """JSON schemas of all bodies, for the OpenAPI document."""
+    kinds = (ChatRequest, CompletionRequest, ChatCompletion, TextCompletion)
+    _, components = msgspec.json.schema_components(kinds, ref_template=REF)
+    return components
+
+
+@router.post("/v1/chat/completions", response_model=None, openapi_extra=_documented(ChatRequest, ChatCompletion))
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation, which may show pictures."""
+    arrived, service = time.perf_counter(), _service(request)
+    body = decode_body(await read_body(request, service.config.max_body_bytes), ChatRequest)
+    return Exchange(lambda client: _chat(client, service, body, arrived))
+
+
+@router.post("/v1/completions", response_model=None, openapi_extra=_documented(CompletionRequest, TextCompletion))
+async def completions(request: Request) -> Response:
+    """Continue a text."""
+    arrived, service = time.perf_counter(), _service(request)
+    body = decode_body(await read_body(request, service.config.max_body_bytes), CompletionRequest)
+    return Exchange(lambda client: _complete(client, service, body, arrived))
+
+
+async def _chat(client: Client, service: Service, body: ChatRequest, arrived: float) -> None:
+    options = _check(service, body)
+    sampling = sampling_of(body, service)
+    messages, sources = messages_of(body)
+    if sources and service.image_token_id is None:
+        raise InvalidRequest("This model reads text only; remove the images.", param=sources[0].param)
+    service.dispatcher.require(images=bool(sources))
+    with service.dispatcher.admit():
+        prompt = await service.encode_chat(messages, template_variables(body))
+        service.check_context(len(prompt.token_ids), sampling.max_tokens)
+        images = await service.media.load(sources)
+        head = Head.new("chatcmpl", service.config.model_name)
+        work = Work(
+            request_id=head.id,
+            prompts=(prompt.token_ids,),
+            image_offsets=prompt.image_offsets,
+            images=tuple(images),
+            sampling=_within_context(service, sampling, len(prompt.token_ids)),
+            n=body.n or 1,
+            arrived=arrived,
+            timeout_s=service.config.request_timeout,
+        )
+        dialect = ChatDialect(head, include_usage=_include_usage(body))
+        await _answer(client, service, body, work, dialect, options)
+
+
+async def _complete(client: Client, service: Service, body: CompletionRequest, arrived: float) -> None:
+    options = _check(service, body)
+    sampling = sampling_of(body, service)
+    service.dispatcher.require(images=False)
+    with service.dispatcher.admit():
+        prompts = await prompts_of(body, service)
+        for prompt in prompts:
+            service.check_context(len(prompt), sampling.max_tokens)
+        head, samples = Head.new("cmpl", service.config.model_name), body.n or 1
+        work = Work(
+            request_id=head.id,
+            prompts=tuple(prompts),
+            sampling=sampling,
+            n=samples,
+            arrived=arrived,
+            timeout_s=service.config.request_timeout,
+        )
+        echoes = [service.tokenizer.decode(prompt) if body.echo else "" for prompt in prompts for _ in range(samples)]
+        dialect = TextDialect(head, include_usage=_include_usage(body), echoes=echoes)
+        await _answer(client, service, body, work, dialect, options)
+
+
+def _check(service: Service, body: SamplingRequest) -> TextOptions:
+    service.require_model(body.model)
+    check_supported(body)
+    return text_options_of(body)
+
+
+def _within_context(service: Service, sampling: SamplingParams, prompt_tokens: int) -> SamplingParams:
+    """Bound an open-ended answer by the configured context; workers know only their own."""
+    if sampling.max_tokens is not None or service.config.max_model_len is None:
+        return sampling
+    return msgspec.structs.replace(sampling, max_tokens=max(service.config.max_model_len - prompt_tokens, 1))
+
+
+async def _answer(
+    client: Client, service: Service, body: SamplingRequest, work: Work, dialect: Dialect, options: TextOptions
+) -> None:
+    generation = await service.dispatcher.start(work)
+    try:
+        teller = Teller(generation, dialect, service.tokenizer, options, with_timings=bool(body.timings))
+        if body.stream:
+            await teller.tell_stream(client, include_usage=_include_usage(body))
+        else:
+            await teller.tell_whole(client)
+    finally:
+        await service.dispatcher.close(generation)
+
+
+def _include_usage(body: SamplingRequest) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service

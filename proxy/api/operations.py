@@ -1,0 +1,212 @@
+"""Models, health and figures: what operators and clients ask besides completions."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from epd.errors import InvalidRequest
+from epd.messages import StageStats
+from epd.observability import Stage
+from epd.types import WorkerRole
+from proxy.api.http import read_body
+from proxy.service import Service
+from proxy.worker_connection import PROXY_TO_INSTANCE, PROXY_TTFT, WorkerConnection
+
+router = APIRouter()
+
+_MAX_SMALL_BODY_BYTES = 64 << 10
+_NOTHING = StageStats()
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+@router.get("/v1/models", tags=["OpenAI"])
+async def list_models(request: Request) -> JSONResponse:
+    """The served model, in the keys of all dialects."""
+    service = _service(request)
+    card, missing = _card(service), _missing_roles(service)
+    entry = {
+        "id": card["id"],
+        "name": card["id"],
+        "status": "unhealthy" if missing else "healthy",
+        "supports": ["text", "image"] if service.image_token_id is not None else ["text"],
+        "endpoint": "/v1/chat/completions",
+    }
+    return JSONResponse({"object": "list", "data": [card], "models": [entry]})
+
+
+@router.get("/v1/models/{model:path}", tags=["OpenAI"])
+async def get_model(request: Request, model: str) -> JSONResponse:
+    """One model. Its id may hold slashes."""
+    service = _service(request)
+    if not model:  # /v1/models/ means the list
+        return await list_models(request)
+    service.require_model(model)
+    return JSONResponse(_card(service))
+
+
+def _card(service: Service) -> dict[str, Any]:
+    name = service.config.model_name
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "epd",
+        "root": str(service.config.model),
+        "parent": None,
+        "max_model_len": service.max_model_len or None,
+        "permission": [],
+    }
+
+
+# -- health ----------------------------------------------------------------------------------------------------------
+
+
+@router.head("/health", include_in_schema=False)
+@router.get("/health", tags=["operations"])
+async def health(request: Request) -> JSONResponse:
+    """200 while each role that the model needs has a live worker, else 503."""
+    service = _service(request)
+    missing = _missing_roles(service)
+    status = "unhealthy" if missing else "healthy"
+    body: dict[str, Any] = {
+        "message": "Error" if missing else "Ok",
+        "status": status,
+        "models": {service.config.model_name: status},
+        "total": 1,
+    }
+    if missing:
+        body["missing"] = [role.value for role in missing]
+    return JSONResponse(body, 503 if missing else 200)
+
+
+@router.get("/check_health", tags=["operations"])
+async def check_health(request: Request) -> JSONResponse:
+    """Each worker by name, and whether it answers."""
+    service = _service(request)
+    results = {f"{_name(one)}-{one.member.address}": _condition(one) for one in service.pool.connections()}
+    missing = _missing_roles(service)
+    return JSONResponse({"status": "error" if missing else "ok", "results": results}, 503 if missing else 200)
+
+
+@router.get("/ping", tags=["operations"])
+async def ping() -> Response:
+    """The HTTP server answers. Says nothing of the workers."""
+    return Response()
+
+
+@router.get("/version", tags=["operations"])
+async def get_version() -> JSONResponse:
+    """Version of this software."""
+    try:
+        return JSONResponse({"version": version("epd")})
+    except PackageNotFoundError:  # run from a checkout
+        return JSONResponse({"version": "unknown"})
+
+
+def _missing_roles(service: Service) -> list[WorkerRole]:
+    needed = [WorkerRole.PREFILL_DECODE]
+    if service.image_token_id is not None:
+        needed.insert(0, WorkerRole.ENCODER)
+    return [role for role in needed if not service.pool.ready(role)]
+
+
+def _condition(worker: WorkerConnection) -> str:
+    if worker.is_ready:
+        return "Healthy"
+    return f"Unhealthy: {worker.problem or worker.state.value}"
+
+
+def _name(worker: WorkerConnection) -> str:
+    return worker.member.role.server_type
+
+
+# -- control ---------------------------------------------------------------------------------------------------------
+
+
+class AbortRequest(msgspec.Struct):
+    """`POST /abort`."""
+
+    request_id: str | list[str] | None = None
+    abort_all: bool = False
+
+
+@router.post("/abort", tags=["operations"])
+async def abort(request: Request) -> JSONResponse:
+    """Stop requests by the ids of their answers, or all of this proxy. Unknown ids are left out of the reply."""
+    body = await read_body(request, _MAX_SMALL_BODY_BYTES)
+    try:
+        wanted = msgspec.json.decode(body or b"{}", type=AbortRequest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"Send {{'request_id': …}} or {{'abort_all': true}}: {error}.") from error
+    active = _service(request).dispatcher.active
+    ids = [wanted.request_id] if isinstance(wanted.request_id, str) else wanted.request_id or []
+    aborted = [one for one in (list(active) if wanted.abort_all else ids) if one in active]
+    for request_id in aborted:
+        active[request_id].cancel()
+    return JSONResponse({"status": "ok", "aborted": aborted})
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+@router.get("/metrics", tags=["operations"])
+async def metrics(request: Request) -> PlainTextResponse:
+    """Averages since start of each worker, as text.
+
+    Times inside a worker come from its own clock, asked for now; `proxy ttft` is from the arrival of the
+    HTTP request to the first token at this proxy; `proxy to instance` is half a ping's round trip.
+    """
+    connections = _service(request).pool.connections()
+    await asyncio.gather(*(worker.refresh() for worker in connections))
+    workers = sorted(connections, key=lambda one: (_name(one), one.member.address))
+    lines: list[str] = []
+    shown = ""
+    for worker in reversed(workers):
+        if _name(worker) != shown:
+            shown = _name(worker)
+            lines.append(f"Server Type: {shown}")
+        lines.extend(_worker_lines(worker))
+    return PlainTextResponse("".join(f"{line}\n" for line in lines))
+
+
+def _worker_lines(worker: WorkerConnection) -> list[str]:
+    address = worker.member.address
+    head = [f"  Address: {address}", f"    ec_role: {_name(worker)}", f"    addr: {address}"]
+    if worker.info is None:
+        return [*head, f"    Error: {worker.problem}"]
+    averages = "".join(f"    Avg {name}: {mean:.3f} ms\n" for name, mean in _averages(worker))
+    return [*head, *averages.splitlines()]
+
+
+def _averages(worker: WorkerConnection) -> list[tuple[str, float]]:
+    stages, own = worker.stages, worker.records.snapshot()
+    encodes = worker.member.role is WorkerRole.ENCODER
+    decodes = worker.member.role in (WorkerRole.DECODE, WorkerRole.PREFILL_DECODE)
+    return [
+        ("e2e time requests", _mean(stages, Stage.E2E)),
+        ("queue time requests", _mean(stages, Stage.ENCODE_QUEUE if encodes else Stage.QUEUE)),
+        # An encoder's share of prefill is its vision tower.
+        ("prefill time requests", _mean(stages, Stage.ENCODE if encodes else Stage.PREFILL)),
+        ("mean time per output token requests", _mean(stages, Stage.TPOT)),
+        ("time to first token", _mean(stages, Stage.TTFT) if decodes else 0.0),
+        ("proxy ttft", _mean(own, PROXY_TTFT) if decodes else 0.0),
+        ("proxy to instance requests time", _mean(own, PROXY_TO_INSTANCE)),
+    ]
+
+
+def _mean(stages: dict[str, StageStats], stage: str) -> float:
+    found = stages.get(stage, _NOTHING)
+    return found.total_ms / found.count if found.count else 0.0

@@ -1,0 +1,235 @@
+"""The web application and the process around it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import secrets
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from epd.config import ProxyConfig
+from epd.errors import ClientError, ConfigError, EPDError, InternalError, InvalidRequest, ModelNotFound
+from metastore.roster import Roster
+from proxy.api import openai, operations
+from proxy.api.http import error_response
+from proxy.service import Service
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 30
+"""Streams may go on so long after SIGTERM."""
+KEEP_ALIVE_S = 65
+"""Longer than load balancers keep idle connections, so that they close them, not we under a request."""
+_BACKLOG = 2048
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_LEADING_SLASHES = re.compile(r"^/+v1/+")
+
+
+def create_app(config: ProxyConfig, roster: Roster | None = None) -> FastAPI:
+    """The application of one proxy; its `state.service` is what handlers share.
+
+    Args:
+        config: of the proxy.
+        roster: who the workers are; default: a new one, filled from the address lists.
+
+    Raises:
+        ConfigError: a file of the checkpoint or a flag is wrong.
+    """
+    service = Service(config, roster)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.close()
+
+    app = FastAPI(
+        title="epd",
+        description="Disaggregated serving of multimodal models.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    app.include_router(openai.router)
+    app.include_router(operations.router)
+    app.add_middleware(_Edge)
+    app.add_exception_handler(EPDError, _on_epd_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(ClientDisconnect, _on_client_disconnect)
+    _document_bodies(app)
+    return app
+
+
+def _document_bodies(app: FastAPI) -> None:
+    """Put the schemas of our structs, which FastAPI can't see, into /openapi.json."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        document.setdefault("components", {}).setdefault("schemas", {}).update(openai.schema_components())
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+
+class MethodNotAllowed(ClientError):
+    """The path exists, with other methods."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+async def _on_epd_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, EPDError)
+    level = logging.INFO if isinstance(error, ClientError) else logging.WARNING
+    log.log(level, "%s %s: %d %s", request.method, request.url.path, error.status, error.message)
+    return error_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    route = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        return error_response(ModelNotFound(f"There is no {route}; see /docs."))
+    if error.status_code == 405:
+        response = error_response(MethodNotAllowed(f"{route}: this path takes {(error.headers or {}).get('allow')}."))
+        response.headers.update(error.headers or {})
+        return response
+    return error_response(InvalidRequest(str(error.detail)) if error.status_code < 500 else InternalError("A bug."))
+
+
+async def _on_validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return error_response(InvalidRequest(str(first.get("msg")), param=".".join(map(str, first.get("loc", ())))))
+
+
+async def _on_client_disconnect(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+class _Edge:
+    """The outermost layer: request ids, sloppy base URLs, and the last resort for bugs."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # A base URL with a slash at its end makes clients ask for /v1//models.
+        scope["path"] = _LEADING_SLASHES.sub("/v1/", scope["path"])
+        request_id = _request_id(scope)
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("bug in %s %s (request id %s)", scope["method"], scope["path"], request_id)
+            if started:
+                raise  # too late for a status; the server cuts the connection
+            error = InternalError(f"Internal error; please report it with the request id {request_id}.")
+            await error_response(error)(scope, receive, send_with_id)
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own id when it is harmless, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            text: str = value.decode("latin-1")
+            if _REQUEST_ID.fullmatch(text):
+                return text
+    return secrets.token_hex(16)
+
+
+# -- process ---------------------------------------------------------------------------------------------------------
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn that ends with exit code 0 after SIGTERM, instead of dying of the signal after all."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Finish streams on SIGINT and SIGTERM; a second SIGINT ends at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # Signals are for the main thread; tests run servers in others.
+            with contextlib.suppress(RuntimeError, ValueError):
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+
+def run_proxy(config: ProxyConfig) -> int:
+    """Serve until SIGINT or SIGTERM. Returns the exit code.
+
+    Raises:
+        ConfigError: a flag or file is wrong, or an address is in use.
+    """
+    code: int = uvloop.run(_serve(config))
+    return code
+
+
+async def _serve(config: ProxyConfig) -> int:
+    app = create_app(config)
+    service: Service = app.state.service
+    listener = _listen(config.host, config.port)
+    await service.start()  # before the lifespan, so that a wrong address is told as such
+    host, port = listener.getsockname()[:2]
+    log.info("serving %s on http://%s:%d", config.model_name, f"[{host}]" if ":" in host else host, port)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            log_config=None,
+            log_level="warning",  # its info says what ours says
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=DRAIN_S,
+        )
+    )
+    await server.serve(sockets=[listener])
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"--host {host} --port {port}: {error.strerror}") from error
+    return listener

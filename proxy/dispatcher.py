@@ -1,0 +1,378 @@
+"""One request's life among the workers.
+
+    pick PD and encoders → GenerateRequest × n, EncodeRequest × pictures, all at once → outputs → one terminal answer
+
+    encoder reports an error     → Abort to the PD, that error
+    encoder dies                 → the picture goes to another encoder once (encoding is idempotent), then an error
+    PD reports an error or dies  → that error
+    deadline passes              → DeadlineExceeded, Abort
+    client goes away             → Abort to all
+
+The consumer reads at its own pace: outputs that it has not taken yet merge into one slot per sample, so that a slow
+reader costs no queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+
+from epd.errors import DeadlineExceeded, EPDError, InternalError, NoWorker, Overloaded, WorkerFailed, from_info
+from epd.messages import EncodeRequest, EncodeResult, GenerateRequest, ImageSlot, TokenOutput
+from epd.observability import Stage
+from epd.types import FinishReason, SamplingParams, WorkerRole
+from proxy.media import LoadedImage
+from proxy.worker_connection import PROXY_TTFT, WorkerConnection
+from proxy.worker_pool import WorkerPool, no_worker
+
+_SEED_SPAN = 1 << 63
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one request asks of the workers."""
+
+    request_id: str
+    prompts: tuple[tuple[int, ...], ...]
+    """Several are independent of each other. Pictures come with a single one, which has one placeholder for each."""
+    image_offsets: tuple[int, ...] = ()
+    images: tuple[LoadedImage, ...] = ()
+    """One for each offset, in order."""
+    sampling: SamplingParams
+    n: int = 1
+    """Samples of each prompt; the i-th has `seed + i`. Sample i of prompt p has the index `p * n + i`."""
+    arrived: float
+    """`time.perf_counter()` when the HTTP request came."""
+    timeout_s: float
+    """From arrival."""
+
+
+@dataclass
+class Update:
+    """News of one sample since the last time it was asked for."""
+
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass
+class _Sample:
+    index: int
+    request_id: str
+    pending: Update
+    pd: WorkerConnection | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    finished: bool = False
+    taken: bool = False
+    """The consumer has seen the end."""
+
+
+class Generation:
+    """A request in work. Made by `Dispatcher.start`, read by one consumer, closed by it whatever happens."""
+
+    def __init__(self, work: Work, pool: WorkerPool) -> None:
+        self.work = work
+        self.timings_ms: dict[str, float] = {}
+        """Stage → duration, the longest of all pictures and samples; filled as answers arrive."""
+        self._pool = pool
+        self._encoders: dict[str, WorkerConnection] = {}
+        self._samples = [_Sample(i, f"{work.request_id}-{i}", Update(i)) for i in range(work.n * len(work.prompts))]
+        self._error: EPDError | None = None
+        self._news = asyncio.Event()
+        self._resends: set[asyncio.Task[None]] = set()
+        self._ttft_ms: float | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the consumer has seen the end of every sample. A request that failed never is: `next` raises."""
+        return self._error is None and all(sample.taken for sample in self._samples)
+
+    @property
+    def num_samples(self) -> int:
+        """Answers that this request gets."""
+        return len(self._samples)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of all prompts, pictures expanded; each counts once, whatever `n` is."""
+        return sum(sample.prompt_tokens for sample in self._samples[:: self.work.n])
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many of them came from the prefix cache."""
+        return sum(sample.cached_tokens for sample in self._samples[:: self.work.n])
+
+    # -- for the consumer ------------------------------------------------------------------------------------------
+
+    async def next(self, timeout_s: float | None = None) -> list[Update]:
+        """What is new, at least one update; an empty list when `timeout_s` passed without any.
+
+        Raises:
+            EPDError: the request failed; its last words were given before.
+        """
+        left = self._time_left()
+        try:
+            async with asyncio.timeout(left if timeout_s is None else min(left, timeout_s)):
+                await self._news.wait()
+        except TimeoutError:
+            if timeout_s is None or left <= timeout_s:
+                self._fail(DeadlineExceeded(f"The request was not finished within {self.work.timeout_s:g} s."))
+        updates = [self._take(sample) for sample in self._samples if _has_news(sample)]
+        if not updates and self._error is not None:
+            raise self._error
+        if self._error is None:
+            self._news.clear()
+        return updates
+
+    async def finish(self, index: int) -> None:
+        """End a sample early: the proxy found a stop string in it."""
+        sample = self._samples[index]
+        was_running = not sample.finished
+        sample.finished = sample.taken = True
+        if was_running and sample.pd is not None:
+            await sample.pd.abort(sample.request_id)
+
+    async def close(self) -> None:
+        """Stop what still runs. Safe to call again, and after a failure."""
+        for task in self._resends:
+            task.cancel()
+        for sample in self._samples:
+            if sample.pd is not None and not sample.finished:
+                await sample.pd.abort(sample.request_id)
+        for encoder in self._encoders.values():
+            await encoder.abort(self.work.request_id)
+
+    def cancel(self) -> None:
+        """End with an error, on somebody else's request; the consumer hears of it."""
+        self._fail(WorkerFailed("The request was aborted."))
+
+    def _take(self, sample: _Sample) -> Update:
+        update, sample.pending = sample.pending, Update(sample.index)
+        sample.taken = sample.finished
+        return update
+
+    def _time_left(self) -> float:
+        return self.work.arrived + self.work.timeout_s - time.perf_counter()
+
+    def _fail(self, error: EPDError) -> None:
+        """The first error is the answer; later ones are its echoes."""
+        if self._error is None and not self.done:
+            self._error = error
+            self._news.set()
+
+    # -- towards the workers ---------------------------------------------------------------------------------------
+
+    async def send(self) -> None:
+        """Pick workers and hand the request to all of them.
+
+        Raises:
+            NoWorker: a role has no live worker.
+            WorkerFailed: one vanished while we were sending.
+        """
+        work = self.work
+        first_key = work.images[0].content_key if work.images else work.request_id
+        for first in range(0, len(self._samples), work.n):
+            pd = self._pool.pick(WorkerRole.PREFILL_DECODE, first_key)
+            for sample in self._samples[first : first + work.n]:
+                sample.pd = pd
+        pictures = {image.content_key: index for index, image in reversed(list(enumerate(work.images)))}
+        encoders = {index: self._pool.pick(WorkerRole.ENCODER, key) for key, index in pictures.items()}
+        # Sending waits only while a worker's queue is full, so one after the other is as good as at once.
+        for sample in self._samples:
+            await self._send_sample(sample)
+        for index, encoder in encoders.items():
+            await self._send_picture_somewhere(encoder, index)
+
+    async def _send_picture_somewhere(self, encoder: WorkerConnection, index: int) -> None:
+        try:
+            await self._send_picture(encoder, index)
+        except WorkerFailed:
+            key = self.work.images[index].content_key
+            other = self._pool.pick(WorkerRole.ENCODER, key, avoid=encoder.member.address)
+            await self._send_picture(other, index, retried=True)
+
+    async def _send_sample(self, sample: _Sample) -> None:
+        assert sample.pd is not None
+        work = self.work
+        prompt, turn = divmod(sample.index, work.n)
+        slots = tuple(
+            ImageSlot(content_key=image.content_key, offset=offset)
+            for image, offset in zip(work.images, work.image_offsets, strict=True)
+        )
+        request = GenerateRequest(
+            request_id=sample.request_id,
+            prompt_token_ids=work.prompts[prompt],
+            images=slots,
+            sampling=msgspec.structs.replace(work.sampling, seed=(work.sampling.seed + turn) % _SEED_SPAN),
+            timeout_s=max(self._time_left(), 0.001),
+        )
+        await sample.pd.generate(request, lambda output: self._on_output(sample, output))
+
+    async def _send_picture(self, encoder: WorkerConnection, index: int, retried: bool = False) -> None:
+        pd = self._samples[0].pd
+        assert pd is not None
+        image = self.work.images[index]
+        self._encoders[encoder.member.address] = encoder
+        request = EncodeRequest(
+            request_id=self.work.request_id,
+            image_index=index,
+            content_key=image.content_key,
+            pd_address=pd.member.address,
+            max_pixels=image.max_pixels,
+            timeout_s=max(self._time_left(), 0.001),
+        )
+        await encoder.encode(request, image.data, lambda result: self._on_encoded(encoder, index, retried, result))
+
+    # -- from the workers: called on the event loop, never blocking ------------------------------------------------
+
+    def _on_output(self, sample: _Sample, output: TokenOutput | EPDError) -> None:
+        if isinstance(output, EPDError):
+            sample.finished = True
+            self._fail(output)
+            return
+        if output.prompt_tokens:
+            sample.prompt_tokens, sample.cached_tokens = output.prompt_tokens, output.cached_tokens
+        if output.token_ids and self._ttft_ms is None:
+            self._note_first_token(sample)
+        pending = sample.pending
+        pending.token_ids.extend(output.token_ids)
+        if output.finish_reason is not None:
+            sample.finished = True
+            pending.stop_token_id = output.stop_token_id
+            self._note_timings(output.timings_ms)
+            if output.finish_reason is FinishReason.ERROR:
+                self._fail(from_info(output.error) if output.error else InternalError("The worker gave no reason."))
+                return
+            pending.finish_reason = output.finish_reason
+        self._news.set()
+
+    def _on_encoded(
+        self, encoder: WorkerConnection, index: int, retried: bool, result: EncodeResult | EPDError
+    ) -> None:
+        if isinstance(result, EPDError):
+            self._resend(encoder, index, retried, result)
+        elif result.error is not None:
+            error = from_info(result.error)
+            error.param = error.param or self.work.images[index].param
+            self._fail(error)
+        else:
+            spent = result.timings_ms
+            tower = spent.get(Stage.PREPROCESS, 0.0) + spent.get(Stage.ENCODE, 0.0)
+            self._note_timings({"encode": tower, "transfer": spent.get(Stage.TRANSFER, 0.0)})
+
+    def _resend(self, dead: WorkerConnection, index: int, retried: bool, error: EPDError) -> None:
+        """Give the picture of a dead encoder to another one, once."""
+        if retried or self._error is not None:
+            self._fail(error)
+            return
+        task = asyncio.create_task(self._resend_to_another(dead, index, error), name="encode again")
+        self._resends.add(task)
+        task.add_done_callback(self._resends.discard)
+
+    async def _resend_to_another(self, dead: WorkerConnection, index: int, error: EPDError) -> None:
+        try:
+            key = self.work.images[index].content_key
+            other = self._pool.pick(WorkerRole.ENCODER, key, avoid=dead.member.address)
+            await self._send_picture(other, index, retried=True)
+        except NoWorker:
+            self._fail(error)
+        except WorkerFailed as second:
+            self._fail(second)
+
+    # -- figures -----------------------------------------------------------------------------------------------------
+
+    def _note_first_token(self, sample: _Sample) -> None:
+        self._ttft_ms = (time.perf_counter() - self.work.arrived) * 1000
+        if sample.pd is not None:
+            sample.pd.records.observe(PROXY_TTFT, self._ttft_ms)
+
+    def _note_timings(self, spent: dict[str, float]) -> None:
+        for stage, duration in spent.items():
+            self.timings_ms[stage] = max(duration, self.timings_ms.get(stage, 0.0))
+
+    def timings(self) -> dict[str, float]:
+        """Where the time went so far, in milliseconds, by the proxy's clock and the workers' own measures."""
+        known = self.timings_ms
+        wait = known.get(Stage.EMBEDDINGS_WAIT, 0.0)
+        return {
+            "queue": round(max(known.get(Stage.QUEUE, 0.0) - wait, 0.0), 3),
+            "encode": round(known.get("encode", 0.0), 3),
+            "transfer": round(known.get("transfer", 0.0), 3),
+            "embeddings_wait": round(wait, 3),
+            "prefill": round(known.get(Stage.PREFILL, 0.0), 3),
+            "first_token": round(self._ttft_ms or 0.0, 3),
+            "decode": round(known.get(Stage.DECODE, 0.0), 3),
+            "total": round((time.perf_counter() - self.work.arrived) * 1000, 3),
+        }
+
+
+def _has_news(sample: _Sample) -> bool:
+    return not sample.taken and bool(sample.pending.token_ids or sample.pending.finish_reason)
+
+
+class Dispatcher:
+    """Starts requests and knows which are in work.
+
+    Args:
+        pool: the workers.
+        max_requests: in work at once, those whose media are still loading included.
+    """
+
+    def __init__(self, pool: WorkerPool, max_requests: int) -> None:
+        self._pool = pool
+        self._max_requests = max_requests
+        self._admitted = 0
+        self.active: dict[str, Generation] = {}
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Hold a place among the requests in work.
+
+        Raises:
+            Overloaded: there is none.
+        """
+        if self._admitted >= self._max_requests:
+            raise Overloaded(f"{self._max_requests} requests are in work already. Try again in a moment.")
+        self._admitted += 1
+        try:
+            yield
+        finally:
+            self._admitted -= 1
+
+    def require(self, *, images: bool) -> None:
+        """Check early that somebody could do the work.
+
+        Raises:
+            NoWorker: a role that the request needs has no live worker.
+        """
+        for role in (WorkerRole.PREFILL_DECODE, WorkerRole.ENCODER) if images else (WorkerRole.PREFILL_DECODE,):
+            if not self._pool.ready(role):
+                raise no_worker(role)
+
+    async def start(self, work: Work) -> Generation:
+        """Send a request to the workers. The caller must `close` what it gets.
+
+        Raises:
+            NoWorker, WorkerFailed: it could not be sent; nothing is left to close.
+        """
+        generation = Generation(work, self._pool)
+        try:
+            await generation.send()
+        except BaseException:
+            await generation.close()
+            raise
+        self.active[work.request_id] = generation
+        return generation
+
+    async def close(self, generation: Generation) -> None:
+        """Stop what still runs of a request."""
+        self.active.pop(generation.work.request_id, None)
+        await generation.close()

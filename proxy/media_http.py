@@ -1,0 +1,198 @@
+"""Pictures from http: and https: URLs, without becoming a door into private networks.
+
+Each hop of a redirect chain is checked alike: scheme, host name → all its addresses, every one of them public or in an
+allowed network. The connection then goes to the address that was checked, not to the name, so that a second look-up
+can't give another one. Nothing of the client's request (cookies, authorisation) is sent along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+import httpx
+
+from epd.errors import ConfigError, InvalidRequest, MediaForbidden, MediaUnavailable, RequestTooLarge
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Resolver = Callable[[str, int], Awaitable[list[str]]]
+
+MAX_REDIRECTS = 3
+_NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
+_IPV4_COMPATIBLE = ipaddress.ip_network("::/96")
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """All addresses of a host, as numbers. Also reads the decimal and hexadecimal forms that the C library reads."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def parse_networks(texts: Sequence[str]) -> tuple[Network, ...]:
+    """Networks such as 127.0.0.0/8 or fd00::/8.
+
+    Raises:
+        ConfigError: one is none.
+    """
+    try:
+        return tuple(ipaddress.ip_network(text) for text in texts)
+    except ValueError as error:
+        raise ConfigError(f"--allowed-private-media: {error}") from error
+
+
+def is_allowed(address: IPAddress, allowed: Sequence[Network] = ()) -> bool:
+    """Whether pictures may be fetched from `address`: it is in an allowed network, or public through and through."""
+    if any(address in network for network in allowed):
+        return True
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = _embedded_ipv4(address)
+        if inner is not None:
+            return is_allowed(inner, allowed)
+    return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
+
+
+def _embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that an IPv6 one leads to: mapped, 6to4, Teredo, NAT64 or the old compatible form."""
+    if address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    if address.sixtofour is not None:
+        return address.sixtofour
+    if address.teredo is not None:
+        return address.teredo[1]
+    if any(address in network for network in _NAT64) or (address in _IPV4_COMPATIBLE and int(address) > 1):
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return None
+
+
+class HttpFetcher:
+    """Fetches pictures within limits.
+
+    Args:
+        max_bytes: of one picture.
+        timeout_s: for all hops together.
+        allowed: private networks to allow.
+        resolver: host and port → addresses; tests put their own in.
+    """
+
+    def __init__(
+        self, *, max_bytes: int, timeout_s: float, allowed: Sequence[Network] = (), resolver: Resolver = resolve
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._allowed = tuple(allowed)
+        self._resolve = resolver
+        self._tls: ssl.SSLContext | None = None
+
+    async def fetch(self, url: str) -> bytes:
+        """The body that `url` leads to.
+
+        Raises:
+            InvalidRequest: not a URL.
+            MediaForbidden: an address on the way is not public.
+            MediaUnavailable: no answer in time, or not a 200.
+            RequestTooLarge: more bytes than allowed.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._follow(url)
+        except TimeoutError:
+            raise MediaUnavailable(f"The image URL did not answer within {self._timeout_s:g} s.") from None
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            raise MediaUnavailable(f"The image URL could not be fetched ({type(error).__name__}).") from error
+
+    async def _follow(self, url: str) -> bytes:
+        for _ in range(MAX_REDIRECTS + 1):
+            parts = _checked_url(url)
+            result = await self._get(parts, await self._checked_address(parts))
+            if isinstance(result, bytes):
+                return result
+            url = _joined(url, result)
+        raise MediaUnavailable(f"The image URL redirects more than {MAX_REDIRECTS} times.")
+
+    async def _checked_address(self, parts: SplitResult) -> IPAddress:
+        host = parts.hostname or ""
+        try:
+            found = await self._resolve(host, _port(parts))
+        except (OSError, UnicodeError):
+            raise MediaUnavailable("The host of the image URL could not be found.") from None
+        addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in found]
+        # One bad address among good ones is how a rebinding name looks like; refuse them all.
+        if not addresses or not all(is_allowed(address, self._allowed) for address in addresses):
+            raise MediaForbidden("The image URL leads to an address that is not public; nothing is fetched there.")
+        return addresses[0]
+
+    async def _get(self, parts: SplitResult, address: IPAddress) -> bytes | str:
+        """The body, or where a redirect points to."""
+        host = f"[{address}]" if address.version == 6 else str(address)
+        pinned = parts._replace(netloc=f"{host}:{_port(parts)}", fragment="").geturl()
+        headers = {
+            "host": parts.netloc.rpartition("@")[2],
+            "accept": "image/*",
+            "accept-encoding": "identity",
+            "user-agent": "epd",
+        }
+        async with httpx.AsyncClient(trust_env=False, verify=self._tls_context(parts.scheme)) as client:
+            extensions = {"sni_hostname": parts.hostname or ""}  # certificates are checked against the name
+            request = client.build_request(
+                "GET", pinned, headers=headers, extensions=extensions, timeout=self._timeout_s
+            )
+            response = await client.send(request, stream=True)
+            try:
+                return await self._read(response)
+            finally:
+                await response.aclose()
+
+    async def _read(self, response: httpx.Response) -> bytes | str:
+        if response.status_code in _REDIRECTS and "location" in response.headers:
+            return response.headers["location"]
+        if response.status_code != 200:
+            raise MediaUnavailable(f"The image URL answered with status {response.status_code}.")
+        if response.headers.get("content-encoding", "identity").lower() != "identity":
+            raise MediaUnavailable("The image URL answered compressed though it was asked not to.")
+        length = response.headers.get("content-length", "")
+        if length.isdigit() and int(length) > self._max_bytes:
+            raise RequestTooLarge(f"The image is larger than {self._max_bytes} bytes.")
+        data = bytearray()
+        async for chunk in response.aiter_raw():
+            data += chunk
+            if len(data) > self._max_bytes:
+                raise RequestTooLarge(f"The image is larger than {self._max_bytes} bytes.")
+        return bytes(data)
+
+    def _tls_context(self, scheme: str) -> ssl.SSLContext | bool:
+        """One context for all fetches, made when first needed: loading the certificates takes a while."""
+        if scheme != "https":
+            return False
+        if self._tls is None:
+            self._tls = httpx.create_ssl_context(trust_env=False)
+        return self._tls
+
+
+def _joined(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise InvalidRequest(f"The image URL redirects to a malformed one: {error}") from error
+
+
+def _checked_url(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises on a bad port
+    except ValueError as error:
+        raise InvalidRequest(f"The image URL is malformed: {error}") from error
+    if parts.scheme not in ("http", "https"):
+        raise MediaForbidden("Redirects of image URLs may lead to http: and https: only.")
+    if not parts.hostname:
+        raise InvalidRequest("The image URL has no host.")
+    return parts
+
+
+def _port(parts: SplitResult) -> int:
+    return parts.port or (443 if parts.scheme == "https" else 80)

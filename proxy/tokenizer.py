@@ -1,0 +1,198 @@
+"""Text to tokens and back, on the `tokenizers` library alone.
+
+`Tokenizer` is shared by all requests; `Detokenizer` and `StopChecker` belong to one answer each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from epd.errors import ConfigError
+
+REPLACEMENT = "\ufffd"
+"""What a decoder prints for bytes that are no whole character."""
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    Args:
+        path: its tokenizer.json.
+
+    Raises:
+        ConfigError: the file is missing or not a tokenizer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing: the proxy needs a checkpoint with a fast tokenizer")
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(f"{path} is no tokenizer: {error}") from error
+        # A checkpoint may ship with these set for training; a prompt must never be cut or filled silently.
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.longest_token = max(map(len, self.backend.get_vocab()), default=1)
+        """Characters of the longest token, at least: a text has no fewer tokens than its length by this."""
+        added = self.backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        self._literals = _Literals(token.content for token in added.values())
+        self._normalized = _Literals(token.content for token in added.values() if token.normalized)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added ones included."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`; literals of added tokens in it become those tokens."""
+        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence."""
+        return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_id(self, literal: str) -> int | None:
+        """The id of a token by its exact text."""
+        index = self.backend.token_to_id(literal)
+        return None if index is None else int(index)
+
+    def find_added_tokens(self, text: str) -> list[tuple[int, int]]:
+        """Half-open spans of all literals of added tokens in `text`, overlapping ones too."""
+        return self._literals.find(text)
+
+    def could_hold_added_token(self, text: str) -> bool:
+        """Whether `text` holds a literal, or one could arise where it touches its neighbours."""
+        return self._literals.touches(text)
+
+    def hides_added_token(self, text: str) -> bool:
+        """Whether normalisation (NFKC, say) turns part of `text` into a literal that is not there verbatim."""
+        normalizer = self.backend.normalizer
+        if normalizer is None or not self._normalized:
+            return False
+        return bool(self._normalized.find(normalizer.normalize_str(text))) and not self._normalized.find(text)
+
+
+class _Literals:
+    """The texts of added tokens. Runs of blanks are no control tokens, and single characters can't be cut."""
+
+    def __init__(self, contents: Iterable[str]) -> None:
+        literals = sorted({text for text in contents if len(text) > 1 and not text.isspace()}, key=len, reverse=True)
+        # A lookahead finds overlapping matches; the group says how long each is.
+        self._pattern = re.compile(f"(?=({'|'.join(map(re.escape, literals))}))") if literals else None
+        self._heads = {text[:length] for text in literals for length in range(1, len(text))}
+        self._tails = {text[-length:] for text in literals for length in range(1, len(text))}
+        self._longest = max(map(len, literals), default=0)
+
+    def __bool__(self) -> bool:
+        return self._pattern is not None
+
+    def find(self, text: str) -> list[tuple[int, int]]:
+        if self._pattern is None:
+            return []
+        return [match.span(1) for match in self._pattern.finditer(text)]
+
+    def touches(self, text: str) -> bool:
+        if self._pattern is None:
+            return False
+        if self._pattern.search(text):
+            return True
+        # Templates trim, so look at the trimmed text as well.
+        return any(self._touches_border(variant) for variant in (text, text.strip()))
+
+    def _touches_border(self, text: str) -> bool:
+        lengths = range(1, min(self._longest, len(text) + 1))
+        return any(text[-length:] in self._heads or text[:length] in self._tails for length in lengths)
+
+
+class Detokenizer:
+    """Tokens of one answer to text, never a broken character before the end.
+
+    Args:
+        tokenizer: of the model.
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._held: list[int] = []
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete; may be empty while a character is incomplete."""
+        pieces: list[str] = []
+        for token_id in token_ids:
+            self._held.append(token_id)
+            piece = self._stream.step(self._tokenizer.backend, token_id)
+            if piece is not None:
+                pieces.append(piece)
+                self._held.clear()
+        return "".join(pieces)
+
+    def flush(self) -> str:
+        """What is left at the end: a character that the model did not finish, as U+FFFD."""
+        text = self._tokenizer.decode(self._held, skip_special_tokens=self._skip)
+        self._held.clear()
+        return text if REPLACEMENT in text else ""
+
+
+class StopChecker:
+    """Cuts an answer at the first stop string, also when it comes in pieces.
+
+    Text that could be the beginning of a stop string is held back until it is decided.
+
+    Args:
+        stops: non-empty strings.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._pending = ""
+        self.matched: str | None = None
+        """The stop string that ended the answer."""
+
+    def push(self, text: str) -> str:
+        """The text that is safe to send now. After a match nothing comes any more."""
+        if self.matched is not None:
+            return ""
+        if not self._stops:
+            return text
+        self._pending += text
+        cut = self._earliest_match()
+        if cut is None:
+            cut = len(self._pending) - self._held_length()
+            safe, self._pending = self._pending[:cut], self._pending[cut:]
+            return safe
+        safe, self._pending = self._pending[:cut], ""
+        return safe
+
+    def flush(self) -> str:
+        """What was held back, at the end of an answer that no stop string ended."""
+        text, self._pending = self._pending, ""
+        return text
+
+    def _earliest_match(self) -> int | None:
+        """The match that is complete first, the longest of several: the same however the text was cut in pieces."""
+        found = [
+            (self._pending.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in self._pending
+        ]
+        if not found:
+            return None
+        end, _, self.matched = min(found)
+        return end - len(self.matched)
+
+    def _held_length(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = min(max(map(len, self._stops)) - 1, len(self._pending))
+        for length in range(longest, 0, -1):
+            if any(stop.startswith(self._pending[-length:]) for stop in self._stops):
+                return length
+        return 0

@@ -1,0 +1,356 @@
+"""One connection of the proxy to one worker: greeting, liveness, and the requests that the worker has in hand.
+
+    connecting ──Hello──▶ greeted ──Welcome──▶ up ──silence, disconnect, new incarnation──▶ connecting
+                             └──Refusal or mismatch──▶ refused (tried again after a while)
+
+Whatever ends `up` fails every request in hand at once. The connection then tries again until it is closed, so that a
+worker that comes back is found without anybody's help.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from epd.codec import Buffer
+from epd.errors import EPDError, WorkerFailed
+from epd.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    AnyMessage,
+    EncodeRequest,
+    EncodeResult,
+    GenerateRequest,
+    Hello,
+    Load,
+    Peers,
+    Ping,
+    Pong,
+    Refusal,
+    StageStats,
+    TokenBatch,
+    TokenOutput,
+    Welcome,
+    WorkerInfo,
+)
+from epd.observability import StageRecorder
+from epd.transport import Dealer, PeerGone, ProtocolError
+from epd.types import WorkerRole, WorkerState
+from metastore.roster import Member
+
+log = logging.getLogger(__name__)
+
+PING_INTERVAL_S = 0.5
+SILENCE_S = 2.0
+"""A worker that says nothing for so long is dead."""
+CONNECT_RETRY_S = 0.05
+CONNECT_ATTEMPTS = 40
+REFUSED_RETRY_S = 2.0
+
+OutputSink = Callable[[TokenOutput | EPDError], None]
+EncodeSink = Callable[[EncodeResult | EPDError], None]
+PROXY_TTFT = "proxy_ttft"
+PROXY_TO_INSTANCE = "proxy_to_instance"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """How this proxy introduces itself."""
+
+    name: str
+    model: str
+    """Fingerprint of the checkpoint that it serves."""
+
+
+class WorkerConnection:
+    """The proxy's end of one worker.
+
+    Args:
+        member: role and address from the roster.
+        identity: of this proxy.
+        peers: PD addresses that an encoder may be told to dial.
+    """
+
+    def __init__(self, member: Member, identity: Identity, peers: Callable[[], tuple[str, ...]]) -> None:
+        self.member = member
+        self.info: WorkerInfo | None = None
+        """What the worker said of itself; None while it is not up."""
+        self.state = WorkerState.STARTING
+        self.reported_load = Load()
+        self.stages: dict[str, StageStats] = {}
+        self.counters: dict[str, int] = {}
+        self.records = StageRecorder()
+        """What this proxy measured: `PROXY_TTFT`, `PROXY_TO_INSTANCE`."""
+        self.problem = "not connected yet"
+        """Why the worker is not up, for people."""
+        self._identity = identity
+        self._peers = peers
+        self._told_peers: tuple[str, ...] | None = None
+        self._dealer: Dealer | None = None
+        self._generations: dict[str, OutputSink] = {}
+        self._encodes: dict[tuple[str, int], EncodeSink] = {}
+        self._sequence = 0
+        self._pings: dict[int, float] = {}
+        self._refreshes: dict[int, asyncio.Future[None]] = {}
+        self._heard = 0.0
+        self._changed = asyncio.Event()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes new requests."""
+        return self.info is not None and self.state is WorkerState.READY
+
+    @property
+    def in_hand(self) -> int:
+        """Requests of this proxy that the worker works on."""
+        return len(self._generations) + len(self._encodes)
+
+    @property
+    def load(self) -> int:
+        """Requests at the worker: ours as we know them, or all as of its last sign of life."""
+        return max(self.in_hand, self.reported_load.running + self.reported_load.waiting)
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest, sink: OutputSink) -> None:
+        """Hand over a request. `sink` gets its outputs, the last with a finish reason, or one error.
+
+        Raises:
+            WorkerFailed: the worker is gone; `sink` hears nothing.
+        """
+        self._generations[request.request_id] = sink
+        try:
+            await self._send(request)
+        except WorkerFailed:
+            self._generations.pop(request.request_id, None)
+            raise
+
+    async def encode(self, request: EncodeRequest, data: bytes, sink: EncodeSink) -> None:
+        """Hand over a picture. `sink` gets the result or one error.
+
+        Raises:
+            WorkerFailed: the worker is gone; `sink` hears nothing.
+        """
+        key = (request.request_id, request.image_index)
+        self._encodes[key] = sink
+        try:
+            if request.pd_address not in (self._told_peers or ()):
+                await self.tell_peers()
+            await self._send(request, data)
+        except WorkerFailed:
+            self._encodes.pop(key, None)
+            raise
+
+    async def abort(self, *request_ids: str) -> None:
+        """Stop requests, here and there; their sinks hear nothing more. Ids that are not in hand are ignored."""
+        ours = [request_id for request_id in request_ids if self._forget(request_id)]
+        if ours:
+            with contextlib.suppress(WorkerFailed):  # then nothing is left to stop
+                await self._send(Abort(request_ids=tuple(ours)))
+
+    def _forget(self, request_id: str) -> bool:
+        encodes = [key for key in self._encodes if key[0] == request_id]
+        for key in encodes:
+            del self._encodes[key]
+        return self._generations.pop(request_id, None) is not None or bool(encodes)
+
+    async def tell_peers(self) -> None:
+        """Tell an encoder which PDs there are, if that is news to it."""
+        peers = self._peers()
+        if self.member.role is WorkerRole.ENCODER and self.info is not None and peers != self._told_peers:
+            self._told_peers = peers
+            await self._send(Peers(pd_addresses=peers))
+
+    async def _send(self, message: AnyMessage, *buffers: Buffer) -> None:
+        dealer = self._dealer
+        if dealer is None or self.info is None:
+            raise self._failure(self.problem)
+        try:
+            await dealer.send(message, *buffers)
+        except PeerGone as error:
+            self._changed.set()
+            raise self._failure(str(error)) from error
+
+    def _failure(self, reason: str) -> WorkerFailed:
+        return WorkerFailed(f"The {self.member.role.value} worker {self.member.address} failed: {reason}.")
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep the connection up until cancelled."""
+        while True:
+            pause = CONNECT_RETRY_S
+            try:
+                await self._session()
+            except _Refused as refusal:
+                self._note_problem(f"refused: {refusal}")
+                pause = REFUSED_RETRY_S
+            except PeerGone as error:
+                self._note_problem(str(error))
+            except Exception:  # the edge of this task: a bug must not cost the worker for good
+                log.exception("bug in the connection to %s", self.member.address)
+                self.problem = "internal error of the proxy"
+            finally:
+                self._down()
+            await asyncio.sleep(pause)
+
+    async def _session(self) -> None:
+        """One connection from greeting to loss. Raises what ended it."""
+        self._dealer = dealer = Dealer(self.member.address)
+        self._changed.clear()
+        dealer.connect()
+        await self._greet(dealer)
+        reader = asyncio.create_task(self._read(dealer), name=f"read {self.member.address}")
+        try:
+            await self.tell_peers()
+            await self._keep_alive(dealer, reader)
+        except WorkerFailed as error:
+            raise PeerGone(error.message) from error
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _greet(self, dealer: Dealer) -> None:
+        hello = Hello(protocol_version=PROTOCOL_VERSION, sender=self._identity.name, model=self._identity.model)
+        await _send_when_connected(dealer, hello)
+        try:
+            async with asyncio.timeout(SILENCE_S):
+                message, _ = await dealer.receive()
+        except TimeoutError:
+            raise PeerGone(f"no answer to the greeting within {SILENCE_S:g} s") from None
+        except ProtocolError as error:
+            raise _Refused(f"its greeting is malformed: {error}") from error
+        self._welcome(message)
+
+    def _welcome(self, message: AnyMessage) -> None:
+        if isinstance(message, Refusal):
+            raise _Refused(message.reason)
+        if not isinstance(message, Welcome):
+            raise _Refused(f"it answered the greeting with {type(message).__name__}")
+        worker = message.worker
+        if message.protocol_version != PROTOCOL_VERSION:
+            raise _Refused(f"it speaks protocol {message.protocol_version}, this proxy {PROTOCOL_VERSION}")
+        if worker.model != self._identity.model:
+            raise _Refused(f"it serves model {worker.model}, this proxy {self._identity.model}")
+        if worker.role is not self.member.role:
+            raise _Refused(f"it is a {worker.role.value} worker, not {self.member.role.value}")
+        self.info, self.state, self.problem = worker, worker.state, ""
+        self._heard = time.monotonic()
+        log.info("%s %s is up", self.member.role.value, self.member.address)
+
+    async def _keep_alive(self, dealer: Dealer, reader: asyncio.Task[None]) -> None:
+        """Ping until the worker falls silent or the reader ends."""
+        while not reader.done():
+            await dealer.send(self._next_ping())
+            await self._pause(reader)
+            if self._changed.is_set():
+                raise PeerGone("it takes no messages")
+            if time.monotonic() - self._heard > SILENCE_S:
+                raise PeerGone(f"silent for {SILENCE_S:g} s")
+        await reader  # raises why it ended
+
+    def _next_ping(self) -> Ping:
+        self._sequence += 1
+        self._pings[self._sequence] = time.perf_counter()
+        return Ping(sequence=self._sequence)
+
+    async def refresh(self, timeout_s: float = 1.0) -> None:
+        """Wait for the worker's figures as of now; one that does not answer in time keeps its old ones."""
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._refreshes[self._sequence + 1] = answered
+        ping = self._next_ping()
+        with contextlib.suppress(WorkerFailed, TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._send(ping)
+                await answered
+        self._refreshes.pop(ping.sequence, None)
+
+    async def _pause(self, reader: asyncio.Task[None]) -> None:
+        changed = asyncio.create_task(self._changed.wait())
+        await asyncio.wait({reader, changed}, timeout=PING_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED)
+        changed.cancel()
+
+    async def _read(self, dealer: Dealer) -> None:
+        while True:
+            try:
+                message, _ = await dealer.receive()
+            except ProtocolError as error:
+                log.warning("%s sent a malformed message, dropped: %s", self.member.address, error)
+                continue
+            self._heard = time.monotonic()
+            self._handle(message)
+
+    def _handle(self, message: AnyMessage) -> None:
+        if isinstance(message, TokenBatch):
+            for output in message.outputs:
+                self._deliver(output)
+        elif isinstance(message, EncodeResult):
+            sink = self._encodes.pop((message.request_id, message.image_index), None)
+            if sink is not None:
+                sink(message)
+        elif isinstance(message, Pong):
+            self._note_pong(message)
+        else:
+            log.warning("%s sent an unexpected %s", self.member.address, type(message).__name__)
+
+    def _deliver(self, output: TokenOutput) -> None:
+        is_last = output.finish_reason is not None
+        sink = (self._generations.pop if is_last else self._generations.get)(output.request_id, None)
+        if sink is not None:  # aborted requests still send their last words
+            sink(output)
+
+    def _note_pong(self, pong: Pong) -> None:
+        if self.info is not None and pong.incarnation != self.info.incarnation:
+            raise PeerGone("it was restarted")
+        sent = self._pings.pop(pong.sequence, None)
+        if sent is not None:
+            self.records.observe(PROXY_TO_INSTANCE, (time.perf_counter() - sent) * 1000 / 2)
+        self.state, self.reported_load = pong.state, pong.load
+        self.stages, self.counters = pong.stages, pong.counters
+        waiting = self._refreshes.pop(pong.sequence, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
+
+    def _down(self) -> None:
+        """Close and fail what the worker had in hand."""
+        if self.info is not None:
+            log.warning(
+                "%s %s is down: %s", self.member.role.value, self.member.address, self.problem or "closed by the proxy"
+            )
+        self.info, self.state, self.reported_load = None, WorkerState.STARTING, Load()
+        self._told_peers = None
+        self._pings.clear()
+        if self._dealer is not None:
+            self._dealer.close()
+            self._dealer = None
+        sinks: list[Callable[[EPDError], None]] = [*self._generations.values(), *self._encodes.values()]
+        self._generations.clear()
+        self._encodes.clear()
+        for sink in sinks:
+            sink(self._failure(self.problem or "the proxy closed the connection"))
+
+    def _note_problem(self, problem: str) -> None:
+        if problem != self.problem and self.info is None:
+            log.warning("%s %s: %s", self.member.role.value, self.member.address, problem)
+        self.problem = problem
+
+
+async def _send_when_connected(dealer: Dealer, hello: Hello) -> None:
+    """Try every now and then: nobody is there yet, and libzmq goes on connecting."""
+    for _ in range(CONNECT_ATTEMPTS):
+        try:
+            await dealer.send(hello, timeout_s=0)
+        except PeerGone:
+            await asyncio.sleep(CONNECT_RETRY_S)
+        else:
+            return
+    # A connection that was made and lost meanwhile is of no use any more; begin with a new one.
+    raise PeerGone("nobody listens there")
+
+
+class _Refused(Exception):
+    """The worker and this proxy do not fit together."""

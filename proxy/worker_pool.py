@@ -1,0 +1,182 @@
+"""Roster → one connection per worker, and who of them can take a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+
+from epd.errors import ConfigError, NoWorker, WorkerFailed
+from epd.messages import PROTOCOL_VERSION, Announcement
+from epd.transport import PeerGone, ProtocolError, Router, endpoint
+from epd.types import WorkerRole
+from metastore.roster import Member, Roster
+from proxy.routing import Candidate, Policy
+from proxy.worker_connection import Identity, WorkerConnection
+
+log = logging.getLogger(__name__)
+
+_EXPIRE_INTERVAL_S = 1.0
+_ROLE_NAMES = {
+    WorkerRole.ENCODER: "encoder",
+    WorkerRole.PREFILL: "prefill",
+    WorkerRole.DECODE: "decode",
+    WorkerRole.PREFILL_DECODE: "prefill-decode",
+}
+
+
+def no_worker(role: WorkerRole) -> NoWorker:
+    """The error that names the role which is missing."""
+    return NoWorker(f"No {_ROLE_NAMES[role]} worker is available. Try again in a moment.")
+
+
+class WorkerPool:
+    """All workers of the roster.
+
+    Args:
+        roster: who should be there.
+        identity: how the proxy introduces itself.
+        policies: how a worker of a role is chosen.
+        announce_addr: where workers announce themselves; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        identity: Identity,
+        policies: dict[WorkerRole, Policy],
+        announce_addr: str | None = None,
+    ) -> None:
+        self._roster = roster
+        self._identity = identity
+        self._policies = policies
+        self._router = Router(announce_addr) if announce_addr else None
+        self._connections: dict[Member, WorkerConnection] = {}
+        self._runners: dict[Member, asyncio.Task[None]] = {}
+        self._chores: set[asyncio.Task[None]] = set()
+        self._complaints: set[str] = set()
+
+    async def start(self) -> None:
+        """Connect to the workers of the roster and follow its changes.
+
+        Raises:
+            ConfigError: the announcement address can't be bound.
+        """
+        if self._router is not None:
+            self._router.bind()
+            self._spawn(self._listen(self._router), "announcements")
+        self._spawn(self._expire(), "roster leases")
+        self._roster.subscribe(self._join, self._leave)
+
+    async def close(self) -> None:
+        """Drop all connections; requests in hand fail."""
+        tasks = [*self._runners.values(), *self._chores]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._runners.clear()
+        self._connections.clear()
+        if self._router is not None:
+            self._router.close()
+
+    def connections(self, role: WorkerRole | None = None) -> list[WorkerConnection]:
+        """All connections, or those of a role, up or not."""
+        return [one for one in self._connections.values() if role in (None, one.member.role)]
+
+    def ready(self, role: WorkerRole) -> list[WorkerConnection]:
+        """Those of a role that take new requests."""
+        return [one for one in self.connections(role) if one.is_ready]
+
+    def pick(self, role: WorkerRole, key: str = "", avoid: str | None = None) -> WorkerConnection:
+        """A worker for new work, by the role's policy.
+
+        Args:
+            role: of the worker.
+            key: what the work is about, for affinity.
+            avoid: address of a worker that just failed.
+
+        Raises:
+            NoWorker: none is ready.
+        """
+        ready = {one.member.address: one for one in self.ready(role) if one.member.address != avoid}
+        if not ready:
+            raise no_worker(role)
+        candidates = [Candidate(address, one.load) for address, one in ready.items()]
+        return ready[self._policies[role].pick(candidates, key).key]
+
+    # -- following the roster ------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._chores.add(task)
+        task.add_done_callback(self._chore_done)
+
+    def _chore_done(self, task: asyncio.Task[None]) -> None:
+        self._chores.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("%s stopped by a bug", task.get_name(), exc_info=task.exception())
+
+    def _join(self, member: Member) -> None:
+        connection = WorkerConnection(member, self._identity, self._pd_addresses)
+        self._connections[member] = connection
+        self._runners[member] = asyncio.create_task(connection.run(), name=f"worker {member.address}")
+        self._tell_encoders(member)
+
+    def _leave(self, member: Member) -> None:
+        log.info("%s %s left", member.role.value, member.address)
+        self._connections.pop(member, None)
+        runner = self._runners.pop(member, None)
+        if runner is not None:
+            runner.cancel()
+        self._tell_encoders(member)
+
+    def _pd_addresses(self) -> tuple[str, ...]:
+        return tuple(member.address for member in self._roster.members(WorkerRole.PREFILL_DECODE))
+
+    def _tell_encoders(self, changed: Member) -> None:
+        if changed.role is WorkerRole.PREFILL_DECODE:
+            for encoder in self.ready(WorkerRole.ENCODER):
+                self._spawn(_tell_peers(encoder), "peers")
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(_EXPIRE_INTERVAL_S)
+            self._roster.expire()
+
+    async def _listen(self, router: Router) -> None:
+        """Turn announcements into members with a lease."""
+        while True:
+            try:
+                _, message, _ = await router.receive()
+            except ProtocolError as error:
+                log.warning("malformed announcement, dropped: %s", error)
+                continue
+            if isinstance(message, Announcement):
+                self._announced(message)
+
+    def _announced(self, message: Announcement) -> None:
+        worker = message.worker
+        try:
+            address = endpoint(worker.address)
+        except ConfigError as error:
+            self._complain(f"announcement ignored: {error}")
+            return
+        if message.protocol_version != PROTOCOL_VERSION:
+            self._complain(f"{address} refused: it speaks protocol {message.protocol_version}, not {PROTOCOL_VERSION}")
+        elif worker.model != self._identity.model:
+            self._complain(f"{address} refused: it serves model {worker.model}, this proxy {self._identity.model}")
+        else:
+            self._roster.renew(worker.role, address)
+
+    def _complain(self, text: str) -> None:
+        """Log once: announcements come every second."""
+        if text not in self._complaints and len(self._complaints) < 1000:
+            self._complaints.add(text)
+            log.warning("%s", text)
+
+
+async def _tell_peers(encoder: WorkerConnection) -> None:
+    try:
+        await encoder.tell_peers()
+    except (WorkerFailed, PeerGone) as error:
+        log.debug("%s was not told of its peers: %s", encoder.member.address, error)

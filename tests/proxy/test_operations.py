@@ -1,0 +1,109 @@
+"""Models, health, figures, documents."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from epd.messages import StageStats
+from tests.proxy.conftest import Cluster, ClusterFactory, png
+
+AVERAGES = (
+    "e2e time requests",
+    "queue time requests",
+    "prefill time requests",
+    "mean time per output token requests",
+    "time to first token",
+    "proxy ttft",
+    "proxy to instance requests time",
+)
+
+
+async def test_models_in_all_shapes(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(served_model_name="/ws/models/Q")
+    body = (await cluster.http.get("/v1/models")).json()
+    assert set(body) == {"object", "data", "models"}
+    assert body["data"][0]["id"] == body["models"][0]["id"] == "/ws/models/Q"
+    assert body["data"][0]["max_model_len"] == 4096
+    assert [one.id async for one in cluster.openai.models.list()] == ["/ws/models/Q"]
+    assert (await cluster.openai.models.retrieve("/ws/models/Q")).id == "/ws/models/Q"
+    assert (await cluster.http.get("/v1/models/")).json()["object"] == "list"
+
+
+async def test_health(cluster: Cluster) -> None:
+    response = await cluster.http.get("/health")
+    assert response.status_code == 200
+    assert response.json() == {"message": "Ok", "status": "healthy", "models": {cluster.name: "healthy"}, "total": 1}
+    assert (await cluster.http.head("/health")).status_code == 200
+    body = (await cluster.http.get("/check_health")).json()
+    names = {f"PD_INSTANCE-{cluster.pd.address}", f"E_INSTANCE-{cluster.encoder.address}"}
+    assert body == {"status": "ok", "results": dict.fromkeys(names, "Healthy")}
+    await cluster.encoder.stop()
+    await cluster.ready(1, 0)
+    response = await cluster.http.get("/health")
+    assert (response.status_code, response.json()["status"]) == (503, "unhealthy")
+    assert (await cluster.http.head("/health")).status_code == 503
+    checked = await cluster.http.get("/check_health")
+    assert checked.status_code == 503
+    assert checked.json()["results"][f"E_INSTANCE-{cluster.encoder.address}"].startswith("Unhealthy: ")
+
+
+async def test_metrics_have_the_grammar_and_true_figures(cluster: Cluster) -> None:
+    cluster.pd.stages = {
+        "e2e": StageStats(count=4, total_ms=10),
+        "queue": StageStats(count=2, total_ms=1),
+        "prefill": StageStats(count=1, total_ms=653.453),
+        "time_per_output_token": StageStats(count=3, total_ms=1),
+        "time_to_first_token": StageStats(count=1, total_ms=7),
+    }
+    cluster.encoder.stages = {"e2e": StageStats(count=1, total_ms=3), "encode": StageStats(count=2, total_ms=5)}
+    await cluster.chat("x", png())
+    response = await cluster.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    figures: dict[str, dict[str, float]] = {}
+    lines = iter(response.text.splitlines())
+    for role, address in (("PD_INSTANCE", cluster.pd.address), ("E_INSTANCE", cluster.encoder.address)):
+        assert next(lines) == f"Server Type: {role}"
+        assert next(lines) == f"  Address: {address}"
+        assert next(lines) == f"    ec_role: {role}"
+        assert next(lines) == f"    addr: {address}"
+        found = [re.fullmatch(r"    Avg (.+): (\d+\.\d{3}) ms", next(lines)) for _ in AVERAGES]
+        figures[role] = {match[1]: float(match[2]) for match in found if match}
+        assert tuple(figures[role]) == AVERAGES
+    assert not list(lines)
+    assert list(figures["PD_INSTANCE"].values())[:5] == [2.5, 0.5, 653.453, 0.333, 7.0]
+    assert figures["PD_INSTANCE"]["proxy ttft"] > 0
+    assert figures["PD_INSTANCE"]["proxy to instance requests time"] > 0
+    assert list(figures["E_INSTANCE"].values())[:6] == [3.0, 0.0, 2.5, 0.0, 0.0, 0.0]
+
+
+async def test_metrics_name_what_is_wrong(cluster: Cluster) -> None:
+    await cluster.pd.stop()
+    await cluster.ready(0, 1)
+    assert re.search(r"\n    Error: .+\n", (await cluster.http.get("/metrics")).text)
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc", "/docs/oauth2-redirect", "/openapi.json", "/ping", "/version"])
+async def test_documents_are_there(cluster: Cluster, path: str) -> None:
+    assert (await cluster.http.get(path)).status_code == 200
+
+
+async def test_openapi_documents_the_fields(cluster: Cluster) -> None:
+    document: Any = (await cluster.http.get("/openapi.json")).json()
+    schemas = document["components"]["schemas"]
+    assert {"messages", "temperature", "stop", "timings"} <= set(schemas["ChatRequest"]["properties"])
+    assert "prompt" in schemas["CompletionRequest"]["properties"]
+    for name in re.findall(r'"#/components/schemas/([^"]+)"', str(document).replace("'", '"')):
+        assert name in schemas
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [(b"", 200), (b'{"request_id": "none"}', 200), (b"nonsense", 400), (b'{"request_id": 5}', 400)]
+)
+async def test_abort_of_nothing(cluster: Cluster, body: bytes, status: int) -> None:
+    response = await cluster.http.post("/abort", content=body)
+    assert response.status_code == status
+    if status == 200:
+        assert response.json() == {"status": "ok", "aborted": []}

@@ -1,0 +1,239 @@
+"""What is refused, and how: by table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.proxy.conftest import Cluster, ClusterFactory, ask, data_url, png
+from tests.proxy.model_files import write_model
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+def assert_error(body: Any, status: int, *, code: str | None = None, param: str | None = None) -> None:
+    """The superset shape: OpenAI's object, and the flat keys of other dialects."""
+    assert set(body) == {"error", "object", "message", "type", "code", "param"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert (body["object"], body["code"]) == ("error", status)
+    assert body["message"] == body["error"]["message"]
+    assert body["message"]
+    if code is not None:
+        assert body["error"]["code"] == code
+    if param is not None:
+        assert body["error"]["param"] == param
+
+
+BAD_CHAT: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages"),
+    ({}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": HI, "max_tokens": 0}, "max_tokens"),
+    ({"messages": HI, "max_tokens": -1}, "max_tokens"),
+    ({"messages": HI, "max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"messages": HI, "max_tokens": 2.5}, "max_tokens"),
+    ({"messages": HI, "temperature": "0.7"}, "temperature"),
+    ({"messages": HI, "temperature": 2.1}, "temperature"),
+    ({"messages": HI, "temperature": -0.1}, "temperature"),
+    ({"messages": HI, "top_p": 0}, "top_p"),
+    ({"messages": HI, "top_p": 1.1}, "top_p"),
+    ({"messages": HI, "top_k": -2}, "top_k"),
+    ({"messages": HI, "min_p": 2}, "min_p"),
+    ({"messages": HI, "n": 0}, "n"),
+    ({"messages": HI, "n": 17}, "n"),
+    ({"messages": HI, "n": True}, "n"),
+    ({"messages": HI, "seed": 2**63}, "seed"),
+    ({"messages": HI, "stop": ""}, "stop"),
+    ({"messages": HI, "stop": ["a", ""]}, "stop"),
+    ({"messages": HI, "stop": ["x"] * 17}, "stop"),
+    ({"messages": HI, "stop": 5}, "stop"),
+    ({"messages": HI, "stop_token_ids": [10**6]}, "stop_token_ids"),
+    ({"messages": HI, "min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+    ({"messages": HI, "stream_options": {"include_usage": True}}, "stream_options"),
+    ({"messages": HI, "presence_penalty": 0.5}, "presence_penalty"),
+    ({"messages": HI, "frequency_penalty": -1}, "frequency_penalty"),
+    ({"messages": HI, "repetition_penalty": 1.1}, "repetition_penalty"),
+    ({"messages": HI, "logit_bias": {"5": 1}}, "logit_bias"),
+    ({"messages": HI, "logprobs": True}, "logprobs"),
+    ({"messages": HI, "top_logprobs": 3}, "top_logprobs"),
+    ({"messages": HI, "response_format": {"type": "json_object"}}, "response_format"),
+    ({"messages": HI, "tools": [{"type": "function"}]}, "tools"),
+    ({"messages": HI, "tool_choice": "required"}, "tool_choice"),
+    ({"messages": HI, "functions": [{}]}, "functions"),
+    ({"messages": HI, "audio": {"voice": "x"}}, "audio"),
+    ({"messages": HI, "modalities": ["text", "audio"]}, "modalities"),
+    ({"messages": HI, "best_of": 2}, "best_of"),
+    ({"messages": HI, "guided_json": {}}, "guided_json"),
+    ({"messages": HI, "continue_final_message": True}, "continue_final_message"),
+    ({"messages": HI, "chat_template": "x"}, "chat_template"),
+    ({"messages": HI, "chat_template_kwargs": {"messages": None}}, "chat_template_kwargs"),
+    ({"messages": HI, "chat_template_kwargs": {"x": "<|im_end|>"}}, "chat_template_kwargs"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [*HI, {"role": "tool", "content": "x"}]}, "messages[1].role"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+        "messages[0].content[0]",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": [{}]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "assistant", "content": ask(png())[0]["content"]}, *HI][::-1] * 40}, "messages"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), BAD_CHAT)
+async def test_bad_fields_are_named(cluster: Cluster, body: dict[str, Any], param: str) -> None:
+    response = await cluster.http.post("/v1/chat/completions", json=body)
+    assert response.status_code in (400, 413), response.text
+    assert_error(response.json(), response.status_code, param=param)
+    assert response.headers["x-should-retry"] == "false"
+    assert cluster.pd.requests == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+        b'{"messages": [{"role": "user", "content": "\xff"}]}',
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": Infinity}',
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
+        b'{"metadata": ' + b"[" * 100_000,
+        b"model=x&messages=y",
+    ],
+)
+async def test_malformed_json(cluster: Cluster, body: bytes) -> None:
+    response = await cluster.http.post("/v1/chat/completions", content=body)
+    assert response.status_code == 400
+    assert_error(response.json(), 400, code="invalid_request")
+
+
+GOOD_CHAT: list[dict[str, Any]] = [
+    {"messages": [{"role": "system", "content": [{"type": "text", "text": "a"}]}, *HI]},
+    {"messages": [{"role": "assistant", "content": None}, *HI]},
+    {"messages": [{"role": "user", "content": []}]},
+    {"messages": [{"role": "user", "content": ""}]},
+    {"messages": [{"role": "system", "content": "only"}]},
+    {"messages": [*HI, *HI, {"role": "assistant", "content": "so"}]},
+    {"messages": [{"role": "user", "content": [{"text": "no type"}, {"image_url": data_url(png())}]}]},
+    {"messages": HI, "user": "u", "metadata": {}, "store": True, "service_tier": "auto", "unknown": {"a": 1}},
+    {"messages": HI, "tools": [], "tool_choice": "none", "logprobs": False, "response_format": {"type": "text"}},
+    {"messages": HI, "presence_penalty": 0, "logit_bias": {}, "top_logprobs": 0, "modalities": ["text"]},
+    {"messages": HI, "temperature": 0, "n": None, "stop": None, "max_tokens": None, "stream": None, "seed": -5},
+    {"messages": HI, "chat_template_kwargs": {"enable_thinking": False}},
+    {"messages": HI, "stop": ["x"] * 16, "min_tokens": 1, "ignore_eos": True},
+]
+
+
+@pytest.mark.parametrize("body", GOOD_CHAT)
+async def test_harmless_requests_pass(cluster: Cluster, body: dict[str, Any]) -> None:
+    response = await cluster.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("image", "status", "code"),
+    [
+        ("data:image/png;base64,AAAA", 400, "invalid_image"),
+        ("data:image/png;base64,", 400, "invalid_image"),
+        (data_url(b"<html>"), 400, "invalid_image"),
+        ("file:///etc/passwd", 403, "media_forbidden"),
+        ("http://127.0.0.1:1/x.png", 403, "media_forbidden"),
+        ("http://does-not-exist.invalid/x.png", 422, "media_unavailable"),
+        (data_url(png(size=(2000, 2000))), 413, "request_too_large"),
+        ("ftp://x", 400, "invalid_request"),
+    ],
+)
+async def test_bad_pictures(start_cluster: ClusterFactory, image: str, status: int, code: str) -> None:
+    cluster = await start_cluster(max_image_pixels=1_000_000)
+    parts = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": image}}]
+    body = {"messages": [{"role": "user", "content": parts}], "stream": True}
+    response = await cluster.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == status, response.text
+    assert_error(response.json(), status, code=code, param="messages[0].content[1]")
+
+
+async def test_text_model_refuses_pictures(start_cluster: ClusterFactory, tmp_path: Path) -> None:
+    cluster = await start_cluster(model=write_model(tmp_path, images=False), encoders=0)
+    response = await cluster.chat("x", png())
+    assert_error(response.json(), 400, param="messages[0].content[1]")
+    assert (await cluster.chat("x")).status_code == 200
+
+
+async def test_model_names(cluster: Cluster) -> None:
+    assert (await cluster.chat("x", model=cluster.name)).status_code == 200
+    response = await cluster.chat("x", model="gpt-4")
+    assert response.status_code == 404
+    assert_error(response.json(), 404, code="model_not_found", param="model")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_context_overflow_says_the_known_phrase(start_cluster: ClusterFactory, path: str) -> None:
+    cluster = await start_cluster(max_model_len=20)
+    body = {"messages": ask("hello " * 100), "prompt": "hello " * 100}
+    response = await cluster.http.post(path, json=body)
+    assert_error(response.json(), 400, code="context_length_exceeded")
+    assert response.json()["message"].startswith("This model's maximum context length is 20 tokens")
+
+
+async def test_body_limit(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(max_body_bytes=10_000)
+    response = await cluster.chat("x" * 20_000)
+    assert response.status_code == 413
+    assert_error(response.json(), 413, code="request_too_large")
+
+    async def chunks() -> Any:
+        for _ in range(30):
+            yield b" " * 1000
+
+    response = await cluster.http.post("/v1/chat/completions", content=chunks())
+    assert response.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("POST", "/v1/nowhere", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("DELETE", "/health", 405),
+        ("GET", "/v1/models/other", 404),
+    ],
+)
+async def test_every_path_answers_in_one_shape(cluster: Cluster, method: str, path: str, status: int) -> None:
+    response = await cluster.http.request(method, path)
+    assert response.status_code == status
+    assert_error(response.json(), status)
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"), [("abc-1", True), ("x" * 129, False), ("a b", False), ("é", False), ("", False)]
+)
+async def test_request_ids_are_echoed_when_harmless(cluster: Cluster, sent: str, kept: bool) -> None:
+    response = await cluster.http.get("/ping", headers=[(b"x-request-id", sent.encode())])
+    echoed = response.headers["x-request-id"]
+    assert (echoed == sent) is kept
+    assert echoed
+
+
+async def test_bugs_are_500_in_the_same_shape(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.service, "require_model", lambda name: 1 / 0)
+    response = await cluster.chat("x")
+    assert response.status_code == 500
+    assert_error(response.json(), 500, code="internal_error")
+    assert response.headers["x-request-id"] in response.json()["message"]
+    assert "division" not in response.text
+
+
+async def test_doubled_slashes_of_base_urls(cluster: Cluster) -> None:
+    response = await cluster.http.post("/v1//chat/completions", content=json.dumps({"messages": HI}))
+    assert response.status_code == 200

@@ -1,0 +1,81 @@
+"""Tokens to text in pieces, and stop strings across pieces."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from epd.errors import ConfigError
+from proxy.tokenizer import Detokenizer, StopChecker, Tokenizer
+
+TEXTS = ["hello world", "a 👩‍👩‍👧‍👦 b", "日本語のテキスト", "e\u0301 ñ ü", "🇩🇪🏳️‍🌈", "tab\tnl\n\n  x", "\u200b\u202eabc"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_join_to_the_text(tokenizer: Tokenizer, text: str) -> None:
+    stream = Detokenizer(tokenizer)
+    pieces = [stream.push([token]) for token in tokenizer.encode(text)]
+    assert "".join(pieces) + stream.flush() == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_cut_character_is_flushed_at_the_end(tokenizer: Tokenizer) -> None:
+    stream = Detokenizer(tokenizer)
+    assert stream.push(tokenizer.encode("a日")[:-1]) == "a"
+    assert stream.flush() == "\ufffd"
+    assert stream.flush() == ""
+
+
+@pytest.mark.parametrize(("skip", "wanted"), [(True, "ab<think>"), (False, "a<|im_end|>b<think>")])
+def test_special_tokens_are_skipped_on_demand(tokenizer: Tokenizer, skip: bool, wanted: str) -> None:
+    stream = Detokenizer(tokenizer, skip_special_tokens=skip)
+    assert stream.push(tokenizer.encode("a<|im_end|>b<think>")) + stream.flush() == wanted
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "text", "matched"),
+    [
+        (["hel", "lo wo", "rld"], ["lo w"], "hel", "lo w"),
+        (["abc"], ["x"], "abc", None),
+        (["ab", "ab", "ac"], ["abac"], "ab", "abac"),
+        (["a", "b"], ["abc"], "ab", None),  # held back, flushed at the end
+        (["one two"], ["two", "one"], "", "one"),  # the earliest wins
+        (["stop here"], ["stop", "stop here"], "", "stop"),
+        (["xxEND"], ["EN", "END"], "xx", "EN"),
+        (["ab", "cd"], ["bcd", "abcd"], "", "abcd"),
+        (["日", "本"], ["本"], "日", "本"),
+        (["aaa", "aab"], ["aab"], "aaa", "aab"),
+    ],
+)
+def test_stop_strings(pieces: list[str], stops: list[str], text: str, matched: str | None) -> None:
+    checker = StopChecker(stops)
+    assert "".join(checker.push(piece) for piece in pieces) + checker.flush() == text
+    assert checker.matched == matched
+
+
+def test_stops_do_not_depend_on_how_text_is_cut() -> None:
+    source = random.Random(1)
+    for _ in range(500):
+        text = "".join(source.choices("abc", k=30))
+        stops = ["".join(source.choices("abc", k=source.randint(1, 5))) for _ in range(3)]
+        answers = set()
+        for size in (1, 2, 3, 7, 30):
+            checker = StopChecker(stops)
+            out = "".join(checker.push(text[i : i + size]) for i in range(0, 30, size)) + checker.flush()
+            answers.add((out, checker.matched))
+        assert len(answers) == 1, (text, stops, answers)
+
+
+def test_nothing_of_a_stop_string_is_shown_early() -> None:
+    checker = StopChecker(["</end>"])
+    assert [checker.push(char) for char in "x</en!"] == ["x", "", "", "", "", "</en!"]
+
+
+@pytest.mark.parametrize("content", [None, "{}", "not json"])
+def test_broken_tokenizer_is_a_config_error(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path / "tokenizer.json")

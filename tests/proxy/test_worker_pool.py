@@ -1,0 +1,102 @@
+"""Meeting workers: greeting, refusal, announcements, peers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epd.checkpoint import fingerprint
+from epd.config import ProxyConfig
+from epd.errors import ConfigError
+from epd.messages import PROTOCOL_VERSION, Announcement
+from epd.transport import Dealer
+from epd.types import WorkerRole
+from metastore.roster import Roster
+from proxy.service import Service
+from tests.proxy.conftest import Cluster, ClusterFactory, eventually
+from tests.proxy.fakes import FakeEncoder, FakePrefillDecode, FakeWorker
+
+
+async def condition(cluster: Cluster, text: str) -> str:
+    """Wait until /check_health says `text` of some worker; returns the whole entry."""
+    async with asyncio.timeout(10):
+        while True:
+            results = (await cluster.http.get("/check_health")).json()["results"]
+            for name, state in results.items():
+                if text in state:
+                    return f"{name} {state}"
+            await asyncio.sleep(0.01)
+
+
+def other_model(worker: FakeWorker) -> None:
+    worker.model = "other"
+
+
+def other_version(worker: FakeWorker) -> None:
+    worker.protocol_version = PROTOCOL_VERSION + 1
+
+
+def other_role(worker: FakeWorker) -> None:
+    worker.role = WorkerRole.DECODE
+
+
+def refusing(worker: FakeWorker) -> None:
+    worker.refuse = "I do not like you"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(other_model, "model other"), (other_version, "protocol 2"), (other_role, "decode"), (refusing, "like you")],
+)
+async def test_misfits_are_refused_with_a_reason(
+    start_cluster: ClusterFactory, caplog: pytest.LogCaptureFixture, change: Any, reason: str
+) -> None:
+    cluster = await start_cluster(encoders=0)
+    await cluster.pd.stop()
+    await cluster.ready(0, 0)
+    misfit = FakePrefillDecode(cluster.pd.address, cluster.pd.model)
+    change(misfit)
+    await misfit.start()
+    entry = await condition(cluster, "refused")
+    assert reason in entry
+    assert any(reason in record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    await misfit.stop()
+
+
+async def test_announced_workers_join_and_their_leases_end(model: Path, sockets: Path) -> None:
+    now = 0.0
+    roster = Roster(clock=lambda: now)
+    config = ProxyConfig(model=model, proxy_addr=str(sockets / "proxy"))
+    service = Service(config, roster)
+    await service.start()
+    identity = fingerprint(model)
+    pd, encoder = FakePrefillDecode(str(sockets / "p"), identity), FakeEncoder(str(sockets / "e"), identity)
+    dealer = Dealer(str(sockets / "proxy"))
+    dealer.connect()
+    for worker in (encoder, pd):
+        await worker.start()
+        await dealer.send(Announcement(protocol_version=PROTOCOL_VERSION, worker=worker.info))
+    stranger = FakePrefillDecode(str(sockets / "s"), "other")
+    await dealer.send(Announcement(protocol_version=PROTOCOL_VERSION, worker=stranger.info))
+    await encoder.until(lambda: encoder.peers[-1:] == [(pd.address,)])
+    assert [member.address for member in roster.members()] == [encoder.address, pd.address]
+    now = 100.0
+    await eventually(lambda: not service.pool.connections())
+    dealer.close()
+    await service.close()
+    await pd.stop()
+    await encoder.stop()
+
+
+async def test_address_in_use_is_a_config_error(model: Path, sockets: Path) -> None:
+    taken = FakePrefillDecode(str(sockets / "x"), "m")
+    await taken.start()
+    service = Service(ProxyConfig(model=model, proxy_addr=str(sockets / "x")))
+    with pytest.raises(ConfigError, match="another process"):
+        await service.start()
+    await service.close()
+    await taken.stop()
