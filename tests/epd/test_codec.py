@@ -129,3 +129,9 @@ def test_random_bytes_never_raise_anything_else() -> None:
             codec.decode(frames)
         except ProtocolError:
             continue
+
+
+def test_a_header_nested_without_end_is_malformed() -> None:
+    fields = msgspec.msgpack.encode({"type": "Ping", "sequence": 1, "of a newer peer": 0})
+    with pytest.raises(ProtocolError):
+        codec.decode([fields[:-1] + b"\x91" * 100_000 + b"\x00"])

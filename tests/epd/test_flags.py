@@ -43,10 +43,10 @@ def test_a_model_folder_without_config_is_refused(tmp_path: Path) -> None:
         ProxyConfig(model=tmp_path)
 
 
-@pytest.mark.parametrize("flags", [{"pds": 0}, {"encoders": -1}, {"proxies": 0}])
-def test_a_cluster_needs_its_parts(flags: dict[str, int]) -> None:
+@pytest.mark.parametrize("words", [["--pds", "0"], ["--encoders", "-1"], ["--proxies", "0"]])
+def test_a_cluster_needs_its_parts(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="--pds"):
-        UpConfig(**flags)
+        parse(UpConfig, *words)
 
 
 @pytest.mark.parametrize("command", ["proxy", "encoder", "pd", "up", "chat", "demo"])
