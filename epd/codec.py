@@ -48,7 +48,8 @@ def decode(frames: Sequence[Buffer]) -> tuple[AnyMessage, list[memoryview]]:
         raise ProtocolError(f"buffer over {MAX_BUFFER_BYTES} bytes")
     try:
         message = _decoder.decode(header)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    # msgspec does not count a header nested too deep among its decoding errors.
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"header is no known message: {error}") from error
     _check_buffers(message, raw)
     return message, raw

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
@@ -106,7 +106,7 @@ class Cluster:
         host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::") else self.config.host
         return [f"http://{host}:{self.config.port + i}/v1" for i in range(self.config.proxies)]
 
-    async def __aenter__(self) -> Cluster:
+    async def __aenter__(self) -> Self:
         self.failure = asyncio.get_running_loop().create_future()
         for spec in plan_cluster(self.config, Path(self._folder.name)):
             self._supervisors.append(asyncio.create_task(self._supervise(spec), name=spec.name))

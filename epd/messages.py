@@ -88,7 +88,10 @@ class Welcome(Message, frozen=True, kw_only=True):
 
 
 class Refusal(Message, frozen=True, kw_only=True):
-    """Answer to a `Hello` that does not match: version or model."""
+    """Answer to a `Hello` that does not match, in version or model, and to anything else before a `Hello`.
+
+    A worker forgets a peer that was silent for long, and what it did for it; the peer learns of it in this way.
+    """
 
     protocol_version: int
     reason: str

@@ -69,7 +69,8 @@ def endpoint(address: str) -> str:
 def _is_host_and_port(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        return bool(parts.hostname) and parts.port is not None and not parts.path
+        # Port 0 is a free one that no peer could know.
+        return bool(parts.hostname) and bool(parts.port) and not parts.path
     except ValueError:
         return False
 
@@ -154,13 +155,15 @@ class Router:
         message, buffers = codec.decode([frame.buffer for frame in frames])
         return peer.bytes, message, buffers
 
-    async def send(self, peer: bytes, message: AnyMessage, *buffers: Buffer) -> None:
-        """Answer `peer`.
+    async def send(
+        self, peer: bytes, message: AnyMessage, *buffers: Buffer, timeout_s: float = SEND_TIMEOUT_S
+    ) -> None:
+        """Answer `peer`, waiting up to `timeout_s` for room in its queue.
 
         Raises:
             PeerGone: it has disconnected or does not read.
         """
-        await _send(self._socket, [peer, *codec.encode(message, *buffers)], SEND_TIMEOUT_S)
+        await _send(self._socket, [peer, *codec.encode(message, *buffers)], timeout_s)
 
     def close(self) -> None:
         """Stop listening; a socket file goes too. Answers that are on their way get a moment."""

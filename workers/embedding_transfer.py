@@ -39,7 +39,7 @@ MAX_UNANSWERED_PINGS = 5
 """A PD that says nothing for so long is treated as gone; one that dies is noticed at once. Counted in pings, not in
 seconds: when it is this encoder that was stuck, nothing was missed."""
 REPLY_TIMEOUT_S = 30.0
-"""A PD that answers pings but no embeddings must not hold its places for ever."""
+"""A PD that answers pings but no embeddings is treated as gone too."""
 
 
 class Connection(Protocol):
@@ -162,6 +162,8 @@ class _Link:
             self.lose(self._gone(str(error)))
             raise self._gone(str(error)) from error
         except TimeoutError as error:
+            # The next picture gets a fresh connection: whatever is wrong with this one, more must not queue for it.
+            self.lose(self._gone(f"it did not answer within {REPLY_TIMEOUT_S:g} s"))
             raise self._gone(f"it did not answer within {REPLY_TIMEOUT_S:g} s") from error
         finally:
             self._replies.pop(content_key, None)

@@ -8,12 +8,13 @@ engine nothing.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
 
-from epd.errors import EPDError, ErrorInfo
+from epd.errors import EPDError, ErrorInfo, InternalError, NoWorker
 from workers.engine.engine import Engine, StepOutput
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,11 @@ log = logging.getLogger(__name__)
 _CHECK_AFTER_IDLE_S = 0.5
 """An engine that has been idle for so long recounts its blocks, once, before it sleeps on."""
 
+_LONGEST_STEP_S = 10.0
+"""A thread that is stuck for so long is left behind at the end."""
+
 Command = Callable[[Engine], None]
+Reply = Callable[[ErrorInfo | None], None]
 
 
 class EngineThread:
@@ -42,6 +47,10 @@ class EngineThread:
         """Recounts of all resources, each after the last request had gone."""
         self.integrity_failures = 0
         self._is_unchecked = False
+        self._unanswered: dict[int, Reply] = {}
+        self._numbers = itertools.count()
+        self._end_error: ErrorInfo | None = None
+        """Set when the thread has ended: why it takes no commands any more."""
         self._engine = engine
         self._deliver = deliver
         self._crashed = crashed
@@ -57,8 +66,16 @@ class EngineThread:
         """Have `command` called on the engine's thread before its next step. What it raises ends the engine."""
         self._commands.put(command)
 
-    def ask(self, command: Command, reply: Callable[[ErrorInfo | None], None]) -> None:
-        """As `submit`; then call `reply` on the event loop, with the error if the command raised an `EPDError`."""
+    def ask(self, command: Command, reply: Reply) -> None:
+        """As `submit`; then call `reply` on the event loop, with the error if the command raised an `EPDError`.
+
+        `reply` is called exactly once, also when the thread ends before the command is run, or has ended already.
+        """
+        if self._end_error is not None:
+            reply(self._end_error)
+            return
+        number = next(self._numbers)
+        self._unanswered[number] = reply
 
         def run(engine: Engine) -> None:
             error = None
@@ -66,14 +83,31 @@ class EngineThread:
                 command(engine)
             except EPDError as raised:
                 error = raised.to_info()
-            self._loop.call_soon_threadsafe(reply, error)
+            self._loop.call_soon_threadsafe(self._reply, number, error)
 
         self._commands.put(run)
 
     async def stop(self) -> None:
-        """End the thread after the step that it is in."""
+        """End the thread after the step that it is in, and answer what was asked of it."""
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, _LONGEST_STEP_S)
+        if self._thread.is_alive():
+            log.warning("left the engine in a step that takes more than %g s", _LONGEST_STEP_S)
+        self._end(NoWorker("The prefill-decode worker is shutting down."))
+
+    def _reply(self, number: int, error: ErrorInfo | None) -> None:
+        reply = self._unanswered.pop(number, None)
+        if reply is not None:
+            reply(error)
+
+    def _end(self, error: EPDError) -> None:
+        self._end_error = error.to_info()
+        for number in list(self._unanswered):
+            self._reply(number, self._end_error)
+
+    def _on_crash(self) -> None:
+        self._end(InternalError("The prefill-decode worker has failed."))
+        self._crashed()
 
     def _run(self) -> None:
         try:
@@ -85,7 +119,7 @@ class EngineThread:
         except Exception:
             # The edge of the thread: whatever it was, the requests must be answered and the process must end.
             log.exception("the engine can't go on")
-            self._loop.call_soon_threadsafe(self._crashed)
+            self._loop.call_soon_threadsafe(self._on_crash)
 
     def _take_commands(self) -> bool:
         """Run the commands that are there, waiting for one when there is nothing to compute. False: stop."""

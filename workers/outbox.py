@@ -20,6 +20,8 @@ class Outbox:
     def __init__(self, send: Callable[[TokenBatch], Awaitable[bool]]) -> None:
         self._send = send
         self._pending: dict[str, TokenOutput] = {}
+        self._ended: list[TokenOutput] = []
+        """Terminal outputs whose request id was used again before they left."""
         self._wake = asyncio.Event()
         self._is_flushed = asyncio.Event()
         self._is_flushed.set()
@@ -32,7 +34,7 @@ class Outbox:
         if earlier is not None and earlier.finish_reason is None:
             output = merge(earlier, output)
         elif earlier is not None:
-            self._pending[f"{output.request_id}#{len(self._pending)}"] = self._pending.pop(output.request_id)
+            self._ended.append(self._pending.pop(output.request_id))
         self._pending[output.request_id] = output
         self._is_flushed.clear()
         self._wake.set()
@@ -50,7 +52,8 @@ class Outbox:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            outputs = tuple(self._pending.values())
+            outputs = (*self._ended, *self._pending.values())
+            self._ended.clear()
             self._pending.clear()
             if not await self._send(TokenBatch(outputs=outputs)):
                 break

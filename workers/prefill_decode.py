@@ -9,6 +9,7 @@ Every `GenerateRequest` ends with exactly one terminal `TokenOutput`, sent to th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -43,6 +44,11 @@ from workers.runtime import Send, WorkerRuntime
 
 log = logging.getLogger(__name__)
 
+MAX_ARRIVING_BYTES = 1 << 30
+"""Embeddings that the engine has not looked at yet; more are refused as overloaded."""
+_LAST_WORDS_S = 5.0
+"""For answers to leave when the worker stops."""
+
 
 @dataclass
 class _Accepted:
@@ -76,12 +82,19 @@ class PrefillDecodeService:
         self._next_id = 0
         self._outboxes: dict[bytes, Outbox] = {}
         self._replies: set[asyncio.Task[bool]] = set()
+        self._arriving_bytes = 0
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._stages = StageRecorder()
         self._counters: dict[str, int] = defaultdict(int)
         self._engine.start()
+
+    async def warm_up(self) -> None:
+        """Return when the engine has computed something; one that can't has crashed by then."""
+        is_done = asyncio.Event()
+        self._engine.ask(Engine.warm_up, lambda _: is_done.set())
+        await is_done.wait()
 
     # -- Service ---------------------------------------------------------------------------------------------------
 
@@ -115,10 +128,15 @@ class PrefillDecodeService:
         await asyncio.gather(*(outbox.flushed() for outbox in self._outboxes.values()))
 
     async def stop(self) -> None:
-        """End the engine's thread."""
+        """End the engine's thread, and answer the requests that it leaves behind."""
+        self._is_draining = True
+        await self._engine.stop()
+        self._fail_all(NoWorker("The prefill-decode worker is shutting down."))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await asyncio.gather(*(outbox.flushed() for outbox in self._outboxes.values()), *self._replies)
         for outbox in self._outboxes.values():
             outbox.close()
-        await self._engine.stop()
 
     def load(self) -> Load:
         """As of the last step."""
@@ -186,14 +204,19 @@ class PrefillDecodeService:
             self._engine.submit(methodcaller("abort", engine_id))
 
     def _take_embeddings(self, peer: bytes, message: Embeddings, buffer: memoryview) -> None:
-        rows = torch.frombuffer(buffer, dtype=getattr(torch, message.dtype)).view(message.shape)
+        self._arriving_bytes += buffer.nbytes
 
         def reply(error: ErrorInfo | None) -> None:
+            self._arriving_bytes -= buffer.nbytes
             self._counters["embeddings_refused" if error else "embeddings_taken"] += 1
             task = asyncio.create_task(self._send(peer, EmbeddingsReply(content_key=message.content_key, error=error)))
             self._replies.add(task)
             task.add_done_callback(self._replies.discard)
 
+        if self._arriving_bytes > MAX_ARRIVING_BYTES:
+            reply(Overloaded("Too many image embeddings arrive at once.").to_info())
+            return
+        rows = torch.frombuffer(buffer, dtype=getattr(torch, message.dtype)).view(message.shape)
         self._engine.ask(
             lambda engine: engine.provide_embeddings(message.content_key, message.token_ids, message.grid_thw, rows),
             reply,
@@ -252,10 +275,12 @@ class PrefillDecodeService:
         self._outboxes[peer].put(output)
 
     def _engine_crashed(self) -> None:
-        error = InternalError("The prefill-decode worker has failed.").to_info()
-        for engine_id in list(self._accepted):
-            self._answer(_error_output(engine_id, error))
+        self._fail_all(InternalError("The prefill-decode worker has failed."))
         self._crashed.set()
+
+    def _fail_all(self, error: EPDError) -> None:
+        for engine_id in list(self._accepted):
+            self._answer(_error_output(engine_id, error.to_info()))
 
 
 def _error_output(request_id: str, error: ErrorInfo) -> TokenOutput:
@@ -283,6 +308,7 @@ async def run_prefill_decode(config: PrefillDecodeConfig) -> int:
     )
     watch = asyncio.create_task(_shut_down_on_crash(crashed, runtime))
     try:
+        await service.warm_up()
         return await runtime.run(service)
     finally:
         watch.cancel()

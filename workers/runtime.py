@@ -32,7 +32,7 @@ from epd.messages import (
     Welcome,
     WorkerInfo,
 )
-from epd.transport import Dealer, PeerGone, Router
+from epd.transport import SEND_TIMEOUT_S, Dealer, PeerGone, Router, endpoints
 from epd.types import WorkerRole, WorkerState
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,9 @@ class WorkerRuntime:
         role: what the service does.
         model: fingerprint of the checkpoint; peers with another one are refused.
         dtype: of embeddings made or taken.
+
+    Raises:
+        ConfigError: an address is none.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class WorkerRuntime:
         max_num_seqs: int = 0,
     ) -> None:
         self._config = config
+        self._proxies = endpoints(config.proxy_addr)
         self._router = Router(config.worker_addr)
         self._info = WorkerInfo(
             role=role,
@@ -120,8 +124,15 @@ class WorkerRuntime:
 
     async def send(self, peer: bytes, message: AnyMessage, *buffers: Buffer) -> bool:
         """Implements `Send`."""
+        return await self._send(peer, message, *buffers, timeout_s=SEND_TIMEOUT_S)
+
+    async def _reply(self, peer: bytes, message: AnyMessage) -> None:
+        """Answer from the receive loop, which one peer that does not read must not hold up for the others."""
+        await self._send(peer, message, timeout_s=0)
+
+    async def _send(self, peer: bytes, message: AnyMessage, *buffers: Buffer, timeout_s: float) -> bool:
         try:
-            await self._router.send(peer, message, *buffers)
+            await self._router.send(peer, message, *buffers, timeout_s=timeout_s)
         except PeerGone:
             self._forget(peer)
             return False
@@ -141,7 +152,7 @@ class WorkerRuntime:
         self._router.bind()
         log.info("%s ready on %s (%s)", self._info.role, self._info.address, self._info.dtype)
         tasks = [asyncio.create_task(self._receive_loop()), asyncio.create_task(self._watch_peers())]
-        tasks += [asyncio.create_task(self._announce_to(proxy)) for proxy in self._config.proxy_addr]
+        tasks += [asyncio.create_task(self._announce_to(proxy)) for proxy in self._proxies]
         stop = asyncio.create_task(self._stop.wait())
         try:
             done, _ = await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -185,10 +196,13 @@ class WorkerRuntime:
 
     async def _dispatch(self, peer: bytes, message: AnyMessage, buffers: list[memoryview]) -> None:
         if isinstance(message, Ping):
-            await self.send(peer, self._pong(message.sequence))
+            await self._reply(peer, self._pong(message.sequence))
         elif isinstance(message, Hello):
             await self._greet(peer, message)
         elif peer not in self._names:
+            # Perhaps one that was silent for too long. It must not wait for an answer that never comes.
+            reason = "no greeting, or forgotten after a long silence: connect again"
+            await self._reply(peer, Refusal(protocol_version=PROTOCOL_VERSION, reason=reason))
             raise ProtocolError(f"{type(message).__name__} before Hello")
         else:
             self._service.handle(peer, message, buffers)
@@ -197,11 +211,11 @@ class WorkerRuntime:
         reason = self._reason_to_refuse(hello)
         if reason:
             log.warning("refused %s: %s", hello.sender, reason)
-            await self.send(peer, Refusal(protocol_version=PROTOCOL_VERSION, reason=reason))
+            await self._reply(peer, Refusal(protocol_version=PROTOCOL_VERSION, reason=reason))
             return
         self._names[peer] = hello.sender
         log.info("%s connected", hello.sender)
-        await self.send(peer, Welcome(protocol_version=PROTOCOL_VERSION, worker=self._current_info()))
+        await self._reply(peer, Welcome(protocol_version=PROTOCOL_VERSION, worker=self._current_info()))
 
     def _reason_to_refuse(self, hello: Hello) -> str | None:
         if hello.protocol_version != PROTOCOL_VERSION:

@@ -235,11 +235,18 @@ async def test_a_silent_pd_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         await task
 
 
-async def test_a_pd_that_only_answers_pings_is_given_up_for_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_pd_that_only_answers_pings_is_given_up_and_may_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding_transfer, "REPLY_TIMEOUT_S", 0.01)
     pds = Pds()
+    transfer = transfer_to(pds)
     with pytest.raises(WorkerFailed, match="did not answer within"):
-        await transfer_to(pds).ship(PD, "a", IMAGE)
+        await transfer.ship(PD, "a", IMAGE)
+    assert pds.made[0].closed
+    monkeypatch.undo()
+    connection, (task,) = await started(transfer, pds, "a")
+    connection.reply("a")
+    await task
+    assert len(pds.made) == 2
 
 
 async def test_only_addresses_in_a_living_proxys_roster_are_known() -> None:

@@ -80,6 +80,16 @@ async def test_an_id_that_is_used_again_does_not_swallow_the_end_of_the_first() 
     assert connection.batches[0].outputs == (output("a", 1, end=True), output("a", 2, 3, end=True))
 
 
+async def test_no_id_is_taken_for_that_of_an_ended_request() -> None:
+    connection = Connection()
+    async with outbox(connection) as box:
+        box.put(output("a#1", 1, end=True))
+        box.put(output("a", 2, end=True))
+        box.put(output("a", 3, end=True))
+        await box.flushed()
+    assert sorted(output.token_ids for output in connection.batches[0].outputs) == [(1,), (2,), (3,)]
+
+
 async def test_a_peer_that_has_gone_stops_nothing_else() -> None:
     connection = Connection()
     connection.is_there = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 
@@ -24,6 +25,7 @@ from epd.messages import (
 )
 from epd.types import FinishReason, SamplingParams
 from tests.workers.engine.fakes import HIDDEN, IMAGE_TOKEN, FakeRunner, fake_engine
+from workers import engine_thread, prefill_decode
 from workers.prefill_decode import PrefillDecodeService
 
 PROXY, OTHER, ENCODER = b"proxy", b"other", b"encoder"
@@ -74,7 +76,7 @@ class Setup:
         )
 
     def generate(
-        self, request_id: str, peer: bytes = PROXY, *, keys: tuple[str, ...] = (), max_tokens: int = 3
+        self, request_id: str, peer: bytes = PROXY, *, keys: tuple[str, ...] = (), max_tokens: int = 3, timeout_s: float = 60
     ) -> None:
         prompt = (1, 2, *([IMAGE_TOKEN] * len(keys)), 3)
         message = GenerateRequest(
@@ -82,7 +84,7 @@ class Setup:
             prompt_token_ids=prompt,
             images=tuple(ImageSlot(content_key=key, offset=2 + i) for i, key in enumerate(keys)),
             sampling=SamplingParams(max_tokens=max_tokens, temperature=0),
-            timeout_s=60,
+            timeout_s=timeout_s,
         )
         self.service.handle(peer, message, [])
 
@@ -186,12 +188,12 @@ async def test_draining_refuses_new_work_and_finishes_the_old(setup: Setup) -> N
 
 
 async def test_a_failing_step_costs_its_requests_only(setup: Setup) -> None:
-    setup.runner.failure = RuntimeError("out of memory")
+    setup.runner.poison = {1}  # in everybody's prompt
     setup.generate("unlucky")
     end = await setup.peers.end_of("unlucky")
     assert end.error is not None
     assert end.error.code == "internal_error"
-    setup.runner.failure = None
+    setup.runner.poison = set()
     setup.generate("lucky")
     assert (await setup.peers.end_of("lucky")).finish_reason is FinishReason.LENGTH
 
@@ -210,6 +212,62 @@ async def test_an_engine_that_can_not_go_on_answers_everybody_and_says_so(
     monkeypatch.undo()
     for name in ("0",):
         setup.engine.abort(name)
+
+
+async def test_embeddings_are_answered_also_by_a_worker_whose_engine_has_failed(setup: Setup) -> None:
+    setup.runner.failure = RuntimeError("device lost")
+    setup.generate("fatal")
+    setup.embed("before")
+    await asyncio.wait_for(setup.crashed.wait(), 20)
+    setup.embed("after")
+    await setup.peers.until(lambda: len(setup.peers.replies) == 2)
+    assert (await setup.peers.end_of("fatal")).finish_reason is FinishReason.ERROR
+    assert {reply.content_key for reply in setup.peers.replies} == {"before", "after"}
+
+
+async def test_a_timeout_without_end_does_not_end_the_engine(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_thread, "_CHECK_AFTER_IDLE_S", 0.01)
+    setup.generate("endless", keys=("k",), timeout_s=math.inf)
+    setup.generate("never", timeout_s=math.nan)
+    assert (await setup.peers.end_of("never")).finish_reason is FinishReason.ERROR
+    await setup.peers.until(lambda: setup.service.counters()["integrity_checks"] == 1)
+    setup.embed("k")
+    assert (await setup.peers.end_of("endless")).finish_reason is FinishReason.LENGTH
+
+
+async def test_what_is_left_when_the_worker_stops_is_answered() -> None:
+    setup = Setup()
+    setup.generate("undrained", keys=("never",))
+    await setup.service.stop()
+    setup.generate("late")
+    setup.embed("late")
+    for name in ("undrained", "late"):
+        error = (await setup.peers.end_of(name)).error
+        assert error is not None
+        assert error.code == "no_worker"
+    await setup.peers.until(lambda: bool(setup.peers.replies))
+
+
+async def test_a_flood_of_embeddings_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_decode, "MAX_ARRIVING_BYTES", 2 * HIDDEN * 4)
+    for key in "ab":
+        setup.embed(key)
+    await setup.peers.until(lambda: len(setup.peers.replies) == 2)
+    errors = {reply.content_key: reply.error for reply in setup.peers.replies}
+    assert errors["a"] is None
+    assert errors["b"] is not None
+    assert errors["b"].code == "overloaded"
+    setup.embed("b")
+    await setup.peers.until(lambda: len(setup.peers.replies) == 3)
+    assert setup.peers.replies[2].error is None
+
+
+async def test_warm_up_runs_the_model_and_fails_like_the_engine(setup: Setup) -> None:
+    await setup.service.warm_up()
+    assert not setup.crashed.is_set()
+    setup.runner.failure = RuntimeError("device lost")
+    await setup.service.warm_up()
+    assert setup.crashed.is_set()
 
 
 async def test_what_others_take_is_refused(setup: Setup) -> None:

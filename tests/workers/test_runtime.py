@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from epd import codec
 from epd.config import WorkerConfig
 from epd.demo import CHECKPOINT_DIR
-from epd.errors import ProtocolError
+from epd.errors import ConfigError, ProtocolError
 from epd.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -171,6 +173,46 @@ async def test_a_silent_peer_is_forgotten(monkeypatch: pytest.MonkeyPatch, tmp_p
             while not worker.service.gone:
                 await asyncio.sleep(0.01)
     assert await worker.end() == 0
+
+
+async def test_a_peer_that_was_forgotten_is_told_to_connect_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runtime_module, "PEER_TIMEOUT_S", 0.05)
+    worker = Worker(tmp_path)
+    with contextlib.closing(await worker.connect()) as dealer:
+        await dealer.send(hello())
+        await dealer.receive()
+        async with asyncio.timeout(20):
+            while not worker.service.gone:
+                await asyncio.sleep(0.01)
+            await dealer.send(Abort(request_ids=("r",)))
+            refusal, _ = await dealer.receive()
+    assert isinstance(refusal, Refusal)
+    assert "connect again" in refusal.reason
+    assert await worker.end() == 0
+
+
+async def test_a_peer_that_does_not_read_holds_nobody_up(worker: Worker) -> None:
+    with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as deaf:
+        deaf.linger = 0
+        deaf.rcvhwm = 1
+        deaf.rcvbuf = 1
+        deaf.connect(f"ipc://{worker.address}")
+        ping = codec.encode(Ping(sequence=1))
+        for _ in range(20_000):
+            await deaf.send_multipart(ping)
+        with contextlib.closing(await worker.connect()) as dealer:
+            started = time.monotonic()
+            await dealer.send(Ping(sequence=2))
+            await asyncio.wait_for(dealer.receive(), 20)
+            assert time.monotonic() - started < 4
+
+
+def test_what_is_no_address_of_a_proxy_is_refused_at_once(tmp_path: Path) -> None:
+    config = WorkerConfig(model=CHECKPOINT_DIR, worker_addr=str(tmp_path / "w"), proxy_addr=("nonsense",))
+    with pytest.raises(ConfigError, match="nonsense"):
+        WorkerRuntime(config, role=WorkerRole.ENCODER, model="m", dtype="float32")
 
 
 async def test_draining_goes_on_answering_pings(worker: Worker) -> None:

@@ -3,6 +3,9 @@
 Decoding rows are batched: the blocks of their sequences are gathered into [rows, blocks * block_size] and attended
 with a mask for the padding. Rows are grouped by the power of two of their length, so padding at most doubles the work
 while a batch of equals stays one call. Prompt chunks are attended one by one.
+
+Masked slots are read all the same, and 0 * NaN is NaN. So they must hold finite numbers: the rest of a block is cleared
+when a sequence enters it, since another one may have left NaN there, and padding repeats a block of the same sequence.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from workers.engine.attention import AttentionBackend, PackedChunk
 class _DecodeGroup:
     rows: slice
     blocks: torch.Tensor
-    """[rows * blocks per row], padded with block 0."""
+    """[rows * blocks per row], padded with the first block of the row."""
     mask: torch.Tensor
     """[rows, 1, 1, slots]: True where a slot holds a token of the row's sequence."""
 
@@ -41,6 +44,8 @@ class SdpaBackend(AttentionBackend):
 
     _groups: list[_DecodeGroup]
     _prefills: list[_Prefill]
+    _unwritten: torch.Tensor
+    """Slots behind the last token of blocks that are entered in this step."""
 
     def _prepare(self, chunks: Sequence[PackedChunk]) -> None:
         decodes = [chunk for chunk in chunks if chunk.length == 1]
@@ -48,6 +53,15 @@ class SdpaBackend(AttentionBackend):
             self._decode_group(list(group)) for _, group in itertools.groupby(decodes, key=self._length_class)
         ]
         self._prefills = [self._prefill(chunk) for chunk in chunks if chunk.length > 1]
+        unwritten = [slot for chunk in chunks for slot in self._unwritten_slots(chunk)]
+        self._unwritten = torch.tensor(unwritten, dtype=torch.int64, device=self.device)
+
+    def _unwritten_slots(self, chunk: PackedChunk) -> range:
+        size = self.cache.block_size
+        last = self._num_blocks(chunk) - 1
+        if chunk.start > last * size:  # the block was entered before
+            return range(0)
+        return range(chunk.block_table[last] * size + chunk.end - last * size, (chunk.block_table[last] + 1) * size)
 
     def _length_class(self, chunk: PackedChunk) -> int:
         return (self._num_blocks(chunk) - 1).bit_length()
@@ -57,7 +71,7 @@ class SdpaBackend(AttentionBackend):
 
     def _decode_group(self, chunks: list[PackedChunk]) -> _DecodeGroup:
         width = max(self._num_blocks(chunk) for chunk in chunks)
-        tables = [[*chunk.block_table[:width], *[0] * (width - len(chunk.block_table))] for chunk in chunks]
+        tables = [self._padded_table(chunk, width) for chunk in chunks]
         lengths = torch.tensor([chunk.end for chunk in chunks], device=self.device)
         slots = torch.arange(width * self.cache.block_size, device=self.device)
         return _DecodeGroup(
@@ -65,6 +79,10 @@ class SdpaBackend(AttentionBackend):
             blocks=torch.tensor(tables, device=self.device).flatten(),
             mask=(slots < lengths[:, None])[:, None, None],
         )
+
+    def _padded_table(self, chunk: PackedChunk, width: int) -> list[int]:
+        own = chunk.block_table[: self._num_blocks(chunk)]  # those behind it were not entered yet
+        return [*own, *own[:1] * (width - len(own))]
 
     def _prefill(self, chunk: PackedChunk) -> _Prefill:
         if chunk.start == 0:
@@ -77,6 +95,8 @@ class SdpaBackend(AttentionBackend):
     def _attend(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
+        if len(self._unwritten):
+            self.cache.clear(layer, self._unwritten)
         output = torch.empty_like(queries)
         for group in self._groups:
             output[group.rows] = self._attend_decode(layer, group, queries[group.rows], scale)

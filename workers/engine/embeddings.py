@@ -74,9 +74,9 @@ class ImageEmbeddings:
 class _Entry:
     embeddings: ImageEmbeddings
     expires_at: float
-    """Until when it waits for its first request."""
+    """Until when it waits for a request."""
     claimed: bool = False
-    """Whether a request ever used it."""
+    """Whether a request used it since it was sent."""
     users: set[str] = field(default_factory=set)
 
 
@@ -119,6 +119,16 @@ class EmbeddingStore:
         self._make_room(embeddings.num_bytes)
         self._entries[content_key] = _Entry(embeddings, self._clock() + self._unclaimed_ttl_s)
         self._num_bytes += embeddings.num_bytes
+
+    def expect(self, content_key: str) -> None:
+        """Embeddings that are here have been sent again, for a request that may be on its way: keep them for it.
+
+        Those in use stay as they are: the request is most likely among the users.
+        """
+        entry = self._entries[content_key]
+        if not entry.users:
+            entry.claimed = False
+            entry.expires_at = self._clock() + self._unclaimed_ttl_s
 
     def claim(self, content_key: str, request_id: str) -> ImageEmbeddings:
         """Use an entry for a request until `release`. Claiming twice for one request counts once."""

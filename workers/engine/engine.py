@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ from workers.engine.sampler import SamplingRow
 from workers.engine.scheduler import ScheduledChunk, Scheduler
 
 log = logging.getLogger(__name__)
+
+_LONGEST_TIMEOUT_S = 24 * 3600.0
+_WARM_UP_ID = "(warm-up)"
 
 
 @dataclass(frozen=True)
@@ -139,23 +143,26 @@ class Engine:
             prompt_token_ids: with one placeholder token for each picture.
             sampling: ranges are trusted.
             images: by increasing offset. Their embeddings may be here already, or come later.
-            timeout_s: after so many seconds the request ends with `DeadlineExceeded`.
+            timeout_s: after so many seconds, a day at most, the request ends with `DeadlineExceeded`; None: never.
 
         Raises:
-            InvalidRequest: the id is in use, or prompt or pictures cannot be for this model.
+            InvalidRequest: the id is in use, the time is NaN, or prompt or pictures cannot be for this model.
             ContextLengthExceeded: prompt and `max_tokens` do not fit, even with pictures of one token.
             Overloaded: too many requests wait. In all these cases the request gets no output.
         """
         self._validate(request_id, prompt_token_ids, sampling, images)
-        deadline = None if timeout_s is None else self._clock() + timeout_s
         request = EngineRequest(
-            request_id, prompt_token_ids, sampling, images=images, deadline=deadline, clock=self._clock
+            request_id,
+            prompt_token_ids,
+            sampling,
+            images=images,
+            deadline=self._deadline_in(timeout_s),
+            clock=self._clock,
         )
         request.ending_token_ids = self._ending_token_ids(sampling)
         self._scheduler.add(request)
         self._requests[request_id] = request
-        if deadline is not None:
-            heapq.heappush(self._deadlines, (deadline, request_id))
+        self._note_deadline(request)
         keys = {image.content_key for image in images}
         self._missing[request_id] = {key for key in keys if key not in self._store}
         for key in keys - self._missing[request_id]:
@@ -180,6 +187,7 @@ class Engine:
             Overloaded: the store is full of embeddings in use. Requests go on waiting.
         """
         if content_key in self._store:
+            self._store.expect(content_key)
             return
         self._store.put(content_key, self._checked(token_ids, grid_thw, rows))
         for request_id, missing in list(self._missing.items()):
@@ -207,7 +215,10 @@ class Engine:
 
         Returns:
             What happened since the last call, at most one output per request that is not its end and one that is.
-            A failing step ends its requests with `InternalError` and leaves the engine in order.
+            A request that the model fails on, also alone, ends with `InternalError`; the others of its step go on.
+
+        Raises:
+            Exception: the model fails on everything. The engine can't go on.
         """
         self._expire()
         chunks = self._scheduler.schedule()
@@ -227,6 +238,25 @@ class Engine:
         while self._deadlines and not self._is_current(*self._deadlines[0]):
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] - self._clock() if self._deadlines else None
+
+    def warm_up(self) -> None:
+        """Compute a prompt and a token for nobody: pays for lazy set-up at start, and proves that the model works.
+
+        Raises:
+            Exception: whatever the model raises.
+        """
+        request = EngineRequest(_WARM_UP_ID, [0, 0], SamplingParams(top_p=0.9), clock=self._clock)
+        if not self._kv_cache.grow(_WARM_UP_ID, 3):
+            return  # all blocks hold requests, so it is warm
+        try:
+            self._runner.add(_WARM_UP_ID, request.token_ids, [])
+            table = tuple(self._kv_cache.block_table(_WARM_UP_ID))
+            for start, length in ((0, 2), (2, 1)):
+                chunk = ScheduledChunk(request, start, length, table)
+                request.token_ids += self._runner.run([chunk], [_sampling_row(request)])
+        finally:
+            self._runner.remove(_WARM_UP_ID)
+            self._kv_cache.free(_WARM_UP_ID)
 
     @property
     def num_preemptions(self) -> int:
@@ -281,7 +311,8 @@ class Engine:
 
     def _ending_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
         eos = frozenset() if sampling.ignore_eos else self.info.eos_token_ids
-        return eos | {token for token in sampling.stop_token_ids if 0 <= token < self.info.vocab_size}
+        # A checkpoint may name an end outside its own vocabulary: masking that one would fail the whole step.
+        return frozenset(token for token in eos.union(sampling.stop_token_ids) if 0 <= token < self.info.vocab_size)
 
     def _checked(self, token_ids: Sequence[int], grid_thw: tuple[int, int, int], rows: torch.Tensor) -> ImageEmbeddings:
         image_token_id = self.info.adapter.image_token_id
@@ -311,8 +342,28 @@ class Engine:
         except EPDError as error:
             self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
             return
+        except Exception:  # the model's own code, on pictures from outside: costs this request and not the engine
+            log.exception("request %s can't be placed", request.request_id)
+            self._finish(request, RequestStatus.FINISHED_ERROR, error=_model_failed())
+            return
         if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS:
             self._scheduler.embeddings_complete(request)
+
+    def _deadline_in(self, timeout_s: float | None) -> float | None:
+        if timeout_s is None:
+            return None
+        if math.isnan(timeout_s):
+            raise InvalidRequest("timeout_s is not a number.", param="timeout_s")
+        # Clocks and waits of the system take no infinity.
+        return self._clock() + min(timeout_s, _LONGEST_TIMEOUT_S)
+
+    def _note_deadline(self, request: EngineRequest) -> None:
+        if request.deadline is None:
+            return
+        if len(self._deadlines) > 2 * len(self._requests) + 100:  # mostly of ended requests
+            self._deadlines = [entry for entry in self._deadlines if self._is_current(*entry)]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (request.deadline, request.request_id))
 
     def _is_current(self, deadline: float, request_id: str) -> bool:
         """Whether a heap entry is about an unfinished request, and not an earlier one of the same id."""
@@ -330,18 +381,29 @@ class Engine:
                 self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
 
     def _compute(self, chunks: list[ScheduledChunk]) -> list[tuple[EngineRequest, int]]:
-        """Run the step. Returns new tokens by request; none when it failed, which ends the requests."""
-        sampled = [chunk.request for chunk in chunks if chunk.samples]
+        """Run the step. Returns new tokens by request, without those that the model fails on, which end."""
         try:
-            tokens = self._runner.run(chunks, [_sampling_row(request) for request in sampled])
-            pairs = list(zip(sampled, tokens, strict=True))
-        # The step's edge: whatever the model throws, memory included, costs these requests and not the engine.
-        except Exception:
-            log.exception("step failed; ending its %d requests", len(chunks))
-            for chunk in chunks:
-                error = InternalError("The model failed while it worked on this request.")
-                self._finish(chunk.request, RequestStatus.FINISHED_ERROR, error=error)
-            return []
+            return self._run(chunks)
+        except Exception:  # the step's edge: whatever the model throws, memory included
+            log.exception("a step of %d requests failed; trying them one by one", len(chunks))
+        pairs: list[tuple[EngineRequest, int]] = []
+        is_well = True
+        for chunk in chunks:
+            try:
+                pairs += self._run([chunk])
+            except Exception as error:  # costs this request and not its neighbours
+                is_well = False
+                log.error("request %s fails also alone: %r", chunk.request.request_id, error)
+                self._finish(chunk.request, RequestStatus.FINISHED_ERROR, error=_model_failed())
+        if not is_well:
+            # A device can fail for good, and this engine would then attract requests by failing fast.
+            self.warm_up()
+        return pairs
+
+    def _run(self, chunks: list[ScheduledChunk]) -> list[tuple[EngineRequest, int]]:
+        sampled = [chunk.request for chunk in chunks if chunk.samples]
+        tokens = self._runner.run(chunks, [_sampling_row(request) for request in sampled])
+        pairs = list(zip(sampled, tokens, strict=True))
         for chunk in chunks:
             self._scheduler.advance(chunk)
         return pairs
@@ -383,6 +445,10 @@ class Engine:
                 timings_ms=request.timings_ms(),
             )
         )
+
+
+def _model_failed() -> InternalError:
+    return InternalError("The model failed while it worked on this request.")
 
 
 def _sampling_row(request: EngineRequest) -> SamplingRow:

@@ -26,7 +26,10 @@ class Runner(Protocol):
         """Forget a request, if known."""
 
     def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[int]:
-        """Compute a step: one token for each chunk that `samples`, in order; `rows` belongs to those."""
+        """Compute a step: one token for each chunk that `samples`, in order; `rows` belongs to those.
+
+        May raise anything. The same chunks, or some of them, may then be run again.
+        """
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class ModelRunner:
                 use_cache=False,
                 logits_to_keep=torch.tensor(wanted, dtype=torch.int64, device=self._device),
             )
-        return sample(output.logits[0], rows) if rows else []
+        return _sample(output.logits[0], rows) if rows else []
 
     def _inputs(self, packed: list[tuple[ScheduledChunk, PackedChunk]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings [tokens, hidden size] and positions [axes, tokens] of the packed batch."""
@@ -105,6 +108,15 @@ class ModelRunner:
                     target = torch.tensor(indices, device=self._device) + shift
                     embeds.index_copy_(0, target, image_rows.to(self._device))
         return embeds, torch.cat(positions, dim=1).to(self._device)
+
+
+def _sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    """As `sample`. Raises ArithmeticError when the model's values overflowed, instead of answering nonsense."""
+    tokens = sample(logits, rows)
+    # Looking at the chosen ones suffices: NaN compares as the largest.
+    if bool(logits[range(len(tokens)), tokens].isnan().any()):
+        raise ArithmeticError("the model computed NaN; another --dtype may help, such as bfloat16")
+    return tokens
 
 
 def _pack(chunks: Sequence[ScheduledChunk]) -> list[tuple[ScheduledChunk, PackedChunk]]:

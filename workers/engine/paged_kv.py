@@ -67,6 +67,11 @@ class PagedKVCache:
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
         self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
 
+    def clear(self, layer: int, slots: torch.Tensor) -> None:
+        """Zero `slots`, int64 [slots], of a layer."""
+        self.keys[layer].flatten(0, 1).index_fill_(0, slots, 0)
+        self.values[layer].flatten(0, 1).index_fill_(0, slots, 0)
+
 
 def num_blocks_for(
     shape: KVShape,

@@ -37,9 +37,14 @@ class FakeRunner:
     def __init__(self) -> None:
         self.prompts: dict[str, list[int]] = {}
         self.failure: Exception | None = None
+        self.poison: set[int] = set()
+        """Prompt tokens that the model fails on, whoever is in the batch with them."""
+        self.placing_failure: Exception | None = None
         self.rows: list[SamplingRow] = []
 
     def add(self, request_id: str, token_ids: Sequence[int], images: Sequence[PlacedImage]) -> None:
+        if self.placing_failure is not None:
+            raise self.placing_failure
         self.prompts[request_id] = list(token_ids)
 
     def remove(self, request_id: str) -> None:
@@ -48,6 +53,8 @@ class FakeRunner:
     def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[int]:
         if self.failure is not None:
             raise self.failure
+        if any(self.poison.intersection(chunk.request.token_ids) for chunk in chunks):
+            raise RuntimeError("secret detail")
         assert all(chunk.request.request_id in self.prompts for chunk in chunks)
         self.rows = list(rows)
         return [chunk.request.num_tokens % EOS for chunk in chunks if chunk.samples]

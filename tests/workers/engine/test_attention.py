@@ -91,3 +91,24 @@ def test_matches_plain_attention(
     backend.prepare(chunks)
     q, k, v = (torch.cat(side) for side in zip(*packed, strict=True))
     torch.testing.assert_close(backend.forward(0, q, k, v, 0.3), torch.cat(expected))
+
+
+def test_what_others_left_in_the_cache_does_not_spread() -> None:
+    """NaN of a sequence whose values overflowed: in block 0, which it still has, and in blocks that it gave back."""
+    cache = PagedKVCache(KVShape(1, KV_HEADS, HEAD_DIM, torch.float32), 16, BLOCK, CPU)
+    cache.keys[0].fill_(torch.nan)
+    cache.values[0].fill_(torch.nan)
+    backend = SdpaBackend(cache, CPU)
+    tables = [(1, 2, 3, 4), (5, 6, 7, 8)]
+
+    def step(*places: tuple[int, int]) -> torch.Tensor:
+        """(start, length) of each sequence's chunk."""
+        row, chunks = 0, []
+        for table, (start, length) in zip(tables, places, strict=True):
+            chunks.append(PackedChunk(row, length, start, table))
+            row += length
+        backend.prepare(chunks)
+        return backend.forward(0, *(torch.randn(row, n, HEAD_DIM) for n in (HEADS, KV_HEADS, KV_HEADS)), 0.3)
+
+    outputs = [step((0, 9), (0, 3)), step((9, 1), (3, 1)), step((10, 1), (4, 1)), step((11, 1), (5, 6))]
+    assert all(bool(output.isfinite().all()) for output in outputs)

@@ -83,3 +83,17 @@ def test_rows_between_skips_tokens_that_are_no_image_tokens() -> None:
     assert list(indices) == [3]
     assert torch.equal(found, rows[1:])
     assert list(image.rows_between(-7, 1)[0]) == []
+
+
+def test_what_is_sent_again_is_kept_for_the_request_that_is_on_its_way() -> None:
+    store = make_store(1)
+    store.put("a", embeddings())
+    store.claim("a", "first")
+    store.release("a", "first")
+    store.expect("a")
+    with pytest.raises(Overloaded):
+        store.put("b", embeddings())
+    store.claim("a", "second")
+    store.expect("a")  # for the second, which was faster
+    store.release("a", "second")
+    store.put("b", embeddings())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -184,27 +187,95 @@ def test_an_idle_engine_has_work_once_a_deadline_passes() -> None:
     assert not engine.has_work()
 
 
-def test_a_failing_step_ends_only_its_requests_and_the_engine_goes_on() -> None:
+def test_a_request_that_the_model_fails_on_ends_alone() -> None:
     runner = FakeRunner()
+    runner.poison = {13}
     engine = fake_engine(runner)
-    for name in "ab":
-        engine.add_request(name, [1, 2], SamplingParams())
+    for name, prompt in (("a", [1, 2]), ("bad", [13]), ("b", [1, 2])):
+        engine.add_request(name, prompt, SamplingParams(max_tokens=3))
     engine.add_request("waits", PROMPT, SamplingParams(max_tokens=1), images=IMAGES)
-    engine.step()
-    runner.failure = RuntimeError("secret detail")
     answers = Answers()
     answers.take(engine.step())
-    errors = [answers.ends[name].error for name in "ab"]
-    assert [error.code for error in errors if error] == ["internal_error"] * 2
-    assert all("secret" not in error.message for error in errors if error)
-    assert engine.load().kv_used_blocks == 0
+    error = answers.ends["bad"].error
+    assert error is not None
+    assert (error.code, "secret" in error.message) == ("internal_error", False)
     engine.check_integrity()
-    runner.failure = None
     provide(engine)
-    engine.add_request("after", [1], SamplingParams(max_tokens=1))
     answers.drain(engine)
-    assert answers.tokens["waits"] == [6]
-    assert answers.tokens["after"] == [1]
+    assert answers.tokens == {"a": [2, 3, 4], "bad": [], "b": [2, 3, 4], "waits": [6]}
+    assert engine.load().kv_used_blocks == 0
+
+
+def test_a_model_that_fails_on_everything_is_no_engine() -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner)
+    engine.warm_up()
+    assert runner.prompts == {}
+    engine.check_integrity()
+    engine.add_request("a", [1, 2], SamplingParams())
+    runner.failure = RuntimeError("device lost")
+    with pytest.raises(RuntimeError, match="device lost"):
+        engine.step()
+    engine.check_integrity()
+
+
+def test_a_picture_that_the_model_can_not_place_costs_its_requests_only() -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner)
+    engine.add_request("a", PROMPT, SamplingParams(max_tokens=1), images=IMAGES)
+    runner.placing_failure = IndexError("secret detail")
+    provide(engine)
+    answers = run(engine)
+    error = answers.ends["a"].error
+    assert error is not None
+    assert (error.code, "secret" in error.message) == ("internal_error", False)
+
+
+def test_an_end_of_the_checkpoint_outside_its_vocabulary_is_not_masked() -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner)
+    engine.info = replace(engine.info, eos_token_ids=frozenset({EOS, VOCAB}))
+    engine.add_request("a", [1], SamplingParams(min_tokens=1, max_tokens=1))
+    engine.step()
+    assert runner.rows[0].forbidden == (EOS,)
+
+
+@pytest.mark.parametrize("timeout_s", [math.inf, 1e300])
+def test_an_endless_timeout_is_a_long_one(timeout_s: float) -> None:
+    engine = fake_engine(FakeRunner())
+    engine.add_request("a", PROMPT, SamplingParams(), images=IMAGES, timeout_s=timeout_s)
+    wait_s = engine.seconds_to_deadline()
+    assert wait_s is not None
+    assert wait_s < threading.TIMEOUT_MAX
+
+
+def test_a_timeout_that_is_no_number_is_refused() -> None:
+    engine = fake_engine(FakeRunner())
+    with pytest.raises(InvalidRequest):
+        engine.add_request("a", PROMPT, SamplingParams(), images=IMAGES, timeout_s=math.nan)
+    engine.check_integrity()
+
+
+def test_deadlines_of_ended_requests_do_not_pile_up() -> None:
+    engine = fake_engine(FakeRunner())
+    engine.add_request("waits", PROMPT, SamplingParams(), images=IMAGES, timeout_s=1)
+    for number in range(1000):
+        engine.add_request(str(number), [1], SamplingParams(), timeout_s=1000)
+        engine.abort(str(number))
+    assert len(engine._deadlines) < 200
+    assert engine.seconds_to_deadline() == 1
+
+
+def test_embeddings_sent_again_are_there_for_the_request_behind_them() -> None:
+    engine = fake_engine(FakeRunner(), store_bytes=3 * HIDDEN * 4)
+    provide(engine)
+    engine.add_request("a", PROMPT, SamplingParams(max_tokens=1), images=IMAGES)
+    run(engine)
+    provide(engine)
+    with pytest.raises(Overloaded):
+        provide(engine, "other")
+    engine.add_request("b", PROMPT, SamplingParams(max_tokens=1), images=IMAGES)
+    assert run(engine).tokens == {"b": [6]}
 
 
 def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
