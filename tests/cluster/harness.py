@@ -46,6 +46,8 @@ class Process:
     popen: subprocess.Popen[bytes] = field(init=False)
 
     def start(self) -> None:
+        if hasattr(self, "popen"):
+            self.popen.wait(STOP_TIMEOUT_S)
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", "epd", *self.arguments],
