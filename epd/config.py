@@ -7,7 +7,8 @@ the environment.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from epd.errors import ConfigError
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field with a default and the text that `--help` shows. `metadata`: metavar, choices."""
+    """A field with a default and the text that `--help` shows. `metadata`: metavar, choices, minimum."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -35,6 +36,10 @@ class ProcessConfig:
     def __post_init__(self) -> None:
         if not (self.model / "config.json").is_file():
             raise ConfigError(f"--model {self.model}: no config.json there; give the folder of a checkpoint")
+        for each in fields(self):
+            value, minimum = getattr(self, each.name), each.metadata.get("minimum")
+            if minimum is not None and value is not None and not minimum <= value < math.inf:  # nor NaN
+                raise ConfigError(f"--{each.name.replace('_', '-')} {value}: want at least {minimum}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,19 +97,19 @@ class WorkerConfig(ProcessConfig):
         "precision of weights and embeddings; auto: the checkpoint's",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    threads: int | None = option(None, "CPU threads of the model; default: one per core")
-    drain_timeout: float = option(30.0, "seconds to finish running work after SIGTERM")
+    threads: int | None = option(None, "CPU threads of the model; default: one per core", minimum=1)
+    drain_timeout: float = option(30.0, "seconds to finish running work after SIGTERM", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(WorkerConfig):
     """An encoder: the vision tower and nothing else."""
 
-    embedding_cache_bytes: int = option(512 << 20, "memory for embeddings of pictures seen before, in bytes")
-    max_batch_patches: int = option(16384, "patches in one batch of the vision tower at most")
-    max_queued_images: int = option(256, "pictures waiting at most; more are refused as overloaded")
-    preprocess_threads: int = option(2, "threads that decode and resize pictures")
-    max_image_pixels: int = option(64_000_000, "largest picture, width × height in pixels")
+    embedding_cache_bytes: int = option(512 << 20, "memory for embeddings of pictures seen before, in bytes", minimum=0)
+    max_batch_patches: int = option(16384, "patches in one batch of the vision tower at most", minimum=1)
+    max_queued_images: int = option(256, "pictures waiting at most; more are refused as overloaded", minimum=1)
+    preprocess_threads: int = option(2, "threads that decode and resize pictures", minimum=1)
+    max_image_pixels: int = option(64_000_000, "largest picture, width × height in pixels", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +127,7 @@ class PrefillDecodeConfig(WorkerConfig):
         None, "memory for the KV cache, in bytes; default: from --gpu-memory-utilization, on a CPU 1 GiB at most"
     )
     block_size: int | None = option(None, "tokens in one KV block; default: 16 on a CPU, 256 on a GPU")
-    embedding_store_bytes: int = option(256 << 20, "memory for embeddings that arrived, in bytes")
+    embedding_store_bytes: int = option(256 << 20, "memory for embeddings that arrived, in bytes", minimum=0)
     max_waiting: int = option(1024, "requests waiting at most; more are refused as overloaded")
 
 
@@ -143,7 +148,7 @@ class UpConfig(ProcessConfig):
         "precision of weights and embeddings; auto: the checkpoint's",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    threads: int | None = option(None, "CPU threads of each worker's model; default: one per core")
+    threads: int | None = option(None, "CPU threads of each worker's model; default: one per core", minimum=1)
     max_model_len: int | None = option(None, "context in tokens; default: the model's")
     kv_cache_memory_bytes: int | None = option(None, "memory of each prefill-decode worker for its KV cache, in bytes")
     allowed_local_media_path: Path | None = option(

@@ -155,9 +155,7 @@ class Router:
         message, buffers = codec.decode([frame.buffer for frame in frames])
         return peer.bytes, message, buffers
 
-    async def send(
-        self, peer: bytes, message: AnyMessage, *buffers: Buffer, timeout_s: float = SEND_TIMEOUT_S
-    ) -> None:
+    async def send(self, peer: bytes, message: AnyMessage, *buffers: Buffer, timeout_s: float = SEND_TIMEOUT_S) -> None:
         """Answer `peer`, waiting up to `timeout_s` for room in its queue.
 
         Raises:

@@ -147,7 +147,7 @@ class Encoder(Generic[P]):
         return Load(running=running, waiting=max(0, len(self._accepted) - running))
 
     def stages(self) -> dict[str, StageStats]:
-        """Durations since start: `encode_queue`, `preprocess`, `encode`, `transfer`."""
+        """Durations since start: `encode_queue`, `preprocess`, `encode`, `transfer`, and `e2e` of them all."""
         return self._stages.snapshot()
 
     def counters(self) -> dict[str, int]:

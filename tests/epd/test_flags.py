@@ -49,6 +49,15 @@ def test_a_cluster_needs_its_parts(words: list[str]) -> None:
         parse(UpConfig, *words)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--threads", "0"], ["--preprocess-threads", "0"], ["--embedding-cache-bytes", "-1"], ["--drain-timeout", "nan"]],
+)
+def test_numbers_that_can_not_work_are_refused_by_name(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=words[0]):
+        parse(EncoderConfig, "--worker-addr", "/tmp/e", *words)
+
+
 @pytest.mark.parametrize("command", ["proxy", "encoder", "pd", "up", "chat", "demo"])
 def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:

@@ -31,7 +31,7 @@ def test_addresses(address: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", "host", "host:port", "http://host:1", "tcp://host", "host:99999", "/" + "x" * 120]
+    "address", ["", "host", "host:port", "http://host:1", "tcp://host", "host:99999", "host:0", "/" + "x" * 120]
 )
 def test_wrong_addresses_are_refused_with_the_forms_that_work(address: str) -> None:
     with pytest.raises(ConfigError, match=r"use a path|at most"):

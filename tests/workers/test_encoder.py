@@ -222,7 +222,7 @@ async def test_a_picture_is_encoded_shipped_and_reported(bench: Bench) -> None:
     assert bench.transfer.shipped == [(PD, "k", 5)]
     assert bench.results[0][0] == PROXY
     stages = bench.encoder.stages()
-    assert {name: stats.count for name, stats in stages.items()} == dict.fromkeys(result.timings_ms, 1)
+    assert {name: stats.count for name, stats in stages.items()} == dict.fromkeys([*result.timings_ms, "e2e"], 1)
 
 
 async def test_the_result_comes_after_the_pd_has_taken_the_embeddings(bench: Bench) -> None:

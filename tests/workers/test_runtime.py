@@ -150,6 +150,8 @@ async def test_strangers_and_garbage_cost_one_message_each(worker: Worker) -> No
         await stranger.send_multipart([b"garbage", b"\x00" * 100])
         with contextlib.closing(await worker.connect()) as dealer:
             await dealer.send(Abort(request_ids=("before hello",)))
+            refusal, _ = await dealer.receive()
+            assert isinstance(refusal, Refusal)
             await dealer.send(hello())
             await dealer.receive()
             await dealer.send(Peers(pd_addresses=()))

@@ -108,7 +108,8 @@ def test_what_others_left_in_the_cache_does_not_spread() -> None:
             chunks.append(PackedChunk(row, length, start, table))
             row += length
         backend.prepare(chunks)
-        return backend.forward(0, *(torch.randn(row, n, HEAD_DIM) for n in (HEADS, KV_HEADS, KV_HEADS)), 0.3)
+        q, k, v = (torch.randn(row, n, HEAD_DIM) for n in (HEADS, KV_HEADS, KV_HEADS))
+        return backend.forward(0, q, k, v, 0.3)
 
     outputs = [step((0, 9), (0, 3)), step((9, 1), (3, 1)), step((10, 1), (4, 1)), step((11, 1), (5, 6))]
     assert all(bool(output.isfinite().all()) for output in outputs)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from epd.types import SamplingParams
-from tests.workers.engine.oracle import Oracle, add, make_engine, run
+from tests.workers.engine.oracle import Oracle, Prompt, add, make_engine, run
 
 KINDS: list[dict[str, Any]] = [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.05}, {"temperature": 0.3}]
 BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4
@@ -66,3 +67,23 @@ def test_min_tokens_holds_back_a_stop_token(qwen2: Oracle) -> None:
     assert answers.tokens["0"] == [stop]
     assert len(answers.tokens["5"]) >= 5
     assert stop not in answers.tokens["5"][:5]
+
+
+def test_a_request_whose_values_are_no_numbers_ends_alone(qwen2: Oracle) -> None:
+    """Real models overflow in float16; here the embedding of one token is NaN."""
+    innocent, settings = qwen2.prompt("what is it?"), {"max_model_len": 64, "kv_cache_memory_bytes": 9 * BLOCK_BYTES}
+    engine = make_engine(qwen2.path, **settings)
+    add(engine, "alone", innocent)
+    expected = run(engine).tokens["alone"]
+    runner: Any = engine._runner
+    bad = next(token for token in range(1, engine.info.vocab_size) if token not in {*innocent.token_ids, *expected})
+    runner._embed.weight[bad] = torch.nan
+    poisoned = Prompt([*innocent.token_ids, bad, *innocent.token_ids * 2], [], [])
+    for _ in range(3):  # the later ones get blocks that the earlier ones gave back
+        for name in ("bad", "good"):
+            add(engine, name, poisoned if name == "bad" else innocent)
+        answers = run(engine)
+        assert answers.tokens == {"bad": [], "good": expected}
+        error = answers.ends["bad"].error
+        assert error is not None
+        assert error.code == "internal_error"
