@@ -57,8 +57,10 @@ class ProxyConfig(ProcessConfig):
         None, "folder whose pictures file:// URLs may name; none: file:// is refused", metavar="DIR"
     )
     served_model_name: str | None = option(None, "name of the model in the API; default: --model as given")
-    max_model_len: int | None = option(None, "context in tokens; default: what the prefill-decode workers say")
-    request_timeout: float = option(120.0, "seconds a request may take in all")
+    max_model_len: int | None = option(
+        None, "context in tokens; default: what the prefill-decode workers say", minimum=1
+    )
+    request_timeout: float = option(120.0, "seconds a request may take in all", minimum=0.001)
     encoder_router: str = option(
         "affinity",
         "how an encoder is chosen for a picture",
@@ -69,15 +71,15 @@ class ProxyConfig(ProcessConfig):
         "how a prefill-decode worker is chosen",
         choices=("random", "round_robin", "least_loaded", "affinity"),
     )
-    max_body_bytes: int = option(64 << 20, "largest request body, in bytes")
-    max_image_bytes: int = option(20 << 20, "largest picture file, in bytes")
-    max_image_pixels: int = option(64_000_000, "largest picture, width × height in pixels")
-    max_images_per_request: int = option(32, "most pictures in one request")
-    media_timeout: float = option(10.0, "seconds that fetching a picture may take")
+    max_body_bytes: int = option(64 << 20, "largest request body, in bytes", minimum=1)
+    max_image_bytes: int = option(20 << 20, "largest picture file, in bytes", minimum=1)
+    max_image_pixels: int = option(64_000_000, "largest picture, width × height in pixels", minimum=1)
+    max_images_per_request: int = option(32, "most pictures in one request", minimum=1)
+    media_timeout: float = option(10.0, "seconds that fetching a picture may take", minimum=0.001)
     allowed_private_media: tuple[str, ...] = option(
         (), "private networks that pictures may be fetched from (127.0.0.0/8); default: none", metavar="CIDR"
     )
-    max_concurrent_requests: int = option(1024, "requests in work at once; more get 429")
+    max_concurrent_requests: int = option(1024, "requests in work at once; more get 429", minimum=1)
 
     @property
     def model_name(self) -> str:

@@ -17,6 +17,8 @@ class TextOptions:
     """How text is made of tokens."""
 
     stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    """Stop strings that are complete before so many tokens do not end the answer."""
     skip_special_tokens: bool = True
     with_token_ids: bool = False
     """Whether the client wants the tokens beside the text."""
@@ -34,6 +36,7 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=options.skip_special_tokens)
         self._stops = StopChecker(options.stop)
+        self._min_tokens = options.min_tokens
 
     def push(self, update: Update) -> str:
         """The new text, which may be empty; sets `finish_reason` at the end."""
@@ -56,7 +59,8 @@ class Answer:
         pieces = []
         for token_id in token_ids:
             self._count((token_id,))
-            pieces.append(self._stops.push(self._detokenizer.push((token_id,))))
+            text = self._detokenizer.push((token_id,))
+            pieces.append(text if self.completion_tokens < self._min_tokens else self._stops.push(text))
             if self._stops.matched is not None:
                 break
         return "".join(pieces)

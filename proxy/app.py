@@ -104,20 +104,31 @@ class MethodNotAllowed(ClientError):
 async def _on_epd_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, EPDError)
     level = logging.INFO if isinstance(error, ClientError) else logging.WARNING
-    log.log(level, "%s %s: %d %s", request.method, request.url.path, error.status, error.message)
+    log.log(level, "%s: %d %s", _route(request), error.status, _one_line(error.message))
     return error_response(error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    route = f"{request.method} {request.url.path}"
+    route = _route(request)
     if error.status_code == 404:
         return error_response(ModelNotFound(f"There is no {route}; see /docs."))
     if error.status_code == 405:
-        response = error_response(MethodNotAllowed(f"{route}: this path takes {(error.headers or {}).get('allow')}."))
-        response.headers.update(error.headers or {})
+        headers = MutableHeaders(error.headers)
+        allowed = headers.get("allow", "other methods")
+        response = error_response(MethodNotAllowed(f"{route}: this path takes {allowed}."))
+        response.headers.update(headers)
         return response
     return error_response(InvalidRequest(str(error.detail)) if error.status_code < 500 else InternalError("A bug."))
+
+
+def _route(request: Request) -> str:
+    return f"{request.method} {_one_line(request.scope['path'])}"
+
+
+def _one_line(text: str) -> str:
+    """Clients choose paths, and parts of messages; a line of the log is one event."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 async def _on_validation_error(_: Request, error: Exception) -> Response:
@@ -229,7 +240,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen(_BACKLOG)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # OverflowError: not a port number
         listener.close()
-        raise ConfigError(f"--host {host} --port {port}: {error.strerror}") from error
+        raise ConfigError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from error
     return listener

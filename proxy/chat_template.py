@@ -92,21 +92,23 @@ class ChatTemplate:
             image_token_id=image_token_id(model),
         )
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], /, **variables: Any) -> str:
         """The conversation as text, with the header of the answer at its end.
 
         Raises:
-            InvalidRequest: the template refused the messages.
+            InvalidRequest: the template refused the messages, or a variable is none that requests may set.
         """
+        ours: dict[str, Any] = {
+            **self._special_tokens,
+            "messages": [self._adapt(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
+        for name in variables.keys() & ours.keys():
+            raise InvalidRequest(f"chat_template_kwargs.{name} can't be set.", param="chat_template_kwargs")
         try:
-            return self._template.render(
-                messages=[self._adapt(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._special_tokens,
-                **variables,
-            )
+            return self._template.render({**variables, **ours})
         except jinja2.TemplateError as error:
             raise InvalidRequest(
                 f"The model's chat template refused the messages: {error}", param="messages"
@@ -119,7 +121,7 @@ class ChatTemplate:
                 param="messages",
             ) from error
 
-    def encode(self, messages: Sequence[Message], **variables: Any) -> Prompt:
+    def encode(self, messages: Sequence[Message], /, **variables: Any) -> Prompt:
         """Render and encode.
 
         Raises:

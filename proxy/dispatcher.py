@@ -3,7 +3,8 @@
     pick PD and encoders → GenerateRequest × n, EncodeRequest × pictures, all at once → outputs → one terminal answer
 
     encoder reports an error     → Abort to the PD, that error
-    encoder dies                 → the picture goes to another encoder once (encoding is idempotent), then an error
+    encoder dies or is full      → the picture goes to another encoder once (encoding is idempotent), then an error
+    PD is full or drains         → before any token, all of it goes to another PD once, then an error
     PD reports an error or dies  → that error
     deadline passes              → DeadlineExceeded, Abort
     client goes away             → Abort to all
@@ -16,8 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import msgspec
@@ -84,10 +85,17 @@ class Generation:
         """Stage → duration, the longest of all pictures and samples; filled as answers arrive."""
         self._pool = pool
         self._encoders: dict[str, WorkerConnection] = {}
+        self._encode_id = work.request_id
+        self._encoding: set[int] = set()
+        """Pictures that no encoder has reported of."""
+        self._all_encoded = asyncio.Event()
+        self._is_sending = False
+        self._left: list[tuple[WorkerConnection, tuple[str, ...]]] = []
+        """Workers that this request was taken away from, and the ids that it had there."""
         self._samples = [_Sample(i, f"{work.request_id}-{i}", Update(i)) for i in range(work.n * len(work.prompts))]
         self._error: EPDError | None = None
         self._news = asyncio.Event()
-        self._resends: set[asyncio.Task[None]] = set()
+        self._chores: set[asyncio.Task[None]] = set()
         self._ttft_ms: float | None = None
 
     @property
@@ -142,13 +150,20 @@ class Generation:
 
     async def close(self) -> None:
         """Stop what still runs. Safe to call again, and after a failure."""
-        for task in self._resends:
+        for task in self._chores:
             task.cancel()
         for sample in self._samples:
             if sample.pd is not None and not sample.finished:
                 await sample.pd.abort(sample.request_id)
         for encoder in self._encoders.values():
-            await encoder.abort(self.work.request_id)
+            await encoder.abort(self._encode_id)
+        await self._abort_left()
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait a moment for what encoders report: their results may come after the tokens that they made possible."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._all_encoded.wait()
 
     def cancel(self) -> None:
         """End with an error, on somebody else's request; the consumer hears of it."""
@@ -183,13 +198,25 @@ class Generation:
             pd = self._pool.pick(WorkerRole.PREFILL_DECODE, first_key)
             for sample in self._samples[first : first + work.n]:
                 sample.pd = pd
-        pictures = {image.content_key: index for index, image in reversed(list(enumerate(work.images)))}
-        encoders = {index: self._pool.pick(WorkerRole.ENCODER, key) for key, index in pictures.items()}
-        # Sending waits only while a worker's queue is full, so one after the other is as good as at once.
-        for sample in self._samples:
+        encoders = {i: self._pool.pick(WorkerRole.ENCODER, work.images[i].content_key) for i in self._pictures}
+        await self._send_all(self._samples, encoders)
+
+    @property
+    def _pictures(self) -> list[int]:
+        """Indices of the pictures to encode: each content once."""
+        first = {image.content_key: index for index, image in reversed(list(enumerate(self.work.images)))}
+        return list(first.values())
+
+    async def _send_all(self, samples: list[_Sample], encoders: dict[int, WorkerConnection]) -> None:
+        """Sending waits only while a worker's queue is full, so one after the other is as good as at once."""
+        self._encoding = set(encoders)
+        self._note_encoded()
+        self._is_sending = True
+        for sample in samples:
             await self._send_sample(sample)
         for index, encoder in encoders.items():
             await self._send_picture_somewhere(encoder, index)
+        self._is_sending = False
 
     async def _send_picture_somewhere(self, encoder: WorkerConnection, index: int) -> None:
         try:
@@ -200,8 +227,8 @@ class Generation:
             await self._send_picture(other, index, retried=True)
 
     async def _send_sample(self, sample: _Sample) -> None:
-        assert sample.pd is not None
-        work = self.work
+        work, pd = self.work, sample.pd
+        assert pd is not None
         prompt, turn = divmod(sample.index, work.n)
         slots = tuple(
             ImageSlot(content_key=image.content_key, offset=offset)
@@ -214,7 +241,7 @@ class Generation:
             sampling=msgspec.structs.replace(work.sampling, seed=(work.sampling.seed + turn) % _SEED_SPAN),
             timeout_s=max(self._time_left(), 0.001),
         )
-        await sample.pd.generate(request, lambda output: self._on_output(sample, output))
+        await pd.generate(request, lambda output: self._on_output(sample, pd, output))
 
     async def _send_picture(self, encoder: WorkerConnection, index: int, retried: bool = False) -> None:
         pd = self._samples[0].pd
@@ -222,18 +249,22 @@ class Generation:
         image = self.work.images[index]
         self._encoders[encoder.member.address] = encoder
         request = EncodeRequest(
-            request_id=self.work.request_id,
+            request_id=self._encode_id,
             image_index=index,
             content_key=image.content_key,
             pd_address=pd.member.address,
             max_pixels=image.max_pixels,
             timeout_s=max(self._time_left(), 0.001),
         )
-        await encoder.encode(request, image.data, lambda result: self._on_encoded(encoder, index, retried, result))
+        await encoder.encode(
+            request, image.data, lambda result: self._on_encoded(encoder, request, result, retried=retried)
+        )
 
     # -- from the workers: called on the event loop, never blocking ------------------------------------------------
 
-    def _on_output(self, sample: _Sample, output: TokenOutput | EPDError) -> None:
+    def _on_output(self, sample: _Sample, pd: WorkerConnection, output: TokenOutput | EPDError) -> None:
+        if pd is not sample.pd:
+            return  # another one does it now
         if isinstance(output, EPDError):
             sample.finished = True
             self._fail(output)
@@ -245,47 +276,96 @@ class Generation:
         pending = sample.pending
         pending.token_ids.extend(output.token_ids)
         if output.finish_reason is not None:
+            if output.finish_reason is FinishReason.ERROR:
+                self._on_pd_error(sample, pd, output)
+                return
             sample.finished = True
             pending.stop_token_id = output.stop_token_id
             self._note_timings(output.timings_ms)
-            if output.finish_reason is FinishReason.ERROR:
-                self._fail(from_info(output.error) if output.error else InternalError("The worker gave no reason."))
-                return
             pending.finish_reason = output.finish_reason
         self._news.set()
 
+    def _on_pd_error(self, sample: _Sample, pd: WorkerConnection, output: TokenOutput) -> None:
+        error = _error_of(output)
+        if error.retryable and self._move(pd):
+            return
+        sample.finished = True
+        self._fail(error)
+
     def _on_encoded(
-        self, encoder: WorkerConnection, index: int, retried: bool, result: EncodeResult | EPDError
+        self, encoder: WorkerConnection, request: EncodeRequest, result: EncodeResult | EPDError, *, retried: bool
     ) -> None:
-        if isinstance(result, EPDError):
-            self._resend(encoder, index, retried, result)
-        elif result.error is not None:
-            error = from_info(result.error)
-            error.param = error.param or self.work.images[index].param
-            self._fail(error)
-        else:
+        index = request.image_index
+        if request.request_id != self._encode_id:
+            return  # the embeddings were meant for a PD that does not have the request any more
+        if isinstance(result, EncodeResult) and result.error is None:
             spent = result.timings_ms
             tower = spent.get(Stage.PREPROCESS, 0.0) + spent.get(Stage.ENCODE, 0.0)
             self._note_timings({"encode": tower, "transfer": spent.get(Stage.TRANSFER, 0.0)})
-
-    def _resend(self, dead: WorkerConnection, index: int, retried: bool, error: EPDError) -> None:
-        """Give the picture of a dead encoder to another one, once."""
-        if retried or self._error is not None:
-            self._fail(error)
+            self._encoding.discard(index)
+            self._note_encoded()
             return
-        task = asyncio.create_task(self._resend_to_another(dead, index, error), name="encode again")
-        self._resends.add(task)
-        task.add_done_callback(self._resends.discard)
+        error, is_dead = (result, True) if isinstance(result, EPDError) else (_error_of(result), False)
+        if (is_dead or error.retryable) and not retried and self._error is None and self._ttft_ms is None:
+            self._spawn(self._encode_elsewhere(encoder, index, error), "encode again")
+        else:
+            error.param = error.param or (None if is_dead else self.work.images[index].param)
+            self._fail_encode(index, error)
 
-    async def _resend_to_another(self, dead: WorkerConnection, index: int, error: EPDError) -> None:
+    def _fail_encode(self, index: int, error: EPDError) -> None:
+        """No encoder did it. Harmless once the PD has made a token, for then it had all embeddings."""
+        if self._ttft_ms is None:
+            self._fail(error)
+        self._encoding.discard(index)
+        self._note_encoded()
+
+    # -- once more, elsewhere ----------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
+
+    async def _encode_elsewhere(self, encoder: WorkerConnection, index: int, error: EPDError) -> None:
+        """Give the picture of an encoder that can't do it to another one."""
         try:
             key = self.work.images[index].content_key
-            other = self._pool.pick(WorkerRole.ENCODER, key, avoid=dead.member.address)
+            other = self._pool.pick(WorkerRole.ENCODER, key, avoid=encoder.member.address)
             await self._send_picture(other, index, retried=True)
         except NoWorker:
-            self._fail(error)
+            self._fail_encode(index, error)
         except WorkerFailed as second:
-            self._fail(second)
+            self._fail_encode(index, second)
+
+    def _move(self, full: WorkerConnection) -> bool:
+        """Begin to give what a PD has of this request to another one. False: too late, done before, or nobody else."""
+        if self._left or self._is_sending or self._ttft_ms is not None or self._error is not None:
+            return False
+        samples = [sample for sample in self._samples if sample.pd is full and not sample.finished]
+        try:
+            other = self._pool.pick(WorkerRole.PREFILL_DECODE, self.work.request_id, avoid=full.member.address)
+            encoders = {i: self._pool.pick(WorkerRole.ENCODER, self.work.images[i].content_key) for i in self._pictures}
+        except NoWorker:
+            return False
+        self._left.append((full, tuple(sample.request_id for sample in samples)))
+        self._left.extend((encoder, (self._encode_id,)) for encoder in self._encoders.values())
+        self._encode_id = f"{self.work.request_id}-again"
+        self._encoders.clear()
+        for sample in samples:
+            sample.pd = other
+        self._spawn(self._send_again(samples, encoders), "another PD")
+        return True
+
+    async def _send_again(self, samples: list[_Sample], encoders: dict[int, WorkerConnection]) -> None:
+        try:
+            await self._abort_left()
+            await self._send_all(samples, encoders)
+        except (NoWorker, WorkerFailed) as error:
+            self._fail(error)
+
+    async def _abort_left(self) -> None:
+        for worker, request_ids in self._left:
+            await worker.abort(*request_ids)
 
     # -- figures -----------------------------------------------------------------------------------------------------
 
@@ -293,6 +373,12 @@ class Generation:
         self._ttft_ms = (time.perf_counter() - self.work.arrived) * 1000
         if sample.pd is not None:
             sample.pd.records.observe(PROXY_TTFT, self._ttft_ms)
+
+    def _note_encoded(self) -> None:
+        if self._encoding:
+            self._all_encoded.clear()
+        else:
+            self._all_encoded.set()
 
     def _note_timings(self, spent: dict[str, float]) -> None:
         for stage, duration in spent.items():
@@ -312,6 +398,10 @@ class Generation:
             "decode": round(known.get(Stage.DECODE, 0.0), 3),
             "total": round((time.perf_counter() - self.work.arrived) * 1000, 3),
         }
+
+
+def _error_of(answer: TokenOutput | EncodeResult) -> EPDError:
+    return from_info(answer.error) if answer.error else InternalError("The worker gave no reason.")
 
 
 def _has_news(sample: _Sample) -> bool:

@@ -31,6 +31,8 @@ LOW_DETAIL_PIXELS = 512 * 512
 """Bound on the resized picture with `detail: low`."""
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 """Pillow knows more; some of those run interpreters or are never sent by clients."""
+_LOADS_AT_ONCE = 8
+"""Pictures of one request that are fetched at the same time."""
 _BLANKS = bytes(range(9, 14)) + b" "
 _DATA_URL = re.compile(r"data:([^,]*),", re.IGNORECASE)
 _BASE64 = re.compile(rb"[A-Za-z0-9+/]*={0,2}")
@@ -71,6 +73,22 @@ class MediaLimits:
     max_total_pixels: int = 256_000_000
 
 
+class _Budget:
+    """Bytes that the pictures of one request may still have; few load at once, so that it bounds the memory too."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.turn = asyncio.Semaphore(_LOADS_AT_ONCE)
+        self._max_bytes = max_bytes
+        self._taken = 0
+
+    def take(self, num_bytes: int) -> None:
+        self._taken += num_bytes
+        if self._taken > self._max_bytes:
+            raise RequestTooLarge(
+                f"The images have more than {self._max_bytes} bytes together, which is the limit.", param="messages"
+            )
+
+
 class MediaLoader:
     """Loads the pictures of requests.
 
@@ -104,22 +122,17 @@ class MediaLoader:
             raise RequestTooLarge(
                 f"{len(sources)} images in one request; at most {self._limits.max_images}.", param="messages"
             )
-        tasks = [asyncio.create_task(self._load_one(source)) for source in sources]
+        budget = _Budget(self._limits.max_total_bytes)
+        tasks = [asyncio.create_task(self._load_one(source, budget)) for source in sources]
         try:
             images = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-        self._check_total(images)
+        self._check_total_pixels(images)
         return images
 
-    def _check_total(self, images: Sequence[LoadedImage]) -> None:
-        total_bytes = sum(len(image.data) for image in images)
-        if total_bytes > self._limits.max_total_bytes:
-            raise RequestTooLarge(
-                f"The images have {total_bytes} bytes together; at most {self._limits.max_total_bytes}.",
-                param="messages",
-            )
+    def _check_total_pixels(self, images: Sequence[LoadedImage]) -> None:
         total_pixels = sum(image.num_pixels for image in images)
         if total_pixels > self._limits.max_total_pixels:
             raise RequestTooLarge(
@@ -127,9 +140,11 @@ class MediaLoader:
                 param="messages",
             )
 
-    async def _load_one(self, source: ImageSource) -> LoadedImage:
+    async def _load_one(self, source: ImageSource, budget: _Budget) -> LoadedImage:
         try:
-            data = await self._read(source.url)
+            async with budget.turn:
+                data = await self._read(source.url)
+            budget.take(len(data))
             return await self._in_thread(lambda: self._inspect(data, source))
         except EPDError as error:
             error.param = error.param or source.param
@@ -214,8 +229,8 @@ def count_pixels(data: bytes, max_pixels: int) -> int:
         raise RequestTooLarge(f"The image has too many pixels; at most {max_pixels}.") from None
     except UnidentifiedImageError:
         raise InvalidImage(_explain(data)) from None
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, KeyError, IndexError, OverflowError) as error:
-        # Format plug-ins raise whatever they stumble over in a broken header.
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, RuntimeError) as error:
+        # Format plug-ins raise whatever they stumble over in a broken header; AVIF's raises RuntimeError.
         raise InvalidImage(f"The image is broken: {type(error).__name__}.") from error
     if width * height > max_pixels:
         raise RequestTooLarge(f"The image has {width} × {height} pixels; at most {max_pixels}.")

@@ -54,6 +54,8 @@ def is_allowed(address: IPAddress, allowed: Sequence[Network] = ()) -> bool:
         inner = _embedded_ipv4(address)
         if inner is not None:
             return is_allowed(inner, allowed)
+        if address.is_site_local:  # deprecated, but routed inside some networks; `is_global` calls it global
+            return False
     return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
 
 
@@ -129,16 +131,16 @@ class HttpFetcher:
 
     async def _get(self, parts: SplitResult, address: IPAddress) -> bytes | str:
         """The body, or where a redirect points to."""
-        host = f"[{address}]" if address.version == 6 else str(address)
+        host, name = _bracketed(str(address)), _ascii_host(parts)
         pinned = parts._replace(netloc=f"{host}:{_port(parts)}", fragment="").geturl()
         headers = {
-            "host": parts.netloc.rpartition("@")[2],
+            "host": name if parts.port is None else f"{name}:{parts.port}",
             "accept": "image/*",
             "accept-encoding": "identity",
             "user-agent": "epd",
         }
         async with httpx.AsyncClient(trust_env=False, verify=self._tls_context(parts.scheme)) as client:
-            extensions = {"sni_hostname": parts.hostname or ""}  # certificates are checked against the name
+            extensions = {"sni_hostname": name.strip("[]")}  # certificates are checked against the name
             request = client.build_request(
                 "GET", pinned, headers=headers, extensions=extensions, timeout=self._timeout_s
             )
@@ -192,6 +194,16 @@ def _checked_url(url: str) -> SplitResult:
     if not parts.hostname:
         raise InvalidRequest("The image URL has no host.")
     return parts
+
+
+def _ascii_host(parts: SplitResult) -> str:
+    """The host as headers carry it; names in other scripts as the look-up encodes them."""
+    host = parts.hostname or ""
+    return _bracketed(host) if host.isascii() else host.encode("idna").decode()
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _port(parts: SplitResult) -> int:

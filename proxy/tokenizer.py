@@ -43,7 +43,9 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self._literals = _Literals(token.content for token in added.values())
-        self._normalized = _Literals(token.content for token in added.values() if token.normalized)
+        normalized = [token.content for token in added.values() if token.normalized]
+        self._normalized = _Literals(normalized)
+        self._after_normalization = _Literals(map(self._normalize, normalized))
 
     @property
     def vocab_size(self) -> int:
@@ -74,10 +76,13 @@ class Tokenizer:
 
     def hides_added_token(self, text: str) -> bool:
         """Whether normalisation (NFKC, say) turns part of `text` into a literal that is not there verbatim."""
-        normalizer = self.backend.normalizer
-        if normalizer is None or not self._normalized:
+        if self.backend.normalizer is None or not self._normalized:
             return False
-        return bool(self._normalized.find(normalizer.normalize_str(text))) and not self._normalized.find(text)
+        return len(self._after_normalization.find(self._normalize(text))) > len(self._normalized.find(text))
+
+    def _normalize(self, text: str) -> str:
+        normalizer = self.backend.normalizer
+        return text if normalizer is None else str(normalizer.normalize_str(text))
 
 
 class _Literals:
@@ -131,11 +136,21 @@ class Detokenizer:
         pieces: list[str] = []
         for token_id in token_ids:
             self._held.append(token_id)
-            piece = self._stream.step(self._tokenizer.backend, token_id)
+            piece = self._step(token_id)
             if piece is not None:
                 pieces.append(piece)
                 self._held.clear()
         return "".join(pieces)
+
+    def _step(self, token_id: int) -> str | None:
+        try:
+            return self._stream.step(self._tokenizer.backend, token_id)
+        except Exception:  # the library raises bare Exception
+            # Broken bytes can change how a byte-fallback decoder reads the text before them, which was sent already.
+            # So take what is new for itself, and go on from the last token, which ends in a whole character.
+            self._stream = DecodeStream(skip_special_tokens=self._skip)
+            self._stream.step(self._tokenizer.backend, token_id)
+            return self._tokenizer.decode(self._held, skip_special_tokens=self._skip)
 
     def flush(self) -> str:
         """What is left at the end: a character that the model did not finish, as U+FFFD."""

@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from epd.codec import Buffer
 from epd.errors import EPDError, WorkerFailed
@@ -50,9 +51,12 @@ SILENCE_S = 2.0
 CONNECT_RETRY_S = 0.05
 CONNECT_ATTEMPTS = 40
 REFUSED_RETRY_S = 2.0
+_NOBODY = "nobody listens there yet"
+_CLOSED_BY_US = "the proxy closed the connection"
 
 OutputSink = Callable[[TokenOutput | EPDError], None]
 EncodeSink = Callable[[EncodeResult | EPDError], None]
+T = TypeVar("T")
 PROXY_TTFT = "proxy_ttft"
 PROXY_TO_INSTANCE = "proxy_to_instance"
 
@@ -162,8 +166,8 @@ class WorkerConnection:
         """Tell an encoder which PDs there are, if that is news to it."""
         peers = self._peers()
         if self.member.role is WorkerRole.ENCODER and self.info is not None and peers != self._told_peers:
-            self._told_peers = peers
             await self._send(Peers(pd_addresses=peers))
+            self._told_peers = peers
 
     async def _send(self, message: AnyMessage, *buffers: Buffer) -> None:
         dealer = self._dealer
@@ -191,6 +195,9 @@ class WorkerConnection:
                 pause = REFUSED_RETRY_S
             except PeerGone as error:
                 self._note_problem(str(error))
+            except asyncio.CancelledError:
+                self.problem = _CLOSED_BY_US
+                raise
             except Exception:  # the edge of this task: a bug must not cost the worker for good
                 log.exception("bug in the connection to %s", self.member.address)
                 self.problem = "internal error of the proxy"
@@ -291,9 +298,11 @@ class WorkerConnection:
         elif isinstance(message, EncodeResult):
             sink = self._encodes.pop((message.request_id, message.image_index), None)
             if sink is not None:
-                sink(message)
+                self._tell(sink, message)
         elif isinstance(message, Pong):
             self._note_pong(message)
+        elif isinstance(message, Refusal):  # it forgot us while we were silent; a new greeting mends that
+            raise PeerGone(f"it refused a message: {message.reason}")
         else:
             log.warning("%s sent an unexpected %s", self.member.address, type(message).__name__)
 
@@ -301,7 +310,13 @@ class WorkerConnection:
         is_last = output.finish_reason is not None
         sink = (self._generations.pop if is_last else self._generations.get)(output.request_id, None)
         if sink is not None:  # aborted requests still send their last words
-            sink(output)
+            self._tell(sink, output)
+
+    def _tell(self, sink: Callable[[T], None], news: T) -> None:
+        try:
+            sink(news)
+        except Exception:  # a bug in one request must not cost the others that this worker has in hand
+            log.exception("bug in a request at %s", self.member.address)
 
     def _note_pong(self, pong: Pong) -> None:
         if self.info is not None and pong.incarnation != self.info.incarnation:
@@ -318,9 +333,8 @@ class WorkerConnection:
     def _down(self) -> None:
         """Close and fail what the worker had in hand."""
         if self.info is not None:
-            log.warning(
-                "%s %s is down: %s", self.member.role.value, self.member.address, self.problem or "closed by the proxy"
-            )
+            level = logging.DEBUG if self.problem is _CLOSED_BY_US else logging.WARNING
+            log.log(level, "%s %s is down: %s", self.member.role.value, self.member.address, self.problem)
         self.info, self.state, self.reported_load = None, WorkerState.STARTING, Load()
         self._told_peers = None
         self._pings.clear()
@@ -331,11 +345,13 @@ class WorkerConnection:
         self._generations.clear()
         self._encodes.clear()
         for sink in sinks:
-            sink(self._failure(self.problem or "the proxy closed the connection"))
+            self._tell(sink, self._failure(self.problem))
 
     def _note_problem(self, problem: str) -> None:
         if problem != self.problem and self.info is None:
-            log.warning("%s %s: %s", self.member.role.value, self.member.address, problem)
+            # Workers that start after the proxy are nothing to warn of.
+            level = logging.INFO if problem == _NOBODY else logging.WARNING
+            log.log(level, "%s %s is not up: %s", self.member.role.value, self.member.address, problem)
         self.problem = problem
 
 
@@ -349,7 +365,7 @@ async def _send_when_connected(dealer: Dealer, hello: Hello) -> None:
         else:
             return
     # A connection that was made and lost meanwhile is of no use any more; begin with a new one.
-    raise PeerGone("nobody listens there")
+    raise PeerGone(_NOBODY)
 
 
 class _Refused(Exception):

@@ -48,15 +48,33 @@ def error_response(error: EPDError) -> Response:
         headers["retry-after"] = str(RETRY_AFTER_S)
     if isinstance(error, ClientError):
         headers["x-should-retry"] = "false"
+    if isinstance(error, RequestTimeout):
+        headers["connection"] = "close"  # else the rest of the body may trickle in for ever
     return Response(msgspec.json.encode(error_body(error)), error.status, headers, JSON)
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
+class RequestTimeout(ClientError):
+    """The body did not arrive in time."""
+
+    status = 408
+    code = "request_timeout"
+
+
+async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
     """The body, kept no further than the limit. The server drops what still comes, so that the client reads why.
 
     Raises:
         RequestTooLarge: it is larger.
+        RequestTimeout: it took longer.
     """
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _read_within(request, max_bytes)
+    except TimeoutError:
+        raise RequestTimeout(f"The request body did not arrive within {timeout_s:g} s.") from None
+
+
+async def _read_within(request: Request, max_bytes: int) -> bytes:
     too_large = RequestTooLarge(f"The request body is larger than {max_bytes} bytes; send smaller or fewer images.")
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from epd.errors import InvalidRequest
+from epd.errors import DeadlineExceeded, InvalidRequest
 from epd.types import SamplingParams
 from proxy.answer import TextOptions
 from proxy.api.http import Client, Exchange, read_body
 from proxy.api.openai_answer import ChatDialect, Dialect, Head, Teller, TextDialect
 from proxy.api.openai_prompt import (
     check_supported,
+    count_parts,
     messages_of,
     prompts_of,
     sampling_of,
@@ -32,6 +36,8 @@ from proxy.api.openai_schema import (
 )
 from proxy.dispatcher import Work
 from proxy.service import Service
+
+T = TypeVar("T")
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -59,7 +65,7 @@ def schema_components() -> dict[str, Any]:
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, which may show pictures."""
     arrived, service = time.perf_counter(), _service(request)
-    body = decode_body(await read_body(request, service.config.max_body_bytes), ChatRequest)
+    body = await _decoded(request, service, ChatRequest)
     return Exchange(lambda client: _chat(client, service, body, arrived))
 
 
@@ -67,21 +73,28 @@ async def chat_completions(request: Request) -> Response:
 async def completions(request: Request) -> Response:
     """Continue a text."""
     arrived, service = time.perf_counter(), _service(request)
-    body = decode_body(await read_body(request, service.config.max_body_bytes), CompletionRequest)
+    body = await _decoded(request, service, CompletionRequest)
     return Exchange(lambda client: _complete(client, service, body, arrived))
+
+
+async def _decoded(request: Request, service: Service, kind: type[T]) -> T:
+    config = service.config
+    return decode_body(await read_body(request, config.max_body_bytes, config.request_timeout), kind)
 
 
 async def _chat(client: Client, service: Service, body: ChatRequest, arrived: float) -> None:
     options = _check(service, body)
     sampling = sampling_of(body, service)
+    service.check_context(count_parts(body), None)
     messages, sources = messages_of(body)
     if sources and service.image_token_id is None:
         raise InvalidRequest("This model reads text only; remove the images.", param=sources[0].param)
     service.dispatcher.require(images=bool(sources))
     with service.dispatcher.admit():
-        prompt = await service.encode_chat(messages, template_variables(body))
-        service.check_context(len(prompt.token_ids), sampling.max_tokens)
-        images = await service.media.load(sources)
+        async with _deadline(service, arrived):
+            prompt = await service.encode_chat(messages, template_variables(body))
+            service.check_context(len(prompt.token_ids), sampling.max_tokens)
+            images = await service.media.load(sources)
         head = Head.new("chatcmpl", service.config.model_name)
         work = Work(
             request_id=head.id,
@@ -102,7 +115,8 @@ async def _complete(client: Client, service: Service, body: CompletionRequest, a
     sampling = sampling_of(body, service)
     service.dispatcher.require(images=False)
     with service.dispatcher.admit():
-        prompts = await prompts_of(body, service)
+        async with _deadline(service, arrived):
+            prompts = await prompts_of(body, service)
         for prompt in prompts:
             service.check_context(len(prompt), sampling.max_tokens)
         head, samples = Head.new("cmpl", service.config.model_name), body.n or 1
@@ -117,6 +131,17 @@ async def _complete(client: Client, service: Service, body: CompletionRequest, a
         echoes = [service.tokenizer.decode(prompt) if body.echo else "" for prompt in prompts for _ in range(samples)]
         dialect = TextDialect(head, include_usage=_include_usage(body), echoes=echoes)
         await _answer(client, service, body, work, dialect, options)
+
+
+@asynccontextmanager
+async def _deadline(service: Service, arrived: float) -> AsyncIterator[None]:
+    """Bound what happens before workers have the request by the time that it may take in all."""
+    limit = service.config.request_timeout
+    try:
+        async with asyncio.timeout(arrived + limit - time.perf_counter()):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded(f"The request was not ready for the workers within {limit:g} s.") from None
 
 
 def _check(service: Service, body: SamplingRequest) -> TextOptions:

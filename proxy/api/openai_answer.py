@@ -31,6 +31,8 @@ from proxy.tokenizer import Tokenizer
 FIRST_OUTPUT_GRACE_S = 5.0
 """Status and headers wait so long for the first output, so that what fails early gets a real status."""
 PING_INTERVAL_S = 15.0
+SETTLE_S = 0.25
+"""An answer with timings waits so long for encoders that have not reported yet."""
 
 Timings = dict[str, float]
 TokenIds = list[int] | UnsetType
@@ -196,7 +198,7 @@ class Teller:
         while not self._generation.done:
             for update in await self._generation.next():
                 await self._advance(update)
-        await client.reply(self._dialect.whole(self._answers, self._usage(), self._timings()))
+        await client.reply(self._dialect.whole(self._answers, self._usage(), await self._timings()))
 
     async def tell_stream(self, client: Client, *, include_usage: bool) -> None:
         """Answer in chunks. A failure after the first of them becomes an error event.
@@ -235,7 +237,7 @@ class Teller:
         reason = self._answers[update.index].finish_reason
         if reason is not None:
             rest = self._new_token_ids(update.index)
-            await client.event(self._dialect.closing(update.index, reason.value, rest, self._timings()))
+            await client.event(self._dialect.closing(update.index, reason.value, rest, await self._timings()))
 
     async def _advance(self, update: Update) -> str:
         answer = self._answers[update.index]
@@ -258,8 +260,11 @@ class Teller:
         cached = PromptTokensDetails(self._generation.cached_tokens)
         return Usage(prompt, completion, prompt + completion, cached)
 
-    def _timings(self) -> Timings | UnsetType:
-        return self._generation.timings() if self._with_timings else UNSET
+    async def _timings(self) -> Timings | UnsetType:
+        if not self._with_timings:
+            return UNSET
+        await self._generation.settle(SETTLE_S)
+        return self._generation.timings()
 
 
 def _reason(answer: Answer) -> str:

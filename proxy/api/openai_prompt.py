@@ -86,6 +86,7 @@ def text_options_of(request: SamplingRequest) -> TextOptions:
         raise InvalidRequest("A stop string is empty; remove it.", param="stop")
     return TextOptions(
         stop=stops,
+        min_tokens=request.min_tokens or 0,
         skip_special_tokens=request.skip_special_tokens is not False,
         with_token_ids=bool(request.return_token_ids),
     )
@@ -100,7 +101,7 @@ def template_variables(request: ChatRequest) -> dict[str, Any]:
     variables = request.chat_template_kwargs or {}
     for name, value in variables.items():
         is_switch = value is None or isinstance(value, bool | int | float)
-        if not is_switch or name in ("messages", "tools", "documents", "add_generation_prompt"):
+        if not is_switch:
             raise InvalidRequest(
                 f"chat_template_kwargs.{name} is not supported; only booleans and numbers are passed on.",
                 param="chat_template_kwargs",
@@ -109,6 +110,11 @@ def template_variables(request: ChatRequest) -> dict[str, Any]:
 
 
 # -- chat --------------------------------------------------------------------------------------------------------------
+
+
+def count_parts(request: ChatRequest) -> int:
+    """Messages and parts of messages. More of them than the context has tokens are refused before they cost time."""
+    return sum(len(one.content) if isinstance(one.content, list) else 1 for one in request.messages)
 
 
 def messages_of(request: ChatRequest) -> tuple[list[Message], list[ImageSource]]:
@@ -173,6 +179,10 @@ async def prompts_of(request: CompletionRequest, service: Service) -> list[tuple
         InvalidRequest: no prompt, an empty one, too many, or ids that do not exist.
     """
     prompt = request.prompt
+    if not isinstance(prompt, str) and len(prompt) > MAX_PROMPTS:  # ids of one prompt, or too many prompts
+        if not isinstance(prompt[0], int):
+            raise InvalidRequest(f"{len(prompt)} prompts; at most {MAX_PROMPTS}.", param="prompt")
+        service.check_context(len(prompt), None)
     entries: Sequence[str | int | list[int]] = [prompt] if isinstance(prompt, str) else prompt
     if entries and all(isinstance(entry, int) for entry in entries):
         entries = [[entry for entry in entries if isinstance(entry, int)]]
@@ -180,8 +190,6 @@ async def prompts_of(request: CompletionRequest, service: Service) -> list[tuple
         raise InvalidRequest("prompt mixes token ids with texts; send one kind.", param="prompt")
     if not entries or not all(entries):
         raise InvalidRequest("prompt is empty; send at least one character or token.", param="prompt")
-    if len(entries) > MAX_PROMPTS:
-        raise InvalidRequest(f"{len(entries)} prompts; at most {MAX_PROMPTS}.", param="prompt")
     prompts = [await _prompt_ids(entry, service) for entry in entries if not isinstance(entry, int)]
     if not all(prompts):
         raise InvalidRequest("prompt has no tokens.", param="prompt")
@@ -189,6 +197,8 @@ async def prompts_of(request: CompletionRequest, service: Service) -> list[tuple
 
 
 async def _prompt_ids(entry: str | list[int], service: Service) -> tuple[int, ...]:
+    if not isinstance(entry, str):
+        service.check_context(len(entry), None)
     token_ids = tuple(await service.encode_text(entry) if isinstance(entry, str) else entry)
     _check_token_ids(token_ids, service, "prompt")
     if service.image_token_id is not None and service.image_token_id in token_ids:

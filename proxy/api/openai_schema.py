@@ -181,7 +181,7 @@ class CompletionRequest(SamplingRequest, kw_only=True):
         """See `SamplingRequest.unsupported`."""
         return super().unsupported() | {
             "suffix": bool(self.suffix),
-            "logprobs": self.logprobs not in (None, False),
+            "logprobs": self.logprobs is not None and self.logprobs is not False,  # 0 asks for some
         }
 
 

@@ -64,7 +64,7 @@ def _card(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "epd",
-        "root": str(service.config.model),
+        "root": name,
         "parent": None,
         "max_model_len": service.max_model_len or None,
         "permission": [],
@@ -75,6 +75,8 @@ def _card(service: Service) -> dict[str, Any]:
 
 
 @router.head("/health", include_in_schema=False)
+@router.head("/healthz", include_in_schema=False)
+@router.get("/healthz", tags=["operations"])
 @router.get("/health", tags=["operations"])
 async def health(request: Request) -> JSONResponse:
     """200 while each role that the model needs has a live worker, else 503."""
@@ -101,6 +103,7 @@ async def check_health(request: Request) -> JSONResponse:
     return JSONResponse({"status": "error" if missing else "ok", "results": results}, 503 if missing else 200)
 
 
+@router.head("/ping", include_in_schema=False)
 @router.get("/ping", tags=["operations"])
 async def ping() -> Response:
     """The HTTP server answers. Says nothing of the workers."""
@@ -146,12 +149,13 @@ class AbortRequest(msgspec.Struct):
 @router.post("/abort", tags=["operations"])
 async def abort(request: Request) -> JSONResponse:
     """Stop requests by the ids of their answers, or all of this proxy. Unknown ids are left out of the reply."""
-    body = await read_body(request, _MAX_SMALL_BODY_BYTES)
+    service = _service(request)
+    body = await read_body(request, _MAX_SMALL_BODY_BYTES, service.config.request_timeout)
     try:
         wanted = msgspec.json.decode(body or b"{}", type=AbortRequest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"Send {{'request_id': …}} or {{'abort_all': true}}: {error}.") from error
-    active = _service(request).dispatcher.active
+    active = service.dispatcher.active
     ids = [wanted.request_id] if isinstance(wanted.request_id, str) else wanted.request_id or []
     aborted = [one for one in (list(active) if wanted.abort_all else ids) if one in active]
     for request_id in aborted:

@@ -205,6 +205,8 @@ class FakeEncoder(FakeWorker):
         self.pictures: list[Picture] = []
         self.error: ErrorInfo | None = None
         self.mute = False
+        self.delay_s = 0.0
+        """Time until it reports."""
 
     async def handle(self, peer: bytes, message: AnyMessage, buffers: list[memoryview]) -> None:
         assert isinstance(message, EncodeRequest)
@@ -218,4 +220,8 @@ class FakeEncoder(FakeWorker):
             num_tokens=4,
             timings_ms={"preprocess": 2.0, "encode": 3.0, "transfer": 1.0},
         )
+        self.spawn(self._report(peer, result))
+
+    async def _report(self, peer: bytes, result: EncodeResult) -> None:
+        await asyncio.sleep(self.delay_s)
         await self.send(peer, result)

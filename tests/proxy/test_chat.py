@@ -156,6 +156,29 @@ async def test_timings_when_asked(cluster: Cluster) -> None:
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks if "timings" in chunk] == ["stop"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_timings_wait_a_moment_for_the_encoder(cluster: Cluster, stream: bool) -> None:
+    """Its report comes after the tokens that its embeddings made possible."""
+    cluster.encoder.delay_s = 0.1
+    response = await cluster.chat("hi", png(), timings=True, stream=stream)
+    timings = (events(response)[-1] if stream else response.json())["timings"]
+    assert (timings["encode"], timings["transfer"]) == (5.0, 1.0)
+
+
+async def test_timings_do_not_wait_for_ever(cluster: Cluster) -> None:
+    cluster.encoder.mute = True
+    assert (await cluster.chat("hi", png(), timings=True)).json()["timings"]["encode"] == 0
+
+
+async def test_stop_strings_wait_for_min_tokens(cluster: Cluster, tokenizer: Tokenizer) -> None:
+    cluster.pd.answer = tuple(tokenizer.encode("hello hello hello"))
+    count = len(tokenizer.encode("hello hello"))
+    body = (await cluster.chat("hi", stop="hello", min_tokens=count)).json()
+    assert body["choices"][0]["message"]["content"] == "hello hello "
+    body = (await cluster.chat("hi", stop="hello")).json()
+    assert body["choices"][0]["message"]["content"] == ""
+
+
 async def test_defaults_come_from_the_generation_config(start_cluster: ClusterFactory, tmp_path: Any) -> None:
     from tests.proxy.model_files import write_model
 

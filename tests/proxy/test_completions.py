@@ -90,6 +90,7 @@ async def test_openai_client(cluster: Cluster) -> None:
         ({"prompt": "<|image_pad|>"}, "prompt"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
         ({"prompt": "x", "logprobs": 1}, "logprobs"),
+        ({"prompt": "x", "logprobs": 0}, "logprobs"),
         ({"prompt": "x", "best_of": 3}, "best_of"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
     ],

@@ -221,6 +221,31 @@ async def test_client_leaves(cluster: Cluster, stream: bool) -> None:
     assert all(one.in_hand == 0 for one in cluster.service.pool.connections())
 
 
+async def test_client_leaves_while_a_picture_is_fetched(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(max_concurrent_requests=1, allowed_private_media=("127.0.0.0/8",))
+    came, gone = asyncio.Event(), asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.set()
+        await reader.read()  # until the proxy hangs up
+        writer.close()
+        gone.set()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    async with server, asyncio.timeout(10):
+        part = {"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"}}
+        async with httpx.AsyncClient(base_url=cluster.url, trust_env=False) as leaving:
+            body = {"messages": [{"role": "user", "content": [part]}]}
+            task = asyncio.create_task(leaving.post("/v1/chat/completions", json=body))
+            await came.wait()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await gone.wait()
+    async with asyncio.timeout(10):
+        while (await cluster.chat("x")).status_code == 429:  # its place is free as soon as the server noticed
+            await asyncio.sleep(0.01)
+
+
 async def test_slow_reader_costs_one_slot(cluster: Cluster) -> None:
     """A client that reads nothing: outputs merge, the worker is never held up."""
     total = 20_000
@@ -266,3 +291,132 @@ async def test_request_of_an_unusable_picture_leaves_the_others_alone(cluster: C
     bad = [cluster.chat("x", png()[:30]), cluster.chat("x", b"<html>")]
     responses = await asyncio.gather(*good, *bad)
     assert [response.status_code for response in responses] == [200, 200, 200, 400, 400]
+
+
+@pytest.mark.parametrize("dies", [True, False])
+async def test_encoder_fails_after_the_pd_has_the_picture(cluster: Cluster, dies: bool) -> None:
+    """A token shows that the embeddings arrived: what the encoder does then is of no consequence."""
+    go_on = asyncio.Event()
+
+    async def pause_after_one_token(received: Received) -> None:
+        await received.send(cluster.pd.answer[0])
+        await go_on.wait()
+        await received.send(*cluster.pd.answer[1:], finish=FinishReason.STOP)
+
+    cluster.pd.script = pause_after_one_token
+    cluster.encoder.mute = dies
+    cluster.encoder.error, cluster.encoder.delay_s = WorkerFailed("no acknowledgement").to_info(), 0.1
+    task = asyncio.create_task(cluster.chat("x", png()))
+    await cluster.encoder.until(lambda: len(cluster.encoder.pictures) == 1)
+    await _first_token_taken(cluster)
+    if dies:
+        await cluster.encoder.stop()
+        await cluster.ready(1, 0)
+    else:
+        await asyncio.sleep(0.2)
+    go_on.set()
+    response = await task
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["message"]["content"] == "hello world"
+
+
+def full(received: Received) -> Any:
+    return received.send(finish=FinishReason.ERROR, error=Overloaded("The worker is full.").to_info())
+
+
+async def test_full_pd_passes_the_request_on(start_cluster: ClusterFactory) -> None:
+    """With the picture: it is encoded for the other PD."""
+    cluster = await start_cluster(pds=2)
+    refused: list[Received] = []
+
+    async def refuse_first(received: Received) -> None:
+        if not refused or received.worker is refused[0].worker:
+            refused.append(received)
+            await full(received)
+        else:
+            await received.worker.say_answer(received)
+
+    for pd in cluster.pds:
+        pd.script = refuse_first
+    response = await cluster.chat("x", png(), n=2, stream=True)
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in events(response))
+    assert sorted(text) == sorted("hello world" * 2)
+    [other] = [pd for pd in cluster.pds if pd is not refused[0].worker]
+    assert {request.request_id for request in other.requests} == {one.request.request_id for one in refused}
+    addresses = [picture.request.pd_address for picture in cluster.encoder.pictures]
+    assert addresses == [refused[0].worker.address, other.address]
+    assert len({picture.request.request_id for picture in cluster.encoder.pictures}) == 2
+    assert all(one.in_hand == 0 for one in cluster.service.pool.connections())
+
+
+async def test_all_pds_full(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(pds=3)
+    for pd in cluster.pds:
+        pd.script = full
+    response = await cluster.chat("x", png())
+    assert (response.status_code, code(response)) == (429, "overloaded")
+    assert sum(len(pd.requests) for pd in cluster.pds) == 2
+    assert all(one.in_hand == 0 for one in cluster.service.pool.connections())
+
+
+async def test_samples_that_a_full_pd_took_are_stopped_there(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(pds=2, encoders=0)
+    taken: list[Received] = []
+
+    async def take_one(received: Received) -> None:
+        if taken and received.worker is not taken[0].worker:
+            await received.worker.say_answer(received)
+        elif taken:
+            await full(received)
+        else:
+            taken.append(received)
+
+    for pd in cluster.pds:
+        pd.script = take_one
+    response = await cluster.chat("x", n=2)
+    assert response.status_code == 200, response.text
+    assert [choice["message"]["content"] for choice in response.json()["choices"]] == ["hello world"] * 2
+    first = taken[0]
+    await first.worker.until(lambda: first.worker.aborted == [first.request.request_id])
+
+
+async def test_picture_of_a_full_encoder_goes_to_another(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(encoders=2)
+    hold = asyncio.Event()
+
+    async def wait(received: Received) -> None:
+        await hold.wait()
+        await cluster.pd.say_answer(received)
+
+    cluster.pd.script = wait
+    for encoder in cluster.encoders:
+        encoder.error = Overloaded("The encoder is full.").to_info()
+    response = await cluster.chat("x", png())
+    assert (response.status_code, code(response)) == (429, "overloaded")
+    assert [len(encoder.pictures) for encoder in cluster.encoders] == [1, 1]
+    first = cluster.encoders[0]
+    first.error = None
+    hold.set()
+    for color in ("red", "green", "blue", "yellow"):
+        assert (await cluster.chat("x", png(color))).status_code == 200
+
+
+async def test_deadline_while_a_picture_is_fetched(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(request_timeout=0.2, allowed_private_media=("127.0.0.0/8",))
+    gone = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()  # until the proxy gives up
+        writer.close()
+        gone.set()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x.png"
+        part = {"type": "image_url", "image_url": {"url": url}}
+        body = {"messages": [{"role": "user", "content": [part]}]}
+        response = await cluster.http.post("/v1/chat/completions", json=body)
+        assert (response.status_code, code(response)) == (504, "timeout")
+        async with asyncio.timeout(5):
+            await gone.wait()
+    assert cluster.pd.requests == []

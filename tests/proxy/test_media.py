@@ -116,6 +116,7 @@ def test_bombs_are_found_by_their_header(size: tuple[int, int]) -> None:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image"),
         (b"hello", "no image"),
         (PNG[:20], "broken|no image"),
+        (png(kind="AVIF").replace(b"av01", b"av02"), "broken|no image"),
     ],
 )
 def test_what_is_no_picture(data: bytes, message: str) -> None:
@@ -207,6 +208,7 @@ def test_files_need_a_root_and_have_a_limit(root: Path) -> None:
         ("::1", False),
         ("::", False),
         ("fe80::1", False),
+        ("fec0::1", False),  # site-local: deprecated, still routed here and there
         ("fd00::1", False),
         ("ff02::1", False),
         ("::ffff:127.0.0.1", False),
@@ -383,6 +385,22 @@ async def test_silent_server_times_out() -> None:
         await done.wait()
 
 
+async def test_names_in_other_scripts() -> None:
+    async def here(host: str, port: int) -> list[str]:
+        return ["127.0.0.1"]
+
+    heads: list[bytes] = []
+
+    def answer(path: str, head: bytes) -> bytes:
+        heads.append(head)
+        return ok(PNG)
+
+    async with web_server(answer) as port:
+        abroad = HttpFetcher(max_bytes=1 << 20, timeout_s=5, allowed=LOOPBACK, resolver=here)
+        assert await abroad.fetch(f"http://bücher.example:{port}/ä.png") == PNG
+    assert f"host: xn--bcher-kva.example:{port}".encode() in heads[0].lower()
+
+
 # -- together ----------------------------------------------------------------------------------------------------------
 
 
@@ -423,3 +441,17 @@ async def test_other_schemes(url: str) -> None:
     with pytest.raises(InvalidRequest, match="start with data:") as caught:
         await loader().load([ImageSource(url, "messages[0].content[1]")])
     assert caught.value.param == "messages[0].content[1]"
+
+
+async def test_pictures_over_the_limit_together_are_not_all_fetched_first() -> None:
+    fetched = []
+
+    def answer(path: str, head: bytes) -> bytes:
+        fetched.append(path)
+        return ok(PNG)
+
+    async with web_server(answer) as port:
+        urls = [ImageSource(f"http://127.0.0.1:{port}/{i}", "x") for i in range(32)]
+        with pytest.raises(RequestTooLarge, match="together"):
+            await loader(max_total_bytes=len(PNG)).load(urls)
+    assert len(fetched) < 16

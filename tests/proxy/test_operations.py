@@ -100,7 +100,14 @@ async def test_openapi_documents_the_fields(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "status"), [(b"", 200), (b'{"request_id": "none"}', 200), (b"nonsense", 400), (b'{"request_id": 5}', 400)]
+    ("body", "status"),
+    [
+        (b"", 200),
+        (b'{"request_id": "none"}', 200),
+        (b"nonsense", 400),
+        (b'{"request_id": 5}', 400),
+        (b'{"x":' + b"[" * 60_000, 400),
+    ],
 )
 async def test_abort_of_nothing(cluster: Cluster, body: bytes, status: int) -> None:
     response = await cluster.http.post("/abort", content=body)

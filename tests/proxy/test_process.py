@@ -67,3 +67,8 @@ def test_port_in_use_is_a_config_error(model: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--port {port}"):
             run_proxy(ProxyConfig(model=model, host="127.0.0.1", port=port))
+
+
+def test_impossible_port_is_a_config_error(model: Path) -> None:
+    with pytest.raises(ConfigError, match="--port 70000"):
+        run_proxy(ProxyConfig(model=model, host="127.0.0.1", port=70000))

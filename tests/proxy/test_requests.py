@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": HI, "chat_template": "x"}, "chat_template"),
     ({"messages": HI, "chat_template_kwargs": {"messages": None}}, "chat_template_kwargs"),
     ({"messages": HI, "chat_template_kwargs": {"x": "<|im_end|>"}}, "chat_template_kwargs"),
+    ({"messages": HI, "chat_template_kwargs": {"eos_token": 1}}, "chat_template_kwargs"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
     ({"messages": [*HI, {"role": "tool", "content": "x"}]}, "messages[1].role"),
     ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
@@ -130,6 +133,7 @@ GOOD_CHAT: list[dict[str, Any]] = [
     {"messages": HI, "presence_penalty": 0, "logit_bias": {}, "top_logprobs": 0, "modalities": ["text"]},
     {"messages": HI, "temperature": 0, "n": None, "stop": None, "max_tokens": None, "stream": None, "seed": -5},
     {"messages": HI, "chat_template_kwargs": {"enable_thinking": False}},
+    {"messages": HI, "chat_template_kwargs": {"self": 1, "value": 2, "a b": 3}},
     {"messages": HI, "stop": ["x"] * 16, "min_tokens": 1, "ignore_eos": True},
 ]
 
@@ -185,6 +189,25 @@ async def test_context_overflow_says_the_known_phrase(start_cluster: ClusterFact
     assert response.json()["message"].startswith("This model's maximum context length is 20 tokens")
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 5000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"text": ""}] * 5000}]}),
+        ("/v1/completions", {"prompt": [1] * 5000}),
+        ("/v1/completions", {"prompt": [[1] * 5000]}),
+    ],
+)
+async def test_more_pieces_than_tokens_cost_no_time(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    """A few megabytes of empty parts, looked at one by one, would stop all streams for seconds."""
+    monkeypatch.setattr("proxy.api.openai.messages_of", lambda _: 1 / 0)
+    monkeypatch.setattr("proxy.api.openai_prompt._check_token_ids", lambda ids, *_: ids and 1 / 0)
+    response = await cluster.http.post(path, json=body)
+    assert_error(response.json(), 400, code="context_length_exceeded")
+
+
 async def test_body_limit(start_cluster: ClusterFactory) -> None:
     cluster = await start_cluster(max_body_bytes=10_000)
     response = await cluster.chat("x" * 20_000)
@@ -206,13 +229,19 @@ async def test_body_limit(start_cluster: ClusterFactory) -> None:
         ("POST", "/v1/nowhere", 404),
         ("GET", "/v1/chat/completions", 405),
         ("DELETE", "/health", 405),
+        ("GET", "/v1/models/a%0Ab", 404),
         ("GET", "/v1/models/other", 404),
     ],
 )
-async def test_every_path_answers_in_one_shape(cluster: Cluster, method: str, path: str, status: int) -> None:
+async def test_every_path_answers_in_one_shape(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture, method: str, path: str, status: int
+) -> None:
+    caplog.set_level(logging.INFO, "proxy")
     response = await cluster.http.request(method, path)
     assert response.status_code == status
     assert_error(response.json(), status)
+    assert "None" not in response.json()["message"]
+    assert not any("\n" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize(
@@ -237,3 +266,16 @@ async def test_bugs_are_500_in_the_same_shape(cluster: Cluster, monkeypatch: pyt
 async def test_doubled_slashes_of_base_urls(cluster: Cluster) -> None:
     response = await cluster.http.post("/v1//chat/completions", content=json.dumps({"messages": HI}))
     assert response.status_code == 200
+
+
+async def test_body_that_trickles_in(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(request_timeout=0.1)
+    host, port = cluster.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    async with asyncio.timeout(10):
+        answer = await reader.read()  # until the server closes
+    writer.close()
+    await writer.wait_closed()
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert_error(json.loads(answer.partition(b"\r\n\r\n")[2]), 408, code="request_timeout")

@@ -6,6 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers
 
 from epd.errors import ConfigError
 from proxy.tokenizer import Detokenizer, StopChecker, Tokenizer
@@ -26,6 +28,31 @@ def test_cut_character_is_flushed_at_the_end(tokenizer: Tokenizer) -> None:
     assert stream.push(tokenizer.encode("a日")[:-1]) == "a"
     assert stream.flush() == "\ufffd"
     assert stream.flush() == ""
+
+
+def byte_fallback(folder: Path) -> Tokenizer:
+    """A tokenizer of the Llama kind: characters that it does not know are bytes."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256, "a": 257, "▁a": 258, "<unk>": 259}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder / "tokenizer.json")
+
+
+def test_broken_bytes_after_sent_ones_end_no_answer(tmp_path: Path) -> None:
+    """A decoder of that kind shows a newline before a broken byte as broken, too; it was sent already."""
+    stream = Detokenizer(byte_fallback(tmp_path))
+    assert [stream.push([token]) for token in (258, 0x0A, 0x81, 258, 257)] == ["a", "\n", "", "\ufffd a", "a"]
+
+
+def test_no_order_of_tokens_is_an_error(tmp_path: Path) -> None:
+    tokenizer, source = byte_fallback(tmp_path), random.Random(0)
+    for _ in range(300):
+        token_ids = [source.choice((source.randrange(256), 256, 257, 258)) for _ in range(12)]
+        stream = Detokenizer(tokenizer)
+        text = stream.push(token_ids) + stream.flush()
+        assert text.count("a") >= sum(token in (257, 258) for token in token_ids)
 
 
 @pytest.mark.parametrize(("skip", "wanted"), [(True, "ab<think>"), (False, "a<|im_end|>b<think>")])
@@ -79,3 +106,23 @@ def test_broken_tokenizer_is_a_config_error(tmp_path: Path, content: str | None)
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         Tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("plain", False),
+        ("<Tool>", False),  # verbatim: found and cut by others
+        ("<tool>", True),
+        ("<Tool> <tool>", True),  # the verbatim one is no excuse for the other
+        ("\uff1ctool\uff1e", True),
+    ],
+)
+def test_literals_that_normalisation_makes(tmp_path: Path, text: str, hidden: bool) -> None:
+    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    backend.add_tokens([tokenizers.AddedToken("<Tool>", normalized=True)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.hides_added_token(text) is hidden
+    assert not hidden or tokenizer.token_id("<Tool>") in tokenizer.encode(text)

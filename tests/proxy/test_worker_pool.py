@@ -12,12 +12,12 @@ import pytest
 from epd.checkpoint import fingerprint
 from epd.config import ProxyConfig
 from epd.errors import ConfigError
-from epd.messages import PROTOCOL_VERSION, Announcement
+from epd.messages import PROTOCOL_VERSION, Announcement, GenerateRequest
 from epd.transport import Dealer
-from epd.types import WorkerRole
+from epd.types import SamplingParams, WorkerRole
 from metastore.roster import Roster
 from proxy.service import Service
-from tests.proxy.conftest import Cluster, ClusterFactory, eventually
+from tests.proxy.conftest import Cluster, ClusterFactory, eventually, png
 from tests.proxy.fakes import FakeEncoder, FakePrefillDecode, FakeWorker
 
 
@@ -90,6 +90,45 @@ async def test_announced_workers_join_and_their_leases_end(model: Path, sockets:
     await service.close()
     await pd.stop()
     await encoder.stop()
+
+
+async def test_a_bug_in_one_request_costs_no_other(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    [connection] = [one for one in cluster.service.pool.connections() if one.member.role is cluster.pd.role]
+    before = connection.info
+
+    def buggy(_: object) -> None:
+        raise ZeroDivisionError
+
+    request = GenerateRequest(request_id="r", prompt_token_ids=(1,), sampling=SamplingParams(), timeout_s=9)
+    await connection.generate(request, buggy)
+    await eventually(lambda: any("bug in a request" in record.getMessage() for record in caplog.records))
+    assert (await cluster.chat("x")).status_code == 200
+    assert connection.info is before
+
+
+async def test_closing_is_no_warning(start_cluster: ClusterFactory, caplog: pytest.LogCaptureFixture) -> None:
+    cluster = await start_cluster()
+    cluster.pd.script = cluster.pd.say_nothing
+    task = asyncio.create_task(cluster.chat("x"))
+    await cluster.pd.until(lambda: len(cluster.pd.requests) == 1)
+    await cluster.service.pool.close()
+    assert "the proxy closed the connection" in (await task).json()["message"]
+    assert not any("is down" in record.getMessage() for record in caplog.records if record.levelno >= logging.INFO)
+
+
+async def test_encoder_is_told_again_when_telling_was_cut_short(cluster: Cluster) -> None:
+    [encoder] = [one for one in cluster.service.pool.connections() if one.member.role is cluster.encoder.role]
+    dealer = encoder._dealer
+    assert dealer is not None
+    encoder._told_peers = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dealer, "send", lambda *_: asyncio.sleep(60))  # its queue is full
+        task = asyncio.create_task(encoder.tell_peers())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    await cluster.chat("x", png())
+    assert len(cluster.encoder.peers) == 2
 
 
 async def test_address_in_use_is_a_config_error(model: Path, sockets: Path) -> None:
