@@ -50,9 +50,9 @@ def symlink_out(folder: Path) -> str:
 BAD_PICTURES: dict[str, tuple[Urls, int, str]] = {
     # name: (URL, status, what the message must say)
     "truncated JPEG": (lambda _: data_url(jpeg(picture(1, 400, 300))[:2000], "image/jpeg"), 400, "truncated"),
-    "HTML": (lambda _: data_url(b"<!doctype html><html>Not found</html>"), 400, "HTML"),
+    "HTML": (lambda _: data_url(b"<!doctype html><html>Not found</html>"), 400, "web page"),
     "empty": (lambda _: "data:image/png;base64,", 400, "empty"),
-    "bomb": (lambda _: data_url(bomb()), 413, "30000 × 30000"),
+    "bomb": (lambda _: data_url(bomb()), 413, "64000000"),
     "1×5000": (lambda _: data_url(png(picture(0, 1, 5000))), 400, "aspect"),
     "outside the folder": (outside, 403, "not available"),
     "symlink out of the folder": (symlink_out, 403, "not available"),

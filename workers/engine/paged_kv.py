@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from epd.errors import ConfigError
@@ -51,9 +53,8 @@ class PagedKVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         dims = (num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
-        # Zeros, not empty: attention masks unused slots by weight 0, and 0 * NaN would still be NaN.
-        self.keys = [torch.zeros(dims, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
-        self.values = [torch.zeros(dims, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
+        self.keys = [_zeros(dims, shape.dtype, device) for _ in range(shape.num_layers)]
+        self.values = [_zeros(dims, shape.dtype, device) for _ in range(shape.num_layers)]
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store new tokens.
@@ -71,6 +72,18 @@ class PagedKVCache:
         """Zero `slots`, int64 [slots], of a layer."""
         self.keys[layer].flatten(0, 1).index_fill_(0, slots, 0)
         self.values[layer].flatten(0, 1).index_fill_(0, slots, 0)
+
+
+def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, not empty: attention masks unused slots by weight 0, and 0 * NaN would still be NaN.
+
+    On a CPU by numpy, whose zeros are pages that the kernel hands out when they are first written: `torch.zeros`
+    writes them all, so that an idle worker would hold its whole cache in memory.
+    """
+    if device.type != "cpu":
+        return torch.zeros(dims, dtype=dtype, device=device)
+    memory = np.zeros(math.prod(dims) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(dims)
 
 
 def num_blocks_for(
