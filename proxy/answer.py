@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from msgspec import UNSET, UnsetType
 
 from epd.types import FinishReason
-from proxy.dispatcher import Update
 from proxy.tokenizer import Detokenizer, StopChecker, Tokenizer
+from proxy.work import Update
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from proxy.api.openai_schema import (
     TextCompletion,
     decode_body,
 )
-from proxy.dispatcher import Work
 from proxy.service import Service
+from proxy.work import Work
 
 T = TypeVar("T")
 

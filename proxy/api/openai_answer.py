@@ -25,8 +25,9 @@ from proxy.api.openai_schema import (
     TextCompletion,
     Usage,
 )
-from proxy.dispatcher import Generation, Update
+from proxy.generation import Generation
 from proxy.tokenizer import Tokenizer
+from proxy.work import Update
 
 FIRST_OUTPUT_GRACE_S = 5.0
 """Status and headers wait so long for the first output, so that what fails early gets a real status."""

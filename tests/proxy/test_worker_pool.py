@@ -12,13 +12,13 @@ import pytest
 from epd.checkpoint import fingerprint
 from epd.config import ProxyConfig
 from epd.errors import ConfigError
-from epd.messages import PROTOCOL_VERSION, Announcement, GenerateRequest
+from epd.messages import PROTOCOL_VERSION, Announcement, GenerateRequest, Refusal
 from epd.transport import Dealer
 from epd.types import SamplingParams, WorkerRole
 from metastore.roster import Roster
 from proxy.service import Service
 from tests.proxy.conftest import Cluster, ClusterFactory, eventually, png
-from tests.proxy.fakes import FakeEncoder, FakePrefillDecode, FakeWorker
+from tests.proxy.fakes import FakeEncoder, FakePrefillDecode, FakeWorker, Received
 
 
 async def condition(cluster: Cluster, text: str) -> str:
@@ -104,6 +104,22 @@ async def test_a_bug_in_one_request_costs_no_other(cluster: Cluster, caplog: pyt
     await eventually(lambda: any("bug in a request" in record.getMessage() for record in caplog.records))
     assert (await cluster.chat("x")).status_code == 200
     assert connection.info is before
+
+
+async def test_a_worker_that_forgot_this_proxy_is_greeted_again(cluster: Cluster) -> None:
+    greetings = len(cluster.pd.proxies)
+
+    async def forget(received: Received) -> None:
+        cluster.pd.script = cluster.pd.say_answer
+        await cluster.pd.send(received.peer, Refusal(protocol_version=PROTOCOL_VERSION, reason="say Hello first"))
+
+    cluster.pd.script = forget
+    refused = await cluster.chat("x")
+    assert refused.status_code == 502
+    assert "say Hello first" in refused.json()["error"]["message"]
+    await cluster.pd.until(lambda: len(cluster.pd.proxies) > greetings)
+    await cluster.ready(1, 1)
+    assert (await cluster.chat("x")).status_code == 200
 
 
 async def test_closing_is_no_warning(start_cluster: ClusterFactory, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,379 @@
+"""One request's life among the workers.
+
+    pick PD and encoders → GenerateRequest × n, EncodeRequest × pictures, all at once → outputs → one terminal answer
+
+    encoder reports an error     → Abort to the PD, that error
+    encoder dies or is full      → the picture goes to another encoder once (encoding is idempotent), then an error
+    PD is full or drains         → before any token, all of it goes to another PD once, then an error
+    PD reports an error or dies  → that error
+    deadline passes              → DeadlineExceeded, Abort
+    client goes away             → Abort to all
+
+The consumer reads at its own pace: outputs that it has not taken yet merge into one slot per sample, so that a slow
+reader costs no queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from epd.errors import DeadlineExceeded, EPDError, InternalError, NoWorker, WorkerFailed, from_info
+from epd.messages import EncodeRequest, EncodeResult, GenerateRequest, ImageSlot, TokenOutput
+from epd.observability import Stage
+from epd.types import FinishReason, WorkerRole
+from proxy.work import Update, Work
+from proxy.worker_connection import PROXY_TTFT, WorkerConnection
+from proxy.worker_pool import WorkerPool
+
+_SEED_SPAN = 1 << 63
+
+
+@dataclass
+class _Sample:
+    index: int
+    request_id: str
+    pending: Update
+    pd: WorkerConnection | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    finished: bool = False
+    taken: bool = False
+    """The consumer has seen the end."""
+
+
+class Generation:
+    """A request in work. Made by `Dispatcher.start`, read by one consumer, closed by it whatever happens."""
+
+    def __init__(self, work: Work, pool: WorkerPool) -> None:
+        self.work = work
+        self.timings_ms: dict[str, float] = {}
+        """Stage → duration, the longest of all pictures and samples; filled as answers arrive."""
+        self._pool = pool
+        self._encoders: dict[str, WorkerConnection] = {}
+        self._encode_id = work.request_id
+        self._encoding: set[int] = set()
+        """Pictures that no encoder has reported of."""
+        self._all_encoded = asyncio.Event()
+        self._is_sending = False
+        self._left: list[tuple[WorkerConnection, tuple[str, ...]]] = []
+        """Workers that this request was taken away from, and the ids that it had there."""
+        self._samples = [_Sample(i, f"{work.request_id}-{i}", Update(i)) for i in range(work.n * len(work.prompts))]
+        self._error: EPDError | None = None
+        self._news = asyncio.Event()
+        self._chores: set[asyncio.Task[None]] = set()
+        self._ttft_ms: float | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the consumer has seen the end of every sample. A request that failed never is: `next` raises."""
+        return self._error is None and all(sample.taken for sample in self._samples)
+
+    @property
+    def num_samples(self) -> int:
+        """Answers that this request gets."""
+        return len(self._samples)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of all prompts, pictures expanded; each counts once, whatever `n` is."""
+        return sum(sample.prompt_tokens for sample in self._samples[:: self.work.n])
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many of them came from the prefix cache."""
+        return sum(sample.cached_tokens for sample in self._samples[:: self.work.n])
+
+    # -- for the consumer ------------------------------------------------------------------------------------------
+
+    async def next(self, timeout_s: float | None = None) -> list[Update]:
+        """What is new, at least one update; an empty list when `timeout_s` passed without any.
+
+        Raises:
+            EPDError: the request failed; its last words were given before.
+        """
+        left = self._time_left()
+        try:
+            async with asyncio.timeout(left if timeout_s is None else min(left, timeout_s)):
+                await self._news.wait()
+        except TimeoutError:
+            if timeout_s is None or left <= timeout_s:
+                self._fail(DeadlineExceeded(f"The request was not finished within {self.work.timeout_s:g} s."))
+        updates = [self._take(sample) for sample in self._samples if _has_news(sample)]
+        if not updates and self._error is not None:
+            raise self._error
+        if self._error is None:
+            self._news.clear()
+        return updates
+
+    async def finish(self, index: int) -> None:
+        """End a sample early: the proxy found a stop string in it."""
+        sample = self._samples[index]
+        was_running = not sample.finished
+        sample.finished = sample.taken = True
+        if was_running and sample.pd is not None:
+            await sample.pd.abort(sample.request_id)
+
+    async def close(self) -> None:
+        """Stop what still runs. Safe to call again, and after a failure."""
+        for task in self._chores:
+            task.cancel()
+        for sample in self._samples:
+            if sample.pd is not None and not sample.finished:
+                await sample.pd.abort(sample.request_id)
+        for encoder in self._encoders.values():
+            await encoder.abort(self._encode_id)
+        await self._abort_left()
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait a moment for what encoders report: their results may come after the tokens that they made possible."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._all_encoded.wait()
+
+    def cancel(self) -> None:
+        """End with an error, on somebody else's request; the consumer hears of it."""
+        self._fail(WorkerFailed("The request was aborted."))
+
+    def _take(self, sample: _Sample) -> Update:
+        update, sample.pending = sample.pending, Update(sample.index)
+        sample.taken = sample.finished
+        return update
+
+    def _time_left(self) -> float:
+        return self.work.arrived + self.work.timeout_s - time.perf_counter()
+
+    def _fail(self, error: EPDError) -> None:
+        """The first error is the answer; later ones are its echoes."""
+        if self._error is None and not self.done:
+            self._error = error
+            self._news.set()
+
+    # -- towards the workers ---------------------------------------------------------------------------------------
+
+    async def send(self) -> None:
+        """Pick workers and hand the request to all of them.
+
+        Raises:
+            NoWorker: a role has no live worker.
+            WorkerFailed: one vanished while we were sending.
+        """
+        work = self.work
+        first_key = work.images[0].content_key if work.images else work.request_id
+        for first in range(0, len(self._samples), work.n):
+            pd = self._pool.pick(WorkerRole.PREFILL_DECODE, first_key)
+            for sample in self._samples[first : first + work.n]:
+                sample.pd = pd
+        encoders = {i: self._pool.pick(WorkerRole.ENCODER, work.images[i].content_key) for i in self._pictures}
+        await self._send_all(self._samples, encoders)
+
+    @property
+    def _pictures(self) -> list[int]:
+        """Indices of the pictures to encode: each content once."""
+        first = {image.content_key: index for index, image in reversed(list(enumerate(self.work.images)))}
+        return list(first.values())
+
+    async def _send_all(self, samples: list[_Sample], encoders: dict[int, WorkerConnection]) -> None:
+        """Sending waits only while a worker's queue is full, so one after the other is as good as at once."""
+        self._encoding = set(encoders)
+        self._note_encoded()
+        self._is_sending = True
+        for sample in samples:
+            await self._send_sample(sample)
+        for index, encoder in encoders.items():
+            await self._send_picture_somewhere(encoder, index)
+        self._is_sending = False
+
+    async def _send_picture_somewhere(self, encoder: WorkerConnection, index: int) -> None:
+        try:
+            await self._send_picture(encoder, index)
+        except WorkerFailed:
+            key = self.work.images[index].content_key
+            other = self._pool.pick(WorkerRole.ENCODER, key, avoid=encoder.member.address)
+            await self._send_picture(other, index, retried=True)
+
+    async def _send_sample(self, sample: _Sample) -> None:
+        work, pd = self.work, sample.pd
+        assert pd is not None
+        prompt, turn = divmod(sample.index, work.n)
+        slots = tuple(
+            ImageSlot(content_key=image.content_key, offset=offset)
+            for image, offset in zip(work.images, work.image_offsets, strict=True)
+        )
+        request = GenerateRequest(
+            request_id=sample.request_id,
+            prompt_token_ids=work.prompts[prompt],
+            images=slots,
+            sampling=msgspec.structs.replace(work.sampling, seed=(work.sampling.seed + turn) % _SEED_SPAN),
+            timeout_s=max(self._time_left(), 0.001),
+        )
+        await pd.generate(request, lambda output: self._on_output(sample, pd, output))
+
+    async def _send_picture(self, encoder: WorkerConnection, index: int, retried: bool = False) -> None:
+        pd = self._samples[0].pd
+        assert pd is not None
+        image = self.work.images[index]
+        self._encoders[encoder.member.address] = encoder
+        request = EncodeRequest(
+            request_id=self._encode_id,
+            image_index=index,
+            content_key=image.content_key,
+            pd_address=pd.member.address,
+            max_pixels=image.max_pixels,
+            timeout_s=max(self._time_left(), 0.001),
+        )
+        await encoder.encode(
+            request, image.data, lambda result: self._on_encoded(encoder, request, result, retried=retried)
+        )
+
+    # -- from the workers: called on the event loop, never blocking ------------------------------------------------
+
+    def _on_output(self, sample: _Sample, pd: WorkerConnection, output: TokenOutput | EPDError) -> None:
+        if pd is not sample.pd:
+            return  # another one does it now
+        if isinstance(output, EPDError):
+            sample.finished = True
+            self._fail(output)
+            return
+        if output.prompt_tokens:
+            sample.prompt_tokens, sample.cached_tokens = output.prompt_tokens, output.cached_tokens
+        if output.token_ids and self._ttft_ms is None:
+            self._note_first_token(sample)
+        pending = sample.pending
+        pending.token_ids.extend(output.token_ids)
+        if output.finish_reason is not None:
+            if output.finish_reason is FinishReason.ERROR:
+                self._on_pd_error(sample, pd, output)
+                return
+            sample.finished = True
+            pending.stop_token_id = output.stop_token_id
+            self._note_timings(output.timings_ms)
+            pending.finish_reason = output.finish_reason
+        self._news.set()
+
+    def _on_pd_error(self, sample: _Sample, pd: WorkerConnection, output: TokenOutput) -> None:
+        error = _error_of(output)
+        if error.retryable and self._move(pd):
+            return
+        sample.finished = True
+        self._fail(error)
+
+    def _on_encoded(
+        self, encoder: WorkerConnection, request: EncodeRequest, result: EncodeResult | EPDError, *, retried: bool
+    ) -> None:
+        index = request.image_index
+        if request.request_id != self._encode_id:
+            return  # the embeddings were meant for a PD that does not have the request any more
+        if isinstance(result, EncodeResult) and result.error is None:
+            spent = result.timings_ms
+            tower = spent.get(Stage.PREPROCESS, 0.0) + spent.get(Stage.ENCODE, 0.0)
+            self._note_timings({"encode": tower, "transfer": spent.get(Stage.TRANSFER, 0.0)})
+            self._encoding.discard(index)
+            self._note_encoded()
+            return
+        error, is_dead = (result, True) if isinstance(result, EPDError) else (_error_of(result), False)
+        if (is_dead or error.retryable) and not retried and self._error is None and self._ttft_ms is None:
+            self._spawn(self._encode_elsewhere(encoder, index, error), "encode again")
+        else:
+            error.param = error.param or (None if is_dead else self.work.images[index].param)
+            self._fail_encode(index, error)
+
+    def _fail_encode(self, index: int, error: EPDError) -> None:
+        """No encoder did it. Harmless once the PD has made a token, for then it had all embeddings."""
+        if self._ttft_ms is None:
+            self._fail(error)
+        self._encoding.discard(index)
+        self._note_encoded()
+
+    # -- once more, elsewhere ----------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
+
+    async def _encode_elsewhere(self, encoder: WorkerConnection, index: int, error: EPDError) -> None:
+        """Give the picture of an encoder that can't do it to another one."""
+        try:
+            key = self.work.images[index].content_key
+            other = self._pool.pick(WorkerRole.ENCODER, key, avoid=encoder.member.address)
+            await self._send_picture(other, index, retried=True)
+        except NoWorker:
+            self._fail_encode(index, error)
+        except WorkerFailed as second:
+            self._fail_encode(index, second)
+
+    def _move(self, full: WorkerConnection) -> bool:
+        """Begin to give what a PD has of this request to another one. False: too late, done before, or nobody else."""
+        if self._left or self._is_sending or self._ttft_ms is not None or self._error is not None:
+            return False
+        samples = [sample for sample in self._samples if sample.pd is full and not sample.finished]
+        try:
+            other = self._pool.pick(WorkerRole.PREFILL_DECODE, self.work.request_id, avoid=full.member.address)
+            encoders = {i: self._pool.pick(WorkerRole.ENCODER, self.work.images[i].content_key) for i in self._pictures}
+        except NoWorker:
+            return False
+        self._left.append((full, tuple(sample.request_id for sample in samples)))
+        self._left.extend((encoder, (self._encode_id,)) for encoder in self._encoders.values())
+        self._encode_id = f"{self.work.request_id}-again"
+        self._encoders.clear()
+        for sample in samples:
+            sample.pd = other
+        self._spawn(self._send_again(samples, encoders), "another PD")
+        return True
+
+    async def _send_again(self, samples: list[_Sample], encoders: dict[int, WorkerConnection]) -> None:
+        try:
+            await self._abort_left()
+            await self._send_all(samples, encoders)
+        except (NoWorker, WorkerFailed) as error:
+            self._fail(error)
+
+    async def _abort_left(self) -> None:
+        for worker, request_ids in self._left:
+            await worker.abort(*request_ids)
+
+    # -- figures -----------------------------------------------------------------------------------------------------
+
+    def _note_first_token(self, sample: _Sample) -> None:
+        self._ttft_ms = (time.perf_counter() - self.work.arrived) * 1000
+        if sample.pd is not None:
+            sample.pd.records.observe(PROXY_TTFT, self._ttft_ms)
+
+    def _note_encoded(self) -> None:
+        if self._encoding:
+            self._all_encoded.clear()
+        else:
+            self._all_encoded.set()
+
+    def _note_timings(self, spent: dict[str, float]) -> None:
+        for stage, duration in spent.items():
+            self.timings_ms[stage] = max(duration, self.timings_ms.get(stage, 0.0))
+
+    def timings(self) -> dict[str, float]:
+        """Where the time went so far, in milliseconds, by the proxy's clock and the workers' own measures."""
+        known = self.timings_ms
+        wait = known.get(Stage.EMBEDDINGS_WAIT, 0.0)
+        return {
+            "queue": round(max(known.get(Stage.QUEUE, 0.0) - wait, 0.0), 3),
+            "encode": round(known.get("encode", 0.0), 3),
+            "transfer": round(known.get("transfer", 0.0), 3),
+            "embeddings_wait": round(wait, 3),
+            "prefill": round(known.get(Stage.PREFILL, 0.0), 3),
+            "first_token": round(self._ttft_ms or 0.0, 3),
+            "decode": round(known.get(Stage.DECODE, 0.0), 3),
+            "total": round((time.perf_counter() - self.work.arrived) * 1000, 3),
+        }
+
+
+def _error_of(answer: TokenOutput | EncodeResult) -> EPDError:
+    return from_info(answer.error) if answer.error else InternalError("The worker gave no reason.")
+
+
+def _has_news(sample: _Sample) -> bool:
+    return not sample.taken and bool(sample.pending.token_ids or sample.pending.finish_reason)

@@ -1,0 +1,37 @@
+"""What a request asks of the workers, and what it hears from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from epd.types import FinishReason, SamplingParams
+from proxy.media import LoadedImage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one request asks of the workers."""
+
+    request_id: str
+    prompts: tuple[tuple[int, ...], ...]
+    """Several are independent of each other. Pictures come with a single one, which has one placeholder for each."""
+    image_offsets: tuple[int, ...] = ()
+    images: tuple[LoadedImage, ...] = ()
+    """One for each offset, in order."""
+    sampling: SamplingParams
+    n: int = 1
+    """Samples of each prompt; the i-th has `seed + i`. Sample i of prompt p has the index `p * n + i`."""
+    arrived: float
+    """`time.perf_counter()` when the HTTP request came."""
+    timeout_s: float
+    """From arrival."""
+
+
+@dataclass
+class Update:
+    """News of one sample since the last time it was asked for."""
+
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
