@@ -227,7 +227,10 @@ class _Link:
         if self._error is not None:
             return
         self._error = error
-        log.warning("%s", error) if self._under_way else log.info("%s", error)
+        if self._under_way:
+            log.warning("%s", error)
+        else:
+            log.debug("%s", error)
         for waiting in (self._welcomed, *self._replies.values()):
             if not waiting.done():
                 waiting.set_exception(error)
