@@ -150,7 +150,9 @@ class UpConfig(ProcessConfig):
         "precision of weights and embeddings; auto: the checkpoint's",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    threads: int | None = option(None, "CPU threads of each worker's model; default: one per core", minimum=1)
+    threads: int | None = option(
+        None, "CPU threads of each worker's model; default: the cores shared among workers of one role", minimum=1
+    )
     max_model_len: int | None = option(None, "context in tokens; default: the model's")
     kv_cache_memory_bytes: int | None = option(None, "memory of each prefill-decode worker for its KV cache, in bytes")
     allowed_local_media_path: Path | None = option(

@@ -41,6 +41,17 @@ def test_without_encoders_there_is_no_list_of_them(tmp_path: Path) -> None:
     assert "--encode-addr-list" not in plan_cluster(UpConfig(encoders=0), tmp_path)[-1].arguments
 
 
+@pytest.mark.parametrize(
+    ("cores", "workers", "threads", "expected"), [(8, 1, None, 8), (8, 2, None, 4), (2, 3, None, 1), (8, 2, 5, 5)]
+)
+def test_workers_of_one_role_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cores: int, workers: int, threads: int | None, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    plan = plan_cluster(UpConfig(pds=workers, threads=threads), tmp_path)
+    assert all(spec.arguments[spec.arguments.index("--threads") + 1] == str(expected) for spec in plan[:-1])
+
+
 class StubCluster(Cluster):
     """Children that are quick to start, in place of real ones."""
 
