@@ -62,7 +62,7 @@ def plan_cluster(config: UpConfig, folder: Path) -> list[ChildSpec]:
 
 def _threads_per_worker(config: UpConfig) -> int:
     """So many that the workers of one role share the cores. More threads than cores wait for each other in every
-    matrix product: four workers of two threads each on two cores are over ten times slower than with one each."""
+    matrix product: four workers of two threads each on two cores took eight times as long as with one each."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores // max(config.encoders, config.pds))
 

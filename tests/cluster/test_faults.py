@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import zmq
 
 from epd.demo import CHECKPOINT_DIR
+from epd.messages import Load
 from epd.transport import endpoint
 from tests.cluster.harness import Cluster, running
 from tests.cluster.reference import image_part, picture, text_part
@@ -31,8 +34,15 @@ def image_messages(seed: int = 0) -> Any:
 
 
 def chat(cluster: Cluster, messages: Any, **options: Any) -> Any:
-    client: Any = cluster.client()
-    return client.chat.completions.create(model="test-model", messages=messages, **({"max_tokens": 8} | options))
+    with cluster.client() as client:
+        create: Any = client.chat.completions.create
+        return create(model="test-model", messages=messages, **({"max_tokens": 8} | options))
+
+
+def streamed(cluster: Cluster, messages: Any, **options: Any) -> Iterator[Any]:
+    with cluster.client() as client:
+        create: Any = client.chat.completions.create
+        yield from create(model="test-model", messages=messages, stream=True, **options)
 
 
 def wait_until_idle(cluster: Cluster, address: str, checks_before: int) -> None:
@@ -93,7 +103,7 @@ def test_without_pd_503_at_once(cluster: Cluster) -> None:
 
 
 def test_pd_killed_mid_stream_ends_the_stream_with_an_error_and_a_new_one_serves(cluster: Cluster) -> None:
-    stream = iter(chat(cluster, text_messages(), stream=True, **LONG))
+    stream = streamed(cluster, text_messages(), **LONG)
     next(stream)
     cluster.processes["pd_0"].send_signal(signal.SIGKILL)
     with pytest.raises(openai.APIError, match=r"prefill-decode|worker"):
@@ -104,44 +114,44 @@ def test_pd_killed_mid_stream_ends_the_stream_with_an_error_and_a_new_one_serves
     assert chat(cluster, image_messages()).usage.completion_tokens > 0
 
 
-def test_pd_killed_before_the_answer_is_an_error_with_a_status(cluster: Cluster) -> None:
-    with _killed_when_busy(cluster), pytest.raises(openai.InternalServerError) as error:
-        chat(cluster, text_messages(), **LONG)
-    assert error.value.status_code in (502, 503)
-
-
-class _killed_when_busy:  # noqa: N801 (reads as a verb)
-    """Kills the PD as soon as it runs a request."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        import threading
-
-        self._cluster = cluster
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.join()
-
-    def _run(self) -> None:
-        address = self._cluster.pd_addresses[0]
+@contextmanager
+def in_flight(
+    cluster: Cluster, messages: Any, is_busy: Callable[[Load], bool], **options: Any
+) -> Iterator[Future[Any]]:
+    """A chat that the PD has and that is not answered yet; both are checked when the block begins."""
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(chat, cluster, messages, **options)
         deadline = time.monotonic() + DEADLINE_S
-        while self._cluster.ping(address).load.running == 0 and time.monotonic() < deadline:
-            pass
-        self._cluster.processes["pd_0"].send_signal(signal.SIGKILL)
+        while not is_busy(cluster.ping(cluster.pd_addresses[0]).load):
+            assert not answer.done(), "answered before it was seen in flight"
+            assert time.monotonic() < deadline, "the PD never had the request"
+        assert not answer.done()
+        yield answer
 
 
-def test_encoder_killed_with_a_picture_in_flight_is_an_error_not_silence(cluster: Cluster) -> None:
-    # Stopped, the encoder takes the picture and does nothing: the picture is in flight for sure when it is killed.
+def test_pd_killed_before_the_answer_is_an_error_with_a_status(cluster: Cluster) -> None:
+    with in_flight(cluster, text_messages(), lambda load: load.running == 1, **LONG) as answer:
+        cluster.processes["pd_0"].send_signal(signal.SIGKILL)
+        with pytest.raises(openai.InternalServerError) as error:
+            answer.result(2 * DEADLINE_S)
+    assert error.value.status_code == 502
+
+
+@pytest.mark.parametrize("kill", [True, False], ids=["killed", "silent"])
+def test_encoder_gone_with_a_picture_in_flight_is_an_error_not_silence(cluster: Cluster, kill: bool) -> None:
+    address = cluster.pd_addresses[0]
+    checks = cluster.ping(address).counters["integrity_checks"]
+    # Stopped, the encoder takes the picture and does nothing: the picture is in flight for sure.
     encoder = cluster.processes["encoder_0"]
     encoder.send_signal(signal.SIGSTOP)
-    started = time.monotonic()
-    with pytest.raises(openai.InternalServerError) as error:
-        chat(cluster, image_messages())
-    assert error.value.status_code in (502, 503, 504)
-    assert time.monotonic() - started < DEADLINE_S + 5
+    with in_flight(cluster, image_messages(), lambda load: load.waiting == 1) as answer:
+        if kill:
+            encoder.send_signal(signal.SIGKILL)
+        with pytest.raises(openai.InternalServerError) as error:
+            answer.result(2 * DEADLINE_S)
+    assert error.value.status_code == 502
+    assert "encoder" in error.value.message
+    wait_until_idle(cluster, address, checks)
     encoder.send_signal(signal.SIGKILL)
     encoder.popen.wait()
     assert chat(cluster, text_messages()).usage.completion_tokens > 0
@@ -168,7 +178,7 @@ def test_random_bytes_on_the_sockets_cost_nothing(demo: Cluster) -> None:
 
 
 def test_sigterm_finishes_the_running_answer_and_exits_cleanly(cluster: Cluster) -> None:
-    stream = iter(chat(cluster, text_messages(), stream=True, max_tokens=200, extra_body={"ignore_eos": True}))
+    stream = streamed(cluster, text_messages(), max_tokens=200, extra_body={"ignore_eos": True})
     next(stream)
     cluster.processes["pd_0"].send_signal(signal.SIGTERM)
     chunks = list(stream)

@@ -32,7 +32,7 @@ PROXY, OTHER, ENCODER = b"proxy", b"other", b"encoder"
 MAX_REQUESTS = 4
 
 
-class Peers_:  # noqa: N801 (a message has the good name)
+class Sent:
     """What was sent to whom."""
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Peers_:  # noqa: N801 (a message has the good name)
 class Setup:
     def __init__(self) -> None:
         self.runner = FakeRunner()
-        self.peers = Peers_()
+        self.peers = Sent()
         self.crashed = asyncio.Event()
         self.engine = fake_engine(self.runner)
         self.service = PrefillDecodeService(
