@@ -178,6 +178,8 @@ class GenerateRequest(Message, frozen=True, kw_only=True):
     images: tuple[ImageSlot, ...] = ()
     sampling: SamplingParams
     timeout_s: float
+    priority: int = 0
+    """Smaller goes first; requests of equal priority go by arrival."""
 
 
 class Embeddings(Message, frozen=True, kw_only=True):
@@ -200,6 +202,17 @@ class EmbeddingsReply(Message, frozen=True, kw_only=True):
     error: ErrorInfo | None = None
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities at one position, of the model's distribution before temperature, penalties and masks."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token, log probability) of the most likely ones, best first."""
+
+
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     """New tokens of one request."""
 
@@ -215,6 +228,10 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     """Prompt length with pictures expanded; set on the first and on the terminal output."""
     cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each of `token_ids`, when asked for."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """One for each prompt token, pictures expanded, when asked for; on the first output. The first is always None."""
     timings_ms: dict[str, float] = msgspec.field(default_factory=dict)
     """On the terminal output: stage name → duration: `queue`, `embeddings_wait`, `prefill`, `decode`."""
 

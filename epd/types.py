@@ -50,6 +50,28 @@ class FinishReason(StrEnum):
     """Rejected or failed; the terminal message carries the error."""
 
 
+class GrammarKind(StrEnum):
+    """What `Grammar.text` holds."""
+
+    JSON_OBJECT = "json_object"
+    """Nothing: any JSON object."""
+    JSON_SCHEMA = "json_schema"
+    """A JSON schema as JSON."""
+    REGEX = "regex"
+    """A regular expression that the whole answer matches."""
+    CHOICE = "choice"
+    """A JSON list of strings, of which the answer is one."""
+    EBNF = "ebnf"
+    """A context-free grammar."""
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What the answer must look like. Checked at the proxy: workers trust that it can be compiled."""
+
+    kind: GrammarKind
+    text: str = ""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is chosen and when generation ends.
 
@@ -75,3 +97,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Further tokens that end the answer, beside the model's own end-of-sequence tokens."""
     ignore_eos: bool = False
     """Go on past the model's end-of-sequence tokens."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit as often as the answer has it."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of a token that the answer has."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that prompt or answer have are divided by it, or multiplied when negative; 1 does nothing."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, added to its logit); each token at most once."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that the answer must not contain: the last token of one is masked where the others precede."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """Only these tokens may come, beside those that end the answer; empty: all."""
+    logprobs: int | None = None
+    """Give log probabilities of the chosen token and of so many most likely ones (0 to 20); None: give none."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
+    grammar: Grammar | None = None
+    """The answer follows it; None: free text."""
