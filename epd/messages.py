@@ -167,6 +167,8 @@ class ImageSlot(msgspec.Struct, frozen=True, kw_only=True):
     content_key: str
     offset: int
     """Index of its single placeholder in `prompt_token_ids`; offsets increase from slot to slot."""
+    expect_cached: bool = False
+    """The PD should hold the embeddings: no encoder was asked. If it does not, it says so in `missing_keys`."""
 
 
 class GenerateRequest(Message, frozen=True, kw_only=True):
@@ -232,6 +234,8 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     """One for each of `token_ids`, when asked for."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     """One for each prompt token, pictures expanded, when asked for; on the first output. The first is always None."""
+    missing_keys: tuple[str, ...] = ()
+    """Pictures with `expect_cached` that the PD does not hold: it waits for their embeddings. Never terminal."""
     timings_ms: dict[str, float] = msgspec.field(default_factory=dict)
     """On the terminal output: stage name → duration: `queue`, `embeddings_wait`, `prefill`, `decode`."""
 
