@@ -336,6 +336,7 @@ class Engine:
                       for image in request.images}  # fmt: skip
         try:
             spans = expand_prompt(request, embeddings)
+            self._scheduler.check_atomic_spans(request)
             request.max_tokens = self._max_tokens(request.num_prompt_tokens, request.sampling)
             placed = [(span.offset, embeddings[span.content_key]) for span in spans]
             self._runner.add(request.request_id, request.token_ids, placed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,9 @@ class EngineRequest:
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.image_spans: tuple[ImageSpan, ...] = ()
+        self.atomic_spans: tuple[tuple[int, int], ...] = ()
+        """Half-open ranges of the expanded prompt, rising and disjoint, each of which is computed within one step: its
+        tokens see each other in both directions."""
         self.max_tokens = sampling.max_tokens or 0
         """Set by the engine once the expanded prompt's length is known."""
         self.ending_token_ids: frozenset[int] = frozenset()
@@ -150,11 +154,24 @@ class EngineRequest:
         """Why it ended; None while it has not."""
         return FINISH_REASONS.get(self.status)
 
-    def set_expanded_prompt(self, token_ids: Sequence[int], spans: Sequence[ImageSpan]) -> None:
+    def set_expanded_prompt(
+        self,
+        token_ids: Sequence[int],
+        spans: Sequence[ImageSpan],
+        atomic_spans: Sequence[tuple[int, int]] = (),
+    ) -> None:
         """Replace the prompt by the one with pictures expanded. Only before the first step of the request."""
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.image_spans = tuple(spans)
+        self.atomic_spans = tuple(atomic_spans)
+
+    def atomic_span_around(self, index: int) -> tuple[int, int] | None:
+        """The atomic span that a cut before token `index` would divide; None: none."""
+        before = bisect.bisect_left(self.atomic_spans, (index,)) - 1  # the last that begins before `index`
+        if before < 0 or self.atomic_spans[before][1] <= index:
+            return None
+        return self.atomic_spans[before]
 
     def append(self, token_id: int) -> None:
         """Add a generated token; the first one stamps the end of prefill."""

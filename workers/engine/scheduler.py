@@ -4,8 +4,10 @@ Policy:
 1. A step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests.
 2. Requests that decode come first, one token each; then prompts under way; then waiting requests, all by arrival.
 3. A prompt that exceeds what is left of the step is computed in chunks, over several steps.
-4. A request is admitted when blocks for its whole prompt are free, beside one for each that runs, and takes them all.
-5. A decoding request without a free block preempts the newest: it loses its blocks, waits, and is computed again.
+4. A chunk never ends inside an atomic span. The first prompt of a step may exceed what the decodes have left of the
+   step, by as much as its atomic span needs, so that it can't be put off for ever.
+5. A request is admitted when blocks for its whole prompt are free, beside one for each that runs, and takes them all.
+6. A decoding request without a free block preempts the newest: it loses its blocks, waits, and is computed again.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from epd.errors import Overloaded
+from epd.errors import InvalidRequest, Overloaded
 from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.request import EngineRequest, RequestStatus
 
@@ -101,6 +103,20 @@ class Scheduler:
         else:
             self._enqueue(request)
 
+    def check_atomic_spans(self, request: EngineRequest) -> None:
+        """Refuse a prompt that no sequence of steps could compute.
+
+        Raises:
+            InvalidRequest: an atomic span has more tokens than a step.
+        """
+        longest = max((end - start for start, end in request.atomic_spans), default=0)
+        if longest > self._max_num_batched_tokens:
+            raise InvalidRequest(
+                f"A picture takes {longest} tokens, which must be computed in one step, but a step has at most "
+                f"{self._max_num_batched_tokens}. Send a smaller picture, or have --max-num-batched-tokens raised.",
+                param="messages",
+            )
+
     def embeddings_complete(self, request: EngineRequest) -> None:
         """Move a request that waited for embeddings to the queue for computation, at the place of its arrival."""
         del self._waiting_for_embeddings[request.request_id]
@@ -163,7 +179,7 @@ class Scheduler:
 
     def _schedule_prefills(self, chunks: list[ScheduledChunk], budget: int) -> int:
         for request in self._running:
-            if budget == 0:
+            if budget <= 0:
                 break
             if not request.is_decoding:
                 budget -= self._add_prefill(chunks, request, budget)
@@ -172,6 +188,8 @@ class Scheduler:
     def _admit(self, chunks: list[ScheduledChunk], budget: int) -> None:
         while budget > 0 and self._waiting and len(self._running) < self._max_num_seqs:
             request = self._waiting[0]
+            if self._prefill_length(chunks, request, budget) == 0:
+                break
             # The spare blocks keep a newcomer from being preempted again by the next tokens of those before it.
             if not self._grow(request, spare=len(self._running)):
                 break  # strictly first come, first served: a smaller one behind it does not overtake
@@ -181,9 +199,22 @@ class Scheduler:
             budget -= self._add_prefill(chunks, request, budget)
 
     def _add_prefill(self, chunks: list[ScheduledChunk], request: EngineRequest, budget: int) -> int:
-        length = min(request.num_uncomputed_tokens, budget)
-        chunks.append(self._chunk(request, length))
+        length = self._prefill_length(chunks, request, budget)
+        if length > 0:
+            chunks.append(self._chunk(request, length))
         return length
+
+    def _prefill_length(self, chunks: list[ScheduledChunk], request: EngineRequest, budget: int) -> int:
+        """Tokens of the request's next chunk; 0 when an atomic span has to wait for another step."""
+        start = request.num_computed_tokens
+        end = start + min(request.num_uncomputed_tokens, budget)
+        divided = request.atomic_span_around(end)
+        if divided is None:
+            return end - start
+        if divided[0] > start:
+            return divided[0] - start
+        is_first = all(chunk.request.is_decoding for chunk in chunks)
+        return divided[1] - start if is_first else 0
 
     def _chunk(self, request: EngineRequest, length: int) -> ScheduledChunk:
         table = tuple(self._kv_cache.block_table(request.request_id))

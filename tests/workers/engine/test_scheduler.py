@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from epd.errors import Overloaded
+from epd.errors import InvalidRequest, Overloaded
 from epd.types import SamplingParams
 from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.request import EngineRequest, ImagePlaceholder, RequestStatus
@@ -22,9 +22,11 @@ def make_scheduler(num_blocks: int = 64, *, seqs: int = 4, tokens: int = 16, wai
     )
 
 
-def make_request(name: str, prompt: int, images: int = 0) -> EngineRequest:
+def make_request(name: str, prompt: int, images: int = 0, atomic: tuple[tuple[int, int], ...] = ()) -> EngineRequest:
     placeholders = [ImagePlaceholder(f"{name}-{index}", index) for index in range(images)]
-    return EngineRequest(name, [0] * prompt, SamplingParams(), images=placeholders)
+    request = EngineRequest(name, [0] * prompt, SamplingParams(), images=placeholders)
+    request.atomic_spans = atomic
+    return request
 
 
 def step(scheduler: Scheduler) -> list[tuple[str, int, int]]:
@@ -131,6 +133,36 @@ def test_the_queue_is_bounded_and_counts_those_that_wait_for_embeddings() -> Non
     with pytest.raises(Overloaded):
         scheduler.add(make_request("c", 2))
     scheduler.check_integrity()
+
+
+def test_no_chunk_ends_inside_an_atomic_span() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 40, atomic=((10, 20), (20, 30), (35, 36))))
+    assert [step(scheduler) for _ in range(4)] == [
+        [("a", 0, 10)],
+        [("a", 10, 20)],
+        [("a", 20, 36)],
+        [("a", 36, 40)],
+    ]
+
+
+def test_an_atomic_span_as_long_as_a_step_is_computed_beside_decodes() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("decoding", 3))
+    step(scheduler)
+    scheduler.add(make_request("a", 20, atomic=((2, 18),)))
+    scheduler.add(make_request("b", 20, atomic=((0, 16),)))
+    assert step(scheduler) == [("decoding", 3, 4), ("a", 0, 2)]
+    assert step(scheduler) == [("decoding", 4, 5), ("a", 2, 18)]
+    assert step(scheduler) == [("decoding", 5, 6), ("a", 18, 20)]  # what is left is too little for b
+    assert step(scheduler) == [("decoding", 6, 7), ("a", 20, 21), ("b", 0, 16)]
+
+
+def test_an_atomic_span_longer_than_a_step_is_refused() -> None:
+    scheduler = make_scheduler()
+    scheduler.check_atomic_spans(make_request("fits", 40, atomic=((2, 18),)))
+    with pytest.raises(InvalidRequest, match="17 tokens"):
+        scheduler.check_atomic_spans(make_request("a", 40, atomic=((2, 19),)))
 
 
 def test_a_step_must_have_room_for_every_sequence() -> None:
