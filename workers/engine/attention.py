@@ -36,6 +36,8 @@ class PackedChunk:
     start: int
     block_table: tuple[int, ...]
     """Covers at least tokens [0, start + length)."""
+    bidirectional: tuple[tuple[int, int], ...] = ()
+    """Half-open token ranges within [start, start + length) whose tokens also see what follows them in their range."""
 
     @property
     def end(self) -> int:
@@ -51,6 +53,9 @@ class PackedChunk:
 class AttentionBackend(ABC):
     """One way to compute attention over a `PagedKVCache`."""
 
+    takes_bidirectional = False
+    """Whether `PackedChunk.bidirectional` is heeded; chunks given to others must have none."""
+
     def __init__(self, cache: PagedKVCache, device: torch.device) -> None:
         """Work on `cache`, whose tensors are on `device`."""
         self.cache = cache
@@ -63,7 +68,13 @@ class AttentionBackend(ABC):
         self._prepare(chunks)
 
     def forward(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        window: int | None = None,
     ) -> torch.Tensor:
         """Store the new keys and values of a layer and attend over the sequences so far.
 
@@ -73,19 +84,26 @@ class AttentionBackend(ABC):
             keys: [tokens, kv heads, head dim].
             values: as `keys`.
             scale: factor on the scores.
+            window: a token sees so many tokens up to itself, itself included; None: all.
 
         Returns:
             [tokens, heads, head dim].
         """
         self.cache.write(layer, self._slots, keys, values)
-        return self._attend(layer, queries, keys, values, scale)
+        return self._attend(layer, queries, keys, values, scale, window)
 
     @abstractmethod
     def _prepare(self, chunks: Sequence[PackedChunk]) -> None: ...
 
     @abstractmethod
     def _attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        window: int | None,
     ) -> torch.Tensor: ...
 
 
@@ -113,7 +131,7 @@ def register() -> None:
     AttentionInterface.register(ATTENTION_NAME, _paged_attention_forward)
 
 
-_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 def _paged_attention_forward(
@@ -123,6 +141,7 @@ def _paged_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What a model calls per layer: query [1, heads, tokens, head dim] → [1, tokens, heads, head dim]."""
@@ -131,5 +150,5 @@ def _paged_attention_forward(
         raise NotImplementedError(f"paged attention has no {', '.join(wanted) or 'attention mask'}")
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = scaling if scaling is not None else float(query.shape[-1] ** -0.5)
-    output = _active.get().forward(module.layer_idx, queries, keys, values, scale)
+    output = _active.get().forward(module.layer_idx, queries, keys, values, scale, sliding_window)
     return output[None], None

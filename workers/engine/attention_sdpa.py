@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,23 +25,53 @@ class _DecodeGroup:
     rows: slice
     blocks: torch.Tensor
     """[rows * blocks per row], padded with the first block of the row."""
-    mask: torch.Tensor
-    """[rows, 1, 1, slots]: True where a slot holds a token of the row's sequence."""
+    lengths: torch.Tensor
+    """[rows, 1]: tokens of each row's sequence."""
+    slots: torch.Tensor
+    """[slots]: 0, 1, 2, …"""
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    """By window: [rows, 1, 1, slots]: True where a slot holds a token that the row sees."""
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        if window not in self.masks:
+            seen = self.slots < self.lengths
+            if window is not None:
+                seen &= self.slots >= self.lengths - window
+            self.masks[window] = seen[:, None, None]
+        return self.masks[window]
 
 
 @dataclass(frozen=True)
 class _Prefill:
-    rows: slice
+    chunk: PackedChunk
     blocks: torch.Tensor | None
     """Blocks of the sequence; None when the chunk is all there is, so that the cache need not be read."""
-    num_tokens: int
-    mask: torch.Tensor | None
-    """[chunk, tokens so far]; None: plainly causal."""
+    device: torch.device
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+    """By window: [chunk, tokens so far]; None: plainly causal."""
+
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        if window not in self.masks:
+            self.masks[window] = self._make_mask(window)
+        return self.masks[window]
+
+    def _make_mask(self, window: int | None) -> torch.Tensor | None:
+        chunk = self.chunk
+        if window is not None and chunk.end <= window:
+            return self.mask(None)  # the window holds all there is
+        if window is None and chunk.start == 0 and not chunk.bidirectional:
+            return None
+        # Aligned at the lower right: row i of the chunk sees everything before the chunk and its rows up to i.
+        mask = torch.ones(chunk.length, chunk.end, dtype=torch.bool, device=self.device).tril(chunk.start)
+        for first, last in chunk.bidirectional:
+            mask[first - chunk.start : last - chunk.start, first:last] = True
+        return mask if window is None else mask.triu(chunk.start - window + 1)
 
 
 class SdpaBackend(AttentionBackend):
     """Gathers blocks, then calls SDPA."""
 
+    takes_bidirectional = True
     _groups: list[_DecodeGroup]
     _prefills: list[_Prefill]
     _unwritten: torch.Tensor
@@ -77,7 +107,8 @@ class SdpaBackend(AttentionBackend):
         return _DecodeGroup(
             rows=slice(chunks[0].first_row, chunks[-1].first_row + 1),
             blocks=torch.tensor(tables, device=self.device).flatten(),
-            mask=(slots < lengths[:, None])[:, None, None],
+            lengths=lengths[:, None],
+            slots=slots,
         )
 
     def _padded_table(self, chunk: PackedChunk, width: int) -> list[int]:
@@ -86,35 +117,42 @@ class SdpaBackend(AttentionBackend):
 
     def _prefill(self, chunk: PackedChunk) -> _Prefill:
         if chunk.start == 0:
-            return _Prefill(chunk.rows, None, chunk.length, None)
-        # Aligned at the lower right: row i of the chunk sees everything before the chunk and its rows up to i.
-        mask = torch.ones(chunk.length, chunk.end, dtype=torch.bool, device=self.device).tril(chunk.start)
+            return _Prefill(chunk, None, self.device)
         blocks = torch.tensor(chunk.block_table[: self._num_blocks(chunk)], device=self.device)
-        return _Prefill(chunk.rows, blocks, chunk.end, mask)
+        return _Prefill(chunk, blocks, self.device)
 
     def _attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        window: int | None,
     ) -> torch.Tensor:
         if len(self._unwritten):
             self.cache.clear(layer, self._unwritten)
         output = torch.empty_like(queries)
         for group in self._groups:
-            output[group.rows] = self._attend_decode(layer, group, queries[group.rows], scale)
+            output[group.rows] = self._attend_decode(layer, group, queries[group.rows], scale, window)
         for prefill in self._prefills:
-            k, v = keys[prefill.rows], values[prefill.rows]
+            rows = prefill.chunk.rows
+            k, v = keys[rows], values[rows]
             if prefill.blocks is not None:
-                k, v = (side[: prefill.num_tokens] for side in self._gather(layer, prefill.blocks))
-            output[prefill.rows] = _attend_prefill(queries[prefill.rows], k, v, prefill.mask, scale)
+                k, v = (side[: prefill.chunk.end] for side in self._gather(layer, prefill.blocks))
+            output[rows] = _attend_prefill(queries[rows], k, v, prefill.mask(window), scale)
         return output
 
-    def _attend_decode(self, layer: int, group: _DecodeGroup, queries: torch.Tensor, scale: float) -> torch.Tensor:
+    def _attend_decode(
+        self, layer: int, group: _DecodeGroup, queries: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
         rows, heads, head_dim = queries.shape
         keys, values = self._gather(layer, group.blocks)
         kv_heads = keys.shape[1]
         # The query heads that share a kv head stand in as its query positions, so that no key is repeated.
         q = queries.reshape(rows, kv_heads, heads // kv_heads, head_dim)
         k, v = (side.view(rows, -1, kv_heads, head_dim).transpose(1, 2) for side in (keys, values))
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scale)
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=group.mask(window), scale=scale)
         return attended.reshape(rows, heads, head_dim)
 
     def _gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,7 +48,13 @@ class VarlenBackend(AttentionBackend):
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def _attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        window: int | None,
     ) -> torch.Tensor:
         output = varlen_attn(
             queries,
@@ -59,7 +65,7 @@ class VarlenBackend(AttentionBackend):
             self._max_q,
             self._max_k,
             scale=scale,
-            window_size=(-1, 0),
+            window_size=(-1 if window is None else window - 1, 0),  # the kernel does not count the token itself
             enable_gqa=queries.shape[1] != keys.shape[1],
             seqused_k=self._seqused_k,
             block_table=self._block_table,

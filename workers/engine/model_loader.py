@@ -99,10 +99,10 @@ def _dtype(name: str) -> str | torch.dtype:
 
 
 def _refuse_uncovered(text_config: Any) -> None:
-    """Refuse layers that keep something else than all keys and values."""
-    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    """Refuse layers that keep something else than all keys and values. Sliding ones use the latest of them."""
+    kinds = set(getattr(text_config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds:
-        raise ConfigError(f"layers with {', '.join(sorted(kinds))} are not covered; only full attention is")
+        raise ConfigError(f"layers with {', '.join(sorted(kinds))} are not covered; full and sliding attention are")
 
 
 def _fitting_context(config: EngineConfig, context: int, cache_tokens: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -17,11 +18,25 @@ HEADS, KV_HEADS, HEAD_DIM, BLOCK = 4, 2, 8, 4
 CPU = torch.device("cpu")
 
 
-def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:
-    """q [n, heads, d] at positions start…; k, v [start + n, kv heads, d]."""
+Span = tuple[int, int]
+
+
+def plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, window: int | None = None, spans: Sequence[Span] = ()
+) -> torch.Tensor:
+    """q [n, heads, d] at positions start…; k, v [start + n, kv heads, d]; `spans` are bidirectional."""
     repeat = HEADS // KV_HEADS
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(repeat, 1)) * 0.3
-    allowed = torch.arange(k.shape[0])[None] <= torch.arange(start, start + q.shape[0])[:, None]
+    allowed = torch.tensor(
+        [
+            [
+                (column <= row or any(first <= row < last and first <= column < last for first, last in spans))
+                and (window is None or column > row - window)
+                for column in range(k.shape[0])
+            ]
+            for row in range(start, start + q.shape[0])
+        ]
+    )
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(repeat, 1))
 
@@ -52,7 +67,8 @@ def paged_reference(
     block_table: torch.Tensor,
 ) -> torch.Tensor:
     """`varlen_attn` as documented, for the arguments that the backend uses."""
-    assert (scale, window_size, enable_gqa, cu_seq_k) == (0.3, (-1, 0), True, None)
+    assert (scale, window_size[1], enable_gqa, cu_seq_k) == (0.3, 0, True, None)
+    window = None if window_size[0] < 0 else window_size[0] + 1
     assert block_table.dtype is seqused_k.dtype is cu_seq_q.dtype is torch.int32
     bounds = cu_seq_q.tolist()
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
@@ -61,8 +77,40 @@ def paged_reference(
     for index, used in enumerate(seqused_k.tolist()):
         pages = block_table[index]
         k, v = (side[pages].flatten(0, 1)[:used] for side in (key, value))
-        outputs.append(plain_attention(query[bounds[index] : bounds[index + 1]], k, v, used - lengths[index]))
+        outputs.append(plain_attention(query[bounds[index] : bounds[index + 1]], k, v, used - lengths[index], window))
     return torch.cat(outputs)
+
+
+def check(
+    backend_class: type[AttentionBackend],
+    layout: Sequence[tuple[int, int]],
+    windows: Sequence[int | None],
+    spans: Mapping[int, tuple[Span, ...]] | None = None,
+) -> None:
+    """One step through all layers, of which layer i has `windows[i]`; `spans` of chunk i are bidirectional."""
+    spans = spans or {}
+    draw = torch.Generator().manual_seed(0)
+    cache = PagedKVCache(KVShape(len(windows), KV_HEADS, HEAD_DIM, torch.float32), 64, BLOCK, CPU)
+    free = torch.randperm(64, generator=draw).tolist()
+    backend = backend_class(cache, CPU)
+    chunks, sides, row = [], [], 0
+    for index, (start, length) in enumerate(layout):
+        q = torch.randn(length, HEADS, HEAD_DIM, generator=draw)
+        k, v = (torch.randn(start + length, KV_HEADS, HEAD_DIM, generator=draw) for _ in range(2))
+        table = tuple(free.pop() for _ in range(-(-(start + length) // BLOCK) + 1))
+        if start:
+            slots = torch.tensor(slot_mapping([PackedChunk(0, start, 0, table)], BLOCK))
+            for layer in range(len(windows)):
+                cache.write(layer, slots, k[:start], v[:start])
+        chunks.append(PackedChunk(row, length, start, table, spans.get(index, ())))
+        sides.append((q, k, v, start))
+        row += length
+    backend.prepare(chunks)
+    q = torch.cat([q for q, _, _, _ in sides])
+    k, v = (torch.cat([side[which][side[3] :] for side in sides]) for which in (1, 2))
+    for layer, window in enumerate(windows):
+        expected = [plain_attention(*side, window, spans.get(index, ())) for index, side in enumerate(sides)]
+        torch.testing.assert_close(backend.forward(layer, q, k, v, 0.3, window), torch.cat(expected))
 
 
 @pytest.mark.parametrize("backend_class", [SdpaBackend, VarlenBackend])
@@ -72,25 +120,24 @@ def test_matches_plain_attention(
 ) -> None:
     """The kernel of the CUDA backend is replaced by what its documentation says, so what we hand it is checked."""
     monkeypatch.setattr(attention_varlen, "varlen_attn", paged_reference)
-    draw = torch.Generator().manual_seed(0)
-    cache = PagedKVCache(KVShape(1, KV_HEADS, HEAD_DIM, torch.float32), 64, BLOCK, CPU)
-    free = torch.randperm(64, generator=draw).tolist()
-    backend = backend_class(cache, CPU)
-    chunks, expected, packed, row = [], [], [], 0
-    for start, length in layout:
-        q = torch.randn(length, HEADS, HEAD_DIM, generator=draw)
-        k, v = (torch.randn(start + length, KV_HEADS, HEAD_DIM, generator=draw) for _ in range(2))
-        table = tuple(free.pop() for _ in range(-(-(start + length) // BLOCK) + 1))
-        if start:
-            slots = slot_mapping([PackedChunk(0, start, 0, table)], BLOCK)
-            cache.write(0, torch.tensor(slots), k[:start], v[:start])
-        chunks.append(PackedChunk(row, length, start, table))
-        expected.append(plain_attention(q, k, v, start))
-        packed.append((q, k[start:], v[start:]))
-        row += length
-    backend.prepare(chunks)
-    q, k, v = (torch.cat(side) for side in zip(*packed, strict=True))
-    torch.testing.assert_close(backend.forward(0, q, k, v, 0.3), torch.cat(expected))
+    check(backend_class, layout, [None])
+
+
+@pytest.mark.parametrize("backend_class", [SdpaBackend, VarlenBackend])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_with_sliding_windows_beside_full_ones(
+    layout: list[tuple[int, int]], backend_class: type[AttentionBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_varlen, "varlen_attn", paged_reference)
+    check(backend_class, layout, [3, None, 1, 100, 3])
+
+
+@pytest.mark.parametrize("windows", [[None], [4, None], [2, 6]])
+def test_tokens_of_a_bidirectional_span_see_what_follows(windows: list[int | None]) -> None:
+    """In the middle of a chunk, at both its ends, and none; with windows shorter and longer than a span."""
+    layout = [(7, 1), (0, 9), (5, 11), (3, 6), (0, 4)]
+    spans: dict[int, tuple[Span, ...]] = {1: ((2, 6),), 2: ((5, 9), (11, 16)), 4: ((0, 4),)}
+    check(SdpaBackend, layout, windows, spans)
 
 
 def test_what_others_left_in_the_cache_does_not_spread() -> None:

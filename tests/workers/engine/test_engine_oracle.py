@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +139,24 @@ def test_text_may_hold_an_image_token(vision_oracle: Oracle) -> None:
     answers = run(engine)
     assert len(answers.tokens["r"]) == 12
     assert answers.ends["r"].error is None
+
+
+@pytest.mark.parametrize("batched_tokens", [512, 16])
+def test_sliding_windows(qwen2: Oracle, tmp_path: Path, batched_tokens: int) -> None:
+    """Prompts shorter than the window, a little longer, and several times as long, in one batch."""
+    path = shutil.copytree(qwen2.path, tmp_path / "copy")
+    config = json.loads((path / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+    (path / "config.json").write_text(json.dumps(config))
+    oracle = Oracle(path)
+    engine = make_engine(path, max_num_batched_tokens=batched_tokens)
+    prompts = {text: oracle.prompt(text) for text in ("a red", "what is in this picture? " * 4, LONG_TEXT)}
+    assert [len(prompt.token_ids) // 24 for prompt in prompts.values()] == [0, 1, 5]
+    for text, prompt in prompts.items():
+        add(engine, text, prompt, greedy(30))
+    expected = {text: oracle.generate(prompt, max_tokens=30) for text, prompt in prompts.items()}
+    assert run(engine).tokens == expected
+    assert expected[LONG_TEXT] != qwen2.generate(prompts[LONG_TEXT], max_tokens=30), "the window makes no difference"
 
 
 def test_text_only_model_in_bfloat16_runs(qwen2: Oracle) -> None:

@@ -69,11 +69,10 @@ def test_eos_from_the_generation_config_or_else_the_models(qwen2: Oracle, tmp_pa
     assert make_engine(path).info.eos_token_ids == {eos[0]}
 
 
-def test_sliding_windows_are_refused(qwen2: Oracle, tmp_path: Path) -> None:
+def test_layers_that_keep_something_else_than_keys_and_values_are_refused(qwen2: Oracle, tmp_path: Path) -> None:
     path = shutil.copytree(qwen2.path, tmp_path / "copy")
     config = json.loads((path / "config.json").read_text())
-    config |= {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}
-    config["layer_types"] = ["full_attention", "sliding_attention"]
+    config["layer_types"] = ["sliding_attention", "linear_attention"]
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="sliding_attention"):
+    with pytest.raises(ConfigError, match="linear_attention"):
         make_engine(path)
