@@ -107,7 +107,8 @@ def check(
         row += length
     backend.prepare(chunks)
     q = torch.cat([q for q, _, _, _ in sides])
-    k, v = (torch.cat([side[which][side[3] :] for side in sides]) for which in (1, 2))
+    k = torch.cat([k[start:] for _, k, _, start in sides])
+    v = torch.cat([v[start:] for _, _, v, start in sides])
     for layer, window in enumerate(windows):
         expected = [plain_attention(*side, window, spans.get(index, ())) for index, side in enumerate(sides)]
         torch.testing.assert_close(backend.forward(layer, q, k, v, 0.3, window), torch.cat(expected))
