@@ -1,0 +1,157 @@
+"""From the scheduler's integers to the tensors of one forward call.
+
+A step is one packed row of tokens: those of decoding requests first, short contexts before long ones, then the prompt
+chunks. Everything behind this module sees only `StepInputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from workers.engine.adapter import PlacedImage, PlainPositions
+from workers.engine.attention import PackedChunk
+from workers.engine.scheduler import ScheduledChunk
+
+Place = tuple[ScheduledChunk, PackedChunk]
+
+
+@dataclass(frozen=True)
+class PlacedPrompt:
+    """An expanded prompt with what depends on the prompt alone, kept while its request is unfinished."""
+
+    positions: torch.Tensor
+    """int64 [axes, prompt tokens]."""
+    delta: int
+    """Position minus index of every token behind the prompt, the same on all axes."""
+    images: tuple[PlacedImage, ...]
+
+    @classmethod
+    def of(cls, adapter: PlainPositions, token_ids: Sequence[int], images: Sequence[PlacedImage]) -> PlacedPrompt:
+        """Ask the adapter. Raises EPDError when the prompt cannot be positioned."""
+        positions, delta = adapter.prompt_positions(token_ids, images)
+        return cls(positions, delta, tuple(images))
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return self.positions.shape[1]
+
+    def images_after(self, start: int) -> tuple[PlacedImage, ...]:
+        """Pictures that may have rows at or after token `start`: none while decoding."""
+        return self.images if start < self.length else ()
+
+    def write_positions(self, start: int, end: int, target: torch.Tensor) -> None:
+        """Write the positions of tokens [start, end), prompt or generated, to `target` [axes, end - start]."""
+        in_prompt = max(0, min(self.length, end) - start)
+        target[:, :in_prompt] = self.positions[:, start : start + in_prompt]
+        if in_prompt < end - start:
+            target[:, in_prompt:] = torch.arange(start + in_prompt, end) + self.delta
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """Embeddings that take the place of token embeddings in one chunk."""
+
+    targets: torch.Tensor
+    """int64 [rows], rows of the packed batch, on the device."""
+    rows: torch.Tensor
+    """[rows, hidden size], on the device."""
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one forward call needs, on the device."""
+
+    chunks: tuple[PackedChunk, ...]
+    """For the attention backend."""
+    token_ids: torch.Tensor
+    """int64 [tokens]; where a picture stands, its placeholder."""
+    positions: torch.Tensor
+    """int64 [axes, tokens]."""
+    images: tuple[ImageRows, ...]
+    """By row."""
+    wanted: torch.Tensor
+    """int64 [rows whose logits are wanted]: chunk by chunk in the scheduler's order, not in that of the batch."""
+
+    @property
+    def is_decode_only(self) -> bool:
+        """Whether every chunk is one token, and none a picture's."""
+        return len(self.chunks) == self.token_ids.shape[0] and not self.images
+
+
+def build(
+    chunks: Sequence[ScheduledChunk],
+    prompts: dict[str, PlacedPrompt],
+    num_axes: int,
+    device: torch.device,
+) -> StepInputs:
+    """Pack the chunks of a step.
+
+    Args:
+        chunks: one or more, at most one for each request.
+        prompts: request id → prompt, for each of them.
+        num_axes: of positions.
+        device: where the tensors go.
+    """
+    places = _pack(chunks)
+    token_ids = [token for chunk, _ in places for token in chunk.request.token_ids[chunk.start : chunk.end]]
+    return StepInputs(
+        chunks=tuple(place for _, place in places),
+        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
+        positions=_positions(places, prompts, num_axes, len(token_ids)).to(device),
+        images=tuple(
+            rows for chunk, place in places for rows in _images(chunk, place, prompts[chunk.request.request_id], device)
+        ),
+        wanted=torch.tensor(_wanted(chunks, places), dtype=torch.int64, device=device),
+    )
+
+
+def wanted_offsets(chunk: ScheduledChunk) -> Sequence[int]:
+    """Tokens of a chunk whose logits are wanted, counted from its first: the last one where the chunk samples."""
+    return (chunk.length - 1,) if chunk.samples else ()
+
+
+def _pack(chunks: Sequence[ScheduledChunk]) -> list[Place]:
+    """Give each chunk its rows: those of one token first, short contexts before long ones."""
+    places: list[Place] = []
+    first_row = 0
+    for chunk in sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.end)):
+        places.append((chunk, PackedChunk(first_row, chunk.length, chunk.start, chunk.block_table)))
+        first_row += chunk.length
+    return places
+
+
+def _wanted(chunks: Sequence[ScheduledChunk], places: Sequence[Place]) -> list[int]:
+    first_rows = {chunk.request.request_id: place.first_row for chunk, place in places}
+    return [first_rows[chunk.request.request_id] + offset for chunk in chunks for offset in wanted_offsets(chunk)]
+
+
+def _positions(
+    places: Sequence[Place], prompts: dict[str, PlacedPrompt], num_axes: int, num_tokens: int
+) -> torch.Tensor:
+    decoding = []
+    for chunk, _ in places:  # those come first
+        prompt = prompts[chunk.request.request_id]
+        if chunk.length > 1 or chunk.start < prompt.length:
+            break
+        decoding.append(chunk.start + prompt.delta)
+    if len(decoding) == num_tokens:
+        return torch.tensor(decoding).expand(num_axes, -1)
+    positions = torch.empty(num_axes, num_tokens, dtype=torch.int64)
+    positions[:, : len(decoding)] = torch.tensor(decoding, dtype=torch.int64)
+    for chunk, place in places[len(decoding) :]:
+        prompts[chunk.request.request_id].write_positions(chunk.start, chunk.end, positions[:, place.rows])
+    return positions
+
+
+def _images(chunk: ScheduledChunk, place: PackedChunk, prompt: PlacedPrompt, device: torch.device) -> list[ImageRows]:
+    found = []
+    for offset, image in prompt.images_after(chunk.start):
+        indices, rows = image.rows_between(chunk.start - offset, chunk.end - offset)
+        if indices:
+            shift = offset - chunk.start + place.first_row
+            found.append(ImageRows((torch.tensor(indices) + shift).to(device), rows.to(device)))
+    return found
