@@ -7,7 +7,6 @@ what happened since the last one. Every request that `add_request` took gets exa
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import logging
 import math
@@ -28,6 +27,7 @@ from epd.errors import (
 from epd.types import FinishReason, SamplingParams
 from workers.engine import model_loader
 from workers.engine.config import EngineConfig
+from workers.engine.deadlines import Deadlines
 from workers.engine.embeddings import EmbeddingStore, ImageEmbeddings, expand_prompt
 from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.model_loader import ModelInfo
@@ -98,8 +98,7 @@ class Engine:
         self._requests: dict[str, EngineRequest] = {}
         self._missing: dict[str, set[str]] = {}
         """Request id → content keys that it still waits for."""
-        self._deadlines: list[tuple[float, str]] = []
-        """A heap of (deadline, request id). Ended requests linger in it, by id alone to keep nothing of them alive."""
+        self._deadlines = Deadlines(self._requests, clock)
         self._outputs: list[StepOutput] = []
 
     @classmethod
@@ -162,7 +161,7 @@ class Engine:
         request.ending_token_ids = self._ending_token_ids(sampling)
         self._scheduler.add(request)
         self._requests[request_id] = request
-        self._note_deadline(request)
+        self._deadlines.add(request)
         keys = {image.content_key for image in images}
         self._missing[request_id] = {key for key in keys if key not in self._store}
         for key in keys - self._missing[request_id]:
@@ -235,9 +234,7 @@ class Engine:
 
     def seconds_to_deadline(self) -> float | None:
         """How long an idle engine may be left alone; None: for ever. Negative when a deadline has passed."""
-        while self._deadlines and not self._is_current(*self._deadlines[0]):
-            heapq.heappop(self._deadlines)
-        return self._deadlines[0][0] - self._clock() if self._deadlines else None
+        return self._deadlines.seconds_to_next()
 
     def warm_up(self) -> None:
         """Compute a prompt and a token for nobody: pays for lazy set-up at start, and proves that the model works.
@@ -358,28 +355,11 @@ class Engine:
         # Clocks and waits of the system take no infinity.
         return self._clock() + min(timeout_s, _LONGEST_TIMEOUT_S)
 
-    def _note_deadline(self, request: EngineRequest) -> None:
-        if request.deadline is None:
-            return
-        if len(self._deadlines) > 2 * len(self._requests) + 100:  # mostly of ended requests
-            self._deadlines = [entry for entry in self._deadlines if self._is_current(*entry)]
-            heapq.heapify(self._deadlines)
-        heapq.heappush(self._deadlines, (request.deadline, request.request_id))
-
-    def _is_current(self, deadline: float, request_id: str) -> bool:
-        """Whether a heap entry is about an unfinished request, and not an earlier one of the same id."""
-        request = self._requests.get(request_id)
-        return request is not None and request.deadline == deadline
-
     def _expire(self) -> None:
-        now = self._clock()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, request_id = heapq.heappop(self._deadlines)
-            if self._is_current(deadline, request_id):
-                request = self._requests[request_id]
-                waited_for = "image embeddings" if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS else "tokens"
-                error = DeadlineExceeded(f"The request's time ran out while it waited for {waited_for}.")
-                self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
+        for request in self._deadlines.pop_expired():
+            waited_for = "image embeddings" if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS else "tokens"
+            error = DeadlineExceeded(f"The request's time ran out while it waited for {waited_for}.")
+            self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
 
     def _compute(self, chunks: list[ScheduledChunk]) -> list[tuple[EngineRequest, int]]:
         """Run the step. Returns new tokens by request, without those that the model fails on, which end."""
