@@ -1,8 +1,7 @@
 """The language part of a transformers model as two functions: tokens to hidden states, hidden states to logits.
 
 The split lets a step ask for the logits of a few rows, for none, or for the hidden states themselves, and it is the
-seam for what runs a step faster than Python calls it: a compiled graph or a CUDA graph replaces `hidden` and `logits`
-and nothing else.
+seam for what runs a step faster than Python calls it: a compiled graph replaces `hidden` and `logits` and nothing else.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from workers.engine.adapter import PlainPositions, make_adapter
 from workers.engine.attention import AttentionBackend
 from workers.engine.attention_sdpa import SdpaBackend
 from workers.engine.config import EngineConfig
+from workers.engine.forward import LocalForward
 from workers.engine.language_model import LanguageModel
 from workers.engine.model_runner import ModelRunner
 from workers.engine.paged_kv import KVShape, PagedKVCache, num_blocks_for
@@ -77,7 +78,8 @@ def load(config: EngineConfig) -> LoadedModel:
     info = _model_info(model, config, text_config, _fitting_context(config, context, num_blocks * block_size))
     backend_class: type[AttentionBackend] = attention_varlen.VarlenBackend if paged_kernel else SdpaBackend
     backend = backend_class(PagedKVCache(shape, num_blocks, block_size, device), device)
-    runner = ModelRunner(LanguageModel(model, info.adapter), backend)
+    forward = LocalForward(LanguageModel(model, info.adapter), backend)
+    runner = ModelRunner(forward, info.adapter, device)
     return LoadedModel(runner, info, num_blocks, block_size, batched_tokens)
 
 

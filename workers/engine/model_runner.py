@@ -7,13 +7,12 @@ from typing import Protocol
 
 import torch
 
-from workers.engine import attention, step_inputs
-from workers.engine.adapter import PlacedImage
-from workers.engine.attention import AttentionBackend
-from workers.engine.language_model import LanguageModel
+from workers.engine import step_inputs
+from workers.engine.adapter import PlacedImage, PlainPositions
+from workers.engine.forward import Forward
 from workers.engine.sampler import SamplingRow, sample
 from workers.engine.scheduler import ScheduledChunk
-from workers.engine.step_inputs import PlacedPrompt, StepInputs
+from workers.engine.step_inputs import PlacedPrompt
 
 
 class Runner(Protocol):
@@ -33,17 +32,18 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """The transformers model with our attention."""
+    """Turns what the scheduler decided into steps of a model, and their logits into tokens."""
 
-    def __init__(self, model: LanguageModel, backend: AttentionBackend) -> None:
-        """Run `model`, loaded with `attn_implementation=attention.ATTENTION_NAME`."""
-        self._model = model
-        self._backend = backend
+    def __init__(self, forward: Forward, adapter: PlainPositions, device: torch.device) -> None:
+        """Run steps by `forward`, on `device`; `adapter` is that of the model."""
+        self._forward = forward
+        self._adapter = adapter
+        self._device = device
         self._prompts: dict[str, PlacedPrompt] = {}
 
     def add(self, request_id: str, token_ids: Sequence[int], images: Sequence[PlacedImage]) -> None:
         """See `Runner`."""
-        self._prompts[request_id] = PlacedPrompt.of(self._model.adapter, token_ids, images)
+        self._prompts[request_id] = PlacedPrompt.of(self._adapter, token_ids, images)
 
     def remove(self, request_id: str) -> None:
         """See `Runner`."""
@@ -52,16 +52,11 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[int]:
         """See `Runner`."""
-        inputs = step_inputs.build(chunks, self._prompts, self._model.adapter.num_axes, self._backend.device)
-        logits = self._logits(inputs)
-        return _sample(logits, rows) if rows else []
-
-    def _logits(self, inputs: StepInputs) -> torch.Tensor:
-        """Logits of the wanted rows, [len(inputs.wanted), vocabulary]."""
-        self._backend.prepare(inputs.chunks)
-        with attention.use_backend(self._backend):
-            hidden = self._model.hidden(self._model.embed(inputs), inputs.positions)
-            return self._model.logits(hidden.index_select(0, inputs.wanted))
+        inputs = step_inputs.build(chunks, self._prompts, self._adapter.num_axes, self._device)
+        hidden = self._forward.hidden(inputs)
+        if not rows:
+            return []
+        return _sample(self._forward.logits(hidden.index_select(0, inputs.wanted)), rows)
 
 
 def _sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
