@@ -188,10 +188,14 @@ def _write_image_processor(folder: Path, processor_class: str) -> None:
 def _write_model(
     folder: Path, model_class: type[PreTrainedModel], config: Any, tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> Path:
-    eos = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config).to(torch.float32)
+    return _save(folder, model, tokenizer)
+
+
+def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:
+    eos = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     with torch.no_grad():
         model.get_output_embeddings().weight[eos] = 0
     pad = tokenizer.convert_tokens_to_ids("<|endoftext|>")

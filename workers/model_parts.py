@@ -63,7 +63,8 @@ def load_config(path: str) -> PretrainedConfig:
         ConfigError: the folder has no config that transformers can read.
     """
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+        # Said, because transformers else asks at the terminal whether to run Python that the checkpoint ships.
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: no readable model config: {error}") from error
     return config
@@ -118,22 +119,27 @@ def _parts(config: PretrainedConfig) -> Parts:
         covered = ", ".join(sorted(_FAMILIES))
         raise ConfigError(
             f"{_architecture(config)} (model type {config.model_type}) is not covered. "
-            f"Multimodal model types covered: {covered}; text-only causal language models all are."
+            f"Multimodal model types covered: {covered}; of text-only ones see the README."
         )
     return _FAMILIES[config.model_type]
 
 
-def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of transformers that generates from such a checkpoint.
+
+    Raises:
+        ConfigError: there is none.
+    """
     table = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if is_multimodal(config) else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     name = table.get(config.model_type)
     if name is None:
         raise ConfigError(f"{_architecture(config)} (model type {config.model_type}) is no causal language model")
-    model_class: type[PreTrainedModel] = getattr(transformers, name)
-    return model_class
+    found: type[PreTrainedModel] = getattr(transformers, name)
+    return found
 
 
-def _without(model_class: type[PreTrainedModel], dropped: tuple[str, ...]) -> type[PreTrainedModel]:
-    """A subclass of `model_class` that is built without the submodules `dropped`.
+def _without(whole_class: type[PreTrainedModel], dropped: tuple[str, ...]) -> type[PreTrainedModel]:
+    """A subclass of `whole_class` that is built without the submodules `dropped`.
 
     It keeps the name and module of the original, which transformers looks things up by.
     """
@@ -146,11 +152,11 @@ def _without(model_class: type[PreTrainedModel], dropped: tuple[str, ...]) -> ty
     patterns = {rf"^{path.replace('.', '[.]')}[.]" for path in dropped}
     members = {
         "__init__": __init__,
-        "__module__": model_class.__module__,
+        "__module__": whole_class.__module__,
         # Only what we dropped on purpose is silenced; other surplus keys still get transformers' report.
-        "_keys_to_ignore_on_load_unexpected": patterns | set(model_class._keys_to_ignore_on_load_unexpected or ()),
+        "_keys_to_ignore_on_load_unexpected": patterns | set(whole_class._keys_to_ignore_on_load_unexpected or ()),
     }
-    partial_class: type[PreTrainedModel] = type(model_class.__name__, (model_class,), members)
+    partial_class: type[PreTrainedModel] = type(whole_class.__name__, (whole_class,), members)
     return partial_class
 
 
@@ -173,10 +179,10 @@ def _load(
     device: str | torch.device,
     attn_implementation: str | None,
 ) -> PreTrainedModel:
-    model_class = _without(_model_class(config), dropped)
+    partial_class = _without(model_class(config), dropped)
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
-        model, info = model_class.from_pretrained(
+        model, info = partial_class.from_pretrained(
             path, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **kwargs
         )
     except OSError as error:

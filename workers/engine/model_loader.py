@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from epd.errors import ConfigError
 from workers import model_parts
-from workers.engine import attention, attention_varlen
+from workers.engine import attention, attention_varlen, coverage
 from workers.engine.adapter import PlainPositions, make_adapter
 from workers.engine.attention import AttentionBackend
 from workers.engine.attention_sdpa import SdpaBackend
@@ -55,17 +55,20 @@ def load(config: EngineConfig) -> LoadedModel:
     """
     device = _device(config.device)
     attention.register()
+    checkpoint = model_parts.load_config(config.model)
+    coverage.check_class(model_parts.model_class(checkpoint), checkpoint)
     model = model_parts.load_language_part(
         config.model, _dtype(config.dtype), device, attn_implementation=attention.ATTENTION_NAME
     )
     text_config = model.config.get_text_config()
-    _refuse_uncovered(text_config)
     on_gpu = device.type == "cuda"
     batched_tokens = config.max_num_batched_tokens or max(4096 if on_gpu else 512, config.max_num_seqs)
     paged_kernel = attention_varlen.is_available(device)
     block_size = config.block_size or (attention_varlen.PAGE_SIZE_MULTIPLE if paged_kernel else 16)
     context = config.max_model_len or text_config.max_position_embeddings
+    coverage.check_context(model.config, context)
     shape = KVShape.of(text_config, model.dtype)
+    coverage.check_layers(model, make_adapter(model, model.config), shape)
     num_blocks = num_blocks_for(
         shape,
         block_size,
@@ -99,13 +102,6 @@ def _dtype(name: str) -> str | torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"unknown dtype {name!r}; try bfloat16, float16 or float32")
     return dtype
-
-
-def _refuse_uncovered(text_config: Any) -> None:
-    """Refuse layers that keep something else than all keys and values. Sliding ones use the latest of them."""
-    kinds = set(getattr(text_config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise ConfigError(f"layers with {', '.join(sorted(kinds))} are not covered; full and sliding attention are")
 
 
 def _fitting_context(config: EngineConfig, context: int, cache_tokens: int) -> int:
