@@ -54,6 +54,7 @@ FAMILIES: dict[str, Family] = {
     "llama3": Family(LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE}),
     "llama3_tied": Family(LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "mistral": Family(MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 32}),
+    "mistral_window": Family(MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
     "internlm3": Family(
         InternLM3Config,
         LlamaForCausalLM,

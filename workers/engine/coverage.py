@@ -18,10 +18,11 @@ from epd.errors import ConfigError
 from workers.engine import attention
 from workers.engine.adapter import PlainPositions
 from workers.engine.attention import AttentionBackend
+from workers.engine.language_model import LanguageModel
 from workers.engine.paged_kv import KVShape
 
-_ARGUMENTS = ("inputs_embeds", "position_ids", "logits_to_keep")
-_LAYER_TYPES = frozenset({"full_attention"})
+_ARGUMENTS = ("inputs_embeds", "position_ids")
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 def check_class(model_class: type[PreTrainedModel], config: PretrainedConfig) -> None:
@@ -121,12 +122,7 @@ def _run_two_tokens(model: Any, adapter: PlainPositions, recorder: _Recorder) ->
     embeds = model.get_input_embeddings()(torch.zeros(1, 2, dtype=torch.int64, device=model.device))
     positions, _ = adapter.prompt_positions([0, 0], [])
     with attention.use_backend(recorder):
-        model(
-            inputs_embeds=embeds,
-            position_ids=adapter.model_positions(positions.to(model.device)),
-            use_cache=False,
-            logits_to_keep=1,
-        )
+        LanguageModel(model, adapter).hidden(embeds[0], positions.to(model.device))
 
 
 def _not_covered(model_class: type[PreTrainedModel], reason: str) -> ConfigError:

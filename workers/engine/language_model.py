@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from workers.engine.adapter import PlainPositions
 from workers.engine.step_inputs import StepInputs
@@ -59,7 +59,8 @@ class LanguageModel:
     def _whole_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Everything that the model's own forward does behind its body: some families scale or cap their logits."""
         body = self._model.base_model
-        body.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        # A mixture of experts also asks its body's output for how tokens were routed; others leave that field alone.
+        body.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden[None])
         try:
             logits: torch.Tensor = self._model(inputs_embeds=hidden[None], use_cache=False).logits[0]
         finally:
