@@ -77,7 +77,7 @@ def test_a_request_whose_values_are_no_numbers_ends_alone(qwen2: Oracle) -> None
     expected = run(engine).tokens["alone"]
     runner: Any = engine._runner
     bad = next(token for token in range(1, engine.info.vocab_size) if token not in {*innocent.token_ids, *expected})
-    runner._model._embed.weight[bad] = torch.nan
+    runner._forward._model._embed.weight[bad] = torch.nan
     poisoned = Prompt([*innocent.token_ids, bad, *innocent.token_ids * 2], [], [])
     for _ in range(3):  # the later ones get blocks that the earlier ones gave back
         for name in ("bad", "good"):
