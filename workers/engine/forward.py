@@ -16,9 +16,13 @@ class Forward(Protocol):
     """Step inputs to hidden states, and some of those to logits."""
 
     def hidden(self, inputs: StepInputs) -> torch.Tensor:
-        """Store a step's keys and values; return its final hidden states, [tokens, hidden size], on the device.
+        """Store a step's keys and values and compute its final hidden states.
 
-        The result may be overwritten by the next call.
+        Args:
+            inputs: on the CPU.
+
+        Returns:
+            [tokens, hidden size], on the device. The next call may overwrite it.
         """
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -36,8 +40,9 @@ class LocalForward:
     def hidden(self, inputs: StepInputs) -> torch.Tensor:
         """See `Forward`."""
         self._backend.prepare(inputs.chunks)
+        there = inputs.to(self._backend.device)
         with attention.use_backend(self._backend):
-            return self._model.hidden(self._model.embed(inputs), inputs.positions)
+            return self._model.hidden(self._model.embed(there), there.positions)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Forward`."""

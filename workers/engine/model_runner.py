@@ -13,6 +13,7 @@ from workers.engine.forward import Forward
 from workers.engine.sampler import SamplingRow, sample
 from workers.engine.scheduler import ScheduledChunk
 from workers.engine.step_inputs import PlacedPrompt
+from workers.engine.transfer import to_device
 
 
 class Runner(Protocol):
@@ -52,11 +53,12 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[int]:
         """See `Runner`."""
-        inputs = step_inputs.build(chunks, self._prompts, self._adapter.num_axes, self._device)
+        inputs = step_inputs.build(chunks, self._prompts, self._adapter.num_axes)
         hidden = self._forward.hidden(inputs)
         if not rows:
             return []
-        return _sample(self._forward.logits(hidden.index_select(0, inputs.wanted)), rows)
+        (wanted,) = to_device([inputs.wanted], self._device)
+        return _sample(self._forward.logits(hidden.index_select(0, wanted)), rows)
 
 
 def _sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:

@@ -7,13 +7,14 @@ chunks. Everything behind this module sees only `StepInputs`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from workers.engine.adapter import PlacedImage, PlainPositions
 from workers.engine.attention import PackedChunk
 from workers.engine.scheduler import ScheduledChunk
+from workers.engine.transfer import rows_to_device, to_device
 
 Place = tuple[ScheduledChunk, PackedChunk]
 
@@ -56,14 +57,14 @@ class ImageRows:
     """Embeddings that take the place of token embeddings in one chunk."""
 
     targets: torch.Tensor
-    """int64 [rows], rows of the packed batch, on the device."""
+    """int64 [rows], rows of the packed batch."""
     rows: torch.Tensor
-    """[rows, hidden size], on the device."""
+    """[rows, hidden size]."""
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What one forward call needs, on the device."""
+    """What one forward call needs."""
 
     chunks: tuple[PackedChunk, ...]
     """For the attention backend."""
@@ -81,31 +82,40 @@ class StepInputs:
         """Whether every chunk is one token, and none a picture's."""
         return len(self.chunks) == self.token_ids.shape[0] and not self.images
 
+    def to(self, device: torch.device) -> StepInputs:
+        """What the model takes of it on `device`; `wanted` stays. Does not wait for the copies."""
+        token_ids, positions, *targets = to_device(
+            [self.token_ids, self.positions, *(image.targets for image in self.images)], device
+        )
+        images = tuple(
+            replace(image, targets=moved, rows=rows_to_device(image.rows, device))
+            for image, moved in zip(self.images, targets, strict=True)
+        )
+        return replace(self, token_ids=token_ids, positions=positions, images=images)
+
 
 def build(
     chunks: Sequence[ScheduledChunk],
     prompts: dict[str, PlacedPrompt],
     num_axes: int,
-    device: torch.device,
 ) -> StepInputs:
-    """Pack the chunks of a step.
+    """Pack the chunks of a step, on the CPU.
 
     Args:
         chunks: one or more, at most one for each request.
         prompts: request id → prompt, for each of them.
         num_axes: of positions.
-        device: where the tensors go.
     """
     places = _pack(chunks)
     token_ids = [token for chunk, _ in places for token in chunk.request.token_ids[chunk.start : chunk.end]]
     return StepInputs(
         chunks=tuple(place for _, place in places),
-        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
-        positions=_positions(places, prompts, num_axes, len(token_ids)).to(device),
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        positions=_positions(places, prompts, num_axes, len(token_ids)),
         images=tuple(
-            rows for chunk, place in places for rows in _images(chunk, place, prompts[chunk.request.request_id], device)
+            rows for chunk, place in places for rows in _images(chunk, place, prompts[chunk.request.request_id])
         ),
-        wanted=torch.tensor(_wanted(chunks, places), dtype=torch.int64, device=device),
+        wanted=torch.tensor(_wanted(chunks, places), dtype=torch.int64),
     )
 
 
@@ -147,11 +157,11 @@ def _positions(
     return positions
 
 
-def _images(chunk: ScheduledChunk, place: PackedChunk, prompt: PlacedPrompt, device: torch.device) -> list[ImageRows]:
+def _images(chunk: ScheduledChunk, place: PackedChunk, prompt: PlacedPrompt) -> list[ImageRows]:
     found = []
     for offset, image in prompt.images_after(chunk.start):
         indices, rows = image.rows_between(chunk.start - offset, chunk.end - offset)
         if indices:
             shift = offset - chunk.start + place.first_row
-            found.append(ImageRows((torch.tensor(indices) + shift).to(device), rows.to(device)))
+            found.append(ImageRows(torch.tensor(indices) + shift, rows))
     return found
