@@ -129,6 +129,9 @@ class PrefillDecodeConfig(WorkerConfig):
         None, "memory for the KV cache, in bytes; default: from --gpu-memory-utilization, on a CPU 1 GiB at most"
     )
     block_size: int | None = option(None, "tokens in one KV block; default: 16 on a CPU, 256 on a GPU")
+    enable_prefix_caching: bool = option(
+        True, "keep computed prompts and answers in free KV memory for requests that begin with the same"
+    )
     embedding_store_bytes: int = option(256 << 20, "memory for embeddings that arrived, in bytes", minimum=0)
     max_waiting: int = option(1024, "requests waiting at most; more are refused as overloaded")
 

@@ -1,6 +1,7 @@
 """Command-line flags made from the configuration classes, so that a default is written once.
 
-A field `max_num_seqs: int` becomes `--max-num-seqs N`; tuples take several words, commas, or both.
+A field `max_num_seqs: int` becomes `--max-num-seqs N`; tuples take several words, commas, or both; a truth value has
+two flags, `--enable-x` and `--no-enable-x`.
 """
 
 from __future__ import annotations
@@ -37,11 +38,15 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
     value_type, is_list = _value_type(hint)
     is_required = field.default is dataclasses.MISSING
     help_text = str(field.metadata["help"])
-    options: dict[str, Any] = {"required": is_required, "dest": field.name, "type": value_type}
+    options: dict[str, Any] = {"required": is_required, "dest": field.name}
+    if value_type is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = value_type
     if "choices" in field.metadata:
         options["choices"] = field.metadata["choices"]
         options["metavar"] = "|".join(field.metadata["choices"])
-    else:
+    elif value_type is not bool:
         options["metavar"] = field.metadata.get("metavar", _METAVARS[value_type])
     if is_list:
         options["nargs"] = "+"

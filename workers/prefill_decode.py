@@ -154,8 +154,12 @@ class PrefillDecodeService:
 
     def counters(self) -> dict[str, int]:
         """Requests by outcome, tokens, and recounts of the engine's resources."""
+        load = self._engine.load
         return {
             **self._counters,
+            "prefix_cache_queries": load.prefix_cache_queries,
+            "prefix_cache_hits": load.prefix_cache_hits,
+            "preemptions": load.preemptions,
             "integrity_checks": self._engine.integrity_checks,
             "integrity_failures": self._engine.integrity_failures,
         }
@@ -328,6 +332,7 @@ def _engine_config(config: PrefillDecodeConfig) -> EngineConfig:
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len,
         block_size=config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
         gpu_memory_utilization=config.gpu_memory_utilization,
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         embedding_store_bytes=config.embedding_store_bytes,

@@ -168,7 +168,7 @@ async def abort(request: Request) -> JSONResponse:
 
 @router.get("/metrics", tags=["operations"])
 async def metrics(request: Request) -> PlainTextResponse:
-    """Averages since start of each worker, as text.
+    """Averages since start of each worker, and what it counted, as text.
 
     Times inside a worker come from its own clock, asked for now; `proxy ttft` is from the arrival of the
     HTTP request to the first token at this proxy; `proxy to instance` is half a ping's round trip.
@@ -192,7 +192,8 @@ def _worker_lines(worker: WorkerConnection) -> list[str]:
     if worker.info is None:
         return [*head, f"    Error: {worker.problem}"]
     averages = "".join(f"    Avg {name}: {mean:.3f} ms\n" for name, mean in _averages(worker))
-    return [*head, *averages.splitlines()]
+    totals = [f"    Total {name}: {count}" for name, count in sorted(worker.counters.items())]
+    return [*head, *averages.splitlines(), *totals]
 
 
 def _averages(worker: WorkerConnection) -> list[tuple[str, float]]:

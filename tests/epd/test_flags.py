@@ -38,6 +38,14 @@ def test_values_have_the_type_of_the_field() -> None:
     assert (config.max_num_seqs, config.gpu_memory_utilization, config.model) == (7, 0.5, CHECKPOINT_DIR)
 
 
+@pytest.mark.parametrize(
+    ("words", "value"), [([], True), (["--enable-prefix-caching"], True), (["--no-enable-prefix-caching"], False)]
+)
+def test_truth_values_have_two_flags(words: list[str], value: bool) -> None:
+    config = parse(PrefillDecodeConfig, "--worker-addr", "h:1", *words)
+    assert config.enable_prefix_caching is value
+
+
 def test_a_model_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--model .* no config\.json"):
         ProxyConfig(model=tmp_path)

@@ -66,6 +66,7 @@ class FakeWorker:
         self.refuse: str | None = None
         self.silent = False
         self.stages: dict[str, StageStats] = {}
+        self.counters: dict[str, int] = {}
         self.aborted: list[str] = []
         self.peers: list[tuple[str, ...]] = []
         self.proxies: set[bytes] = set()
@@ -142,6 +143,7 @@ class FakeWorker:
                 state=self.state,
                 load=Load(),
                 stages=self.stages,
+                counters=self.counters,
             )
             await self.send(peer, pong)
         elif isinstance(message, Abort):

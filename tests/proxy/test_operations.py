@@ -58,6 +58,7 @@ async def test_metrics_have_the_grammar_and_true_figures(cluster: Cluster) -> No
         "time_per_output_token": StageStats(count=3, total_ms=1),
         "time_to_first_token": StageStats(count=1, total_ms=7),
     }
+    cluster.pd.counters = {"prefix_cache_queries": 40, "prefix_cache_hits": 32}
     cluster.encoder.stages = {"e2e": StageStats(count=1, total_ms=3), "encode": StageStats(count=2, total_ms=5)}
     await cluster.chat("x", png())
     response = await cluster.http.get("/metrics")
@@ -72,6 +73,11 @@ async def test_metrics_have_the_grammar_and_true_figures(cluster: Cluster) -> No
         found = [re.fullmatch(r"    Avg (.+): (\d+\.\d{3}) ms", next(lines)) for _ in AVERAGES]
         figures[role] = {match[1]: float(match[2]) for match in found if match}
         assert tuple(figures[role]) == AVERAGES
+        if role == "PD_INSTANCE":
+            assert [next(lines), next(lines)] == [
+                "    Total prefix_cache_hits: 32",
+                "    Total prefix_cache_queries: 40",
+            ]
     assert not list(lines)
     assert list(figures["PD_INSTANCE"].values())[:5] == [2.5, 0.5, 653.453, 0.333, 7.0]
     assert figures["PD_INSTANCE"]["proxy ttft"] > 0

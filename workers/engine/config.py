@@ -30,6 +30,8 @@ class EngineConfig:
     """For the KV cache. None: on a GPU by `gpu_memory_utilization`, else a quarter of free memory up to 1 GiB."""
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's memory for weights, activations and KV cache together."""
+    enable_prefix_caching: bool = True
+    """Keep what was computed in free KV blocks, and use it again for requests that begin with the same content."""
     embedding_store_bytes: int = 1 << 30
     """For image embeddings in main memory: those in use, those early, and a cache of the rest."""
     embedding_unclaimed_ttl_s: float = 120.0

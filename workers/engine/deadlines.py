@@ -41,12 +41,12 @@ class Deadlines:
     def pop_expired(self) -> list[EngineRequest]:
         """The requests whose time is over, each told of once."""
         now = self._clock()
-        expired = []
+        expired: dict[str, EngineRequest] = {}  # an id that came twice at the same time has two entries
         while self._heap and self._heap[0][0] <= now:
             deadline, request_id = heapq.heappop(self._heap)
             if self._is_current(deadline, request_id):
-                expired.append(self._requests[request_id])
-        return expired
+                expired[request_id] = self._requests[request_id]
+        return list(expired.values())
 
     def _is_current(self, deadline: float, request_id: str) -> bool:
         """Whether a heap entry is about an unfinished request, and not an earlier one of the same id."""

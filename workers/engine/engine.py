@@ -64,6 +64,12 @@ class EngineLoad:
     waiting: int
     kv_used_blocks: int
     kv_total_blocks: int
+    prefix_cache_queries: int = 0
+    """Prompt tokens that were looked for in the prefix cache, since the start."""
+    prefix_cache_hits: int = 0
+    """Those of them that were found."""
+    preemptions: int = 0
+    """How often a request lost its blocks, since the start."""
 
 
 class Engine:
@@ -109,7 +115,7 @@ class Engine:
             ConfigError: checkpoint or settings cannot work.
         """
         loaded = model_loader.load(config)
-        kv_cache = KVCacheManager(loaded.num_blocks, loaded.block_size)
+        kv_cache = KVCacheManager(loaded.num_blocks, loaded.block_size, prefix_caching=config.enable_prefix_caching)
         scheduler = Scheduler(
             kv_cache,
             max_num_seqs=config.max_num_seqs,
@@ -267,6 +273,9 @@ class Engine:
             waiting=self._scheduler.num_waiting,
             kv_used_blocks=self._kv_cache.num_used_blocks,
             kv_total_blocks=self._kv_cache.num_blocks,
+            prefix_cache_queries=self._scheduler.num_queried_tokens,
+            prefix_cache_hits=self._scheduler.num_cached_tokens,
+            preemptions=self._scheduler.num_preemptions,
         )
 
     def check_integrity(self) -> None:
@@ -375,6 +384,7 @@ class Engine:
             except Exception as error:  # costs this request and not its neighbours
                 is_well = False
                 log.error("request %s fails also alone: %r", chunk.request.request_id, error)
+                self._kv_cache.distrust(chunk.request.request_id)
                 self._finish(chunk.request, RequestStatus.FINISHED_ERROR, error=_model_failed())
         if not is_well:
             # A device can fail for good, and this engine would then attract requests by failing fast.
@@ -396,8 +406,15 @@ class Engine:
         elif request.num_output_tokens >= request.max_tokens:
             self._finish(request, RequestStatus.FINISHED_LENGTH, token_ids=(token,))
         else:
-            prompt_tokens = request.num_prompt_tokens if request.num_output_tokens == 1 else 0
-            self._outputs.append(StepOutput(request.request_id, (token,), prompt_tokens=prompt_tokens))
+            is_first = request.num_output_tokens == 1
+            self._outputs.append(
+                StepOutput(
+                    request.request_id,
+                    (token,),
+                    prompt_tokens=request.num_prompt_tokens if is_first else 0,
+                    cached_tokens=(request.num_cached_tokens or 0) if is_first else 0,
+                )
+            )
 
     def _finish(
         self,
@@ -423,6 +440,7 @@ class Engine:
                 stop_token_id=stop_token_id,
                 error=None if error is None else error.to_info(),
                 prompt_tokens=request.num_prompt_tokens,
+                cached_tokens=request.num_cached_tokens or 0,
                 timings_ms=request.timings_ms(),
             )
         )

@@ -98,6 +98,12 @@ class EngineRequest:
         self.atomic_spans: tuple[tuple[int, int], ...] = ()
         """Half-open ranges of the expanded prompt, rising and disjoint, each of which is computed within one step: its
         tokens see each other in both directions."""
+        self.block_names: list[bytes] = []
+        """Of its full blocks, as far as they were needed; see `prefix_cache`."""
+        self.reads_prefix_cache = sampling.prompt_logprobs is None
+        """Whether it may skip what others computed. Not if something is wanted of every prompt token."""
+        self.num_cached_tokens: int | None = None
+        """Prompt tokens that it had not to compute; None before its first step."""
         self.max_tokens = sampling.max_tokens or 0
         """Set by the engine once the expanded prompt's length is known."""
         self.ending_token_ids: frozenset[int] = frozenset()
@@ -133,6 +139,11 @@ class EngineRequest:
     def num_tokens(self) -> int:
         """Prompt and generated tokens."""
         return len(self.token_ids)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Leading tokens that will not change any more."""
+        return self.num_tokens
 
     @property
     def num_output_tokens(self) -> int:

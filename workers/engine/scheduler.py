@@ -7,6 +7,8 @@ Policy:
 4. A chunk never ends inside an atomic span. The first prompt of a step may exceed what the decodes have left of the
    step, by as much as its atomic span needs, so that it can't be put off for ever.
 5. A request is admitted when blocks for its whole prompt are free, beside one for each that runs, and takes them all.
+   It takes over what is cached of its beginning, and only the rest is computed. If another request computes the next
+   block of it in this very step, it waits for that one, and those behind it may go first.
 6. A decoding request without a free block preempts the newest: it loses its blocks, waits, and is computed again.
 """
 
@@ -67,6 +69,10 @@ class Scheduler:
         self._running: list[EngineRequest] = []
         self._arrivals = 0
         self.num_preemptions = 0
+        self.num_queried_tokens = 0
+        """Prompt tokens of requests that looked into the prefix cache, once each."""
+        self.num_cached_tokens = 0
+        """Those of them that were found there."""
 
     @property
     def num_running(self) -> int:
@@ -139,6 +145,7 @@ class Scheduler:
     def advance(self, chunk: ScheduledChunk) -> None:
         """Record that a chunk's keys and values are in the cache now."""
         chunk.request.num_computed_tokens = chunk.end
+        self._kv_cache.record(chunk.request, chunk.start)
 
     def finish(self, request: EngineRequest, status: RequestStatus) -> None:
         """Take an unfinished request out, wherever it is, and free its blocks at once."""
@@ -160,6 +167,8 @@ class Scheduler:
         for queue in (self._running, self._waiting):
             if sorted(queue, key=_arrival) != queue:
                 raise AssertionError("a queue is not in order of arrival")
+        for request in self._running:
+            self._kv_cache.check_contents(request)
         for request in self.requests():
             if request.status.is_finished:
                 raise AssertionError(f"{request} is finished but queued")
@@ -186,17 +195,37 @@ class Scheduler:
         return budget
 
     def _admit(self, chunks: list[ScheduledChunk], budget: int) -> None:
-        while budget > 0 and self._waiting and len(self._running) < self._max_num_seqs:
-            request = self._waiting[0]
-            if self._prefill_length(chunks, request, budget) == 0:
+        in_flight = {name for chunk in chunks if not chunk.request.is_decoding for name in self._names(chunk)}
+        for request in list(self._waiting):
+            if budget <= 0 or len(self._running) >= self._max_num_seqs:
                 break
+            prefix = self._kv_cache.cached_prefix(request)
+            if self._kv_cache.first_missing(request, prefix) in in_flight:
+                continue
             # The spare blocks keep a newcomer from being preempted again by the next tokens of those before it.
-            if not self._grow(request, spare=len(self._running)):
+            if not self._kv_cache.admit(request, request.num_tokens, prefix, spare=len(self._running)):
                 break  # strictly first come, first served: a smaller one behind it does not overtake
-            del self._waiting[0]
-            bisect.insort(self._running, request, key=_arrival)
-            request.status = RequestStatus.RUNNING
-            budget -= self._add_prefill(chunks, request, budget)
+            self._start(request, len(prefix) * self._kv_cache.block_size)
+            length = self._add_prefill(chunks, request, budget)
+            if length == 0:  # an atomic span, for which the next step has room
+                break
+            in_flight.update(self._names(chunks[-1]))
+            budget -= length
+
+    def _start(self, request: EngineRequest, num_cached_tokens: int) -> None:
+        self._waiting.remove(request)
+        bisect.insort(self._running, request, key=_arrival)
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = num_cached_tokens
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = num_cached_tokens
+            if request.reads_prefix_cache:
+                self.num_queried_tokens += request.num_tokens
+                self.num_cached_tokens += num_cached_tokens
+
+    def _names(self, chunk: ScheduledChunk) -> list[bytes]:
+        """What a chunk computes that other requests could use."""
+        return self._kv_cache.names_between(chunk.request, chunk.start, chunk.end)
 
     def _add_prefill(self, chunks: list[ScheduledChunk], request: EngineRequest, budget: int) -> int:
         length = self._prefill_length(chunks, request, budget)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 
 import pytest
 
@@ -13,9 +14,11 @@ from workers.engine.scheduler import ScheduledChunk, Scheduler
 BLOCK_SIZE = 4
 
 
-def make_scheduler(num_blocks: int = 64, *, seqs: int = 4, tokens: int = 16, waiting: int = 100) -> Scheduler:
+def make_scheduler(
+    num_blocks: int = 64, *, seqs: int = 4, tokens: int = 16, waiting: int = 100, caching: bool = True
+) -> Scheduler:
     return Scheduler(
-        KVCacheManager(num_blocks, BLOCK_SIZE),
+        KVCacheManager(num_blocks, BLOCK_SIZE, prefix_caching=caching),
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         max_waiting=waiting,
@@ -24,7 +27,8 @@ def make_scheduler(num_blocks: int = 64, *, seqs: int = 4, tokens: int = 16, wai
 
 def make_request(name: str, prompt: int, images: int = 0, atomic: tuple[tuple[int, int], ...] = ()) -> EngineRequest:
     placeholders = [ImagePlaceholder(f"{name}-{index}", index) for index in range(images)]
-    request = EngineRequest(name, [0] * prompt, SamplingParams(), images=placeholders)
+    token = zlib.crc32(name.encode())  # requests of other names have no common prefix
+    request = EngineRequest(name, [token] * prompt, SamplingParams(), images=placeholders)
     request.atomic_spans = atomic
     return request
 
@@ -85,8 +89,9 @@ def test_requests_with_missing_embeddings_wait_apart_and_keep_their_place() -> N
     assert [name for name, _, _ in step(scheduler)] == ["picture"]
 
 
-def test_out_of_blocks_preempts_the_newest_and_computes_it_again() -> None:
-    scheduler = make_scheduler(num_blocks=4)
+@pytest.mark.parametrize(("caching", "kept_blocks"), [(False, 0), (True, 1)])
+def test_out_of_blocks_preempts_the_newest_and_computes_it_again(caching: bool, kept_blocks: int) -> None:
+    scheduler = make_scheduler(num_blocks=4, caching=caching)
     old, new = make_request("old", 4), make_request("new", 3)
     scheduler.add(old)
     scheduler.add(new)
@@ -96,7 +101,7 @@ def test_out_of_blocks_preempts_the_newest_and_computes_it_again() -> None:
     assert new.num_computed_tokens == 0
     assert old.status is RequestStatus.RUNNING
     scheduler.finish(old, RequestStatus.FINISHED_LENGTH)
-    assert step(scheduler) == [("new", 0, len(kept))]
+    assert step(scheduler) == [("new", kept_blocks * BLOCK_SIZE, len(kept))]
     assert new.token_ids == [*kept, 1]
 
 
@@ -170,10 +175,11 @@ def test_a_step_must_have_room_for_every_sequence() -> None:
         make_scheduler(seqs=17, tokens=16)
 
 
+@pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("seed", range(20))
-def test_any_load_ends_with_every_token_computed_once_and_nothing_left(seed: int) -> None:
+def test_any_load_ends_with_every_token_computed_once_and_nothing_left(seed: int, caching: bool) -> None:
     draw = random.Random(seed)
-    scheduler = make_scheduler(num_blocks=10, seqs=5, tokens=9)
+    scheduler = make_scheduler(num_blocks=10, seqs=5, tokens=9, caching=caching)
     wanted = {f"r{index}": draw.randint(1, 20) for index in range(15)}
     arriving = [make_request(name, draw.randint(1, 19)) for name in wanted]
     prompts = {request.request_id: request.num_prompt_tokens for request in arriving}
