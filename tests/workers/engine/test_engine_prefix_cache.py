@@ -93,7 +93,7 @@ def test_samples_of_one_prompt_compute_it_once_and_differ_by_seed_alone(qwen2: O
     sampling = SamplingParams(max_tokens=20)
     alone = make_engine(qwen2.path, enable_prefix_caching=False)
     together = make_engine(qwen2.path)
-    expected = {}
+    expected: dict[str, list[int]] = {}
     for seed in range(4):
         add(alone, str(seed), prompt, replace_seed(sampling, seed))
         expected |= run(alone).tokens
