@@ -107,6 +107,12 @@ def provide(engine: Engine, encoded: Encoded) -> None:
     engine.provide_embeddings(encoded.key, encoded.token_ids, encoded.grid_thw, encoded.rows)
 
 
+def break_token(engine: Engine, token: int) -> None:
+    """Have the model compute NaN from this token on, as real ones do that overflow in float16."""
+    runner: Any = engine._runner
+    runner._forward._model._embed.weight[token] = torch.nan
+
+
 class Answers:
     """Collects outputs and checks that each request ends once."""
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 import pytest
-import torch
 
 from epd.types import SamplingParams
-from tests.workers.engine.oracle import IMAGE, Answers, Oracle, Prompt, add, greedy, make_engine, picture, provide, run
+from tests.workers.engine.oracle import (
+    IMAGE,
+    Answers,
+    Oracle,
+    Prompt,
+    add,
+    break_token,
+    greedy,
+    make_engine,
+    picture,
+    provide,
+    run,
+)
 
 BLOCK_SIZE = 16
 BLOCK_BYTES = BLOCK_SIZE * 2 * 2 * 2 * 16 * 4  # tokens, keys and values, layers, kv heads, head dim, bytes
@@ -113,8 +122,7 @@ def test_a_request_that_fails_leaves_nothing_for_others_to_take_over(qwen2: Orac
     prompt = qwen2.prompt(LONG_TEXT)
     expected = qwen2.generate(prompt)
     bad = next(token for token in range(1, engine.info.vocab_size) if token not in {*prompt.token_ids, *expected})
-    runner: Any = engine._runner
-    runner._model._embed.weight[bad] = torch.nan
+    break_token(engine, bad)
     add(engine, "bad", Prompt([*prompt.token_ids, bad], [], []))
     assert run(engine).ends["bad"].error is not None
     add(engine, "good", prompt)

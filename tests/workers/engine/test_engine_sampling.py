@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from epd.types import SamplingParams
-from tests.workers.engine.oracle import Oracle, Prompt, add, make_engine, run
+from tests.workers.engine.oracle import Oracle, Prompt, add, break_token, make_engine, run
 
 KINDS: list[dict[str, Any]] = [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.05}, {"temperature": 0.3}]
 BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4
@@ -75,9 +74,8 @@ def test_a_request_whose_values_are_no_numbers_ends_alone(qwen2: Oracle) -> None
     engine = make_engine(qwen2.path, **settings)
     add(engine, "alone", innocent)
     expected = run(engine).tokens["alone"]
-    runner: Any = engine._runner
     bad = next(token for token in range(1, engine.info.vocab_size) if token not in {*innocent.token_ids, *expected})
-    runner._forward._model._embed.weight[bad] = torch.nan
+    break_token(engine, bad)
     poisoned = Prompt([*innocent.token_ids, bad, *innocent.token_ids * 2], [], [])
     for _ in range(3):  # the later ones get blocks that the earlier ones gave back
         for name in ("bad", "good"):
