@@ -42,6 +42,7 @@ class _Sample:
     pd: WorkerConnection | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    num_prompt_logprobs: int = 0
     finished: bool = False
     taken: bool = False
     """The consumer has seen the end."""
@@ -211,6 +212,7 @@ class Generation:
             images=slots,
             sampling=msgspec.structs.replace(work.sampling, seed=(work.sampling.seed + turn) % _SEED_SPAN),
             timeout_s=max(self._time_left(), 0.001),
+            priority=work.priority,
         )
         await pd.generate(request, lambda output: self._on_output(sample, pd, output))
 
@@ -244,17 +246,35 @@ class Generation:
             sample.prompt_tokens, sample.cached_tokens = output.prompt_tokens, output.cached_tokens
         if output.token_ids and self._ttft_ms is None:
             self._note_first_token(sample)
-        pending = sample.pending
-        pending.token_ids.extend(output.token_ids)
+        self._add(sample.pending, output)
+        sample.num_prompt_logprobs += len(output.prompt_logprobs)
         if output.finish_reason is not None:
             if output.finish_reason is FinishReason.ERROR:
                 self._on_pd_error(sample, pd, output)
                 return
             sample.finished = True
-            pending.stop_token_id = output.stop_token_id
             self._note_timings(output.timings_ms)
-            pending.finish_reason = output.finish_reason
+            sample.pending.stop_token_id = output.stop_token_id
+            sample.pending.finish_reason = output.finish_reason
+        if not self._has_all_logprobs(sample, output):
+            self._fail(WorkerFailed("The prefill-decode worker left out log probabilities."))
         self._news.set()
+
+    @staticmethod
+    def _add(pending: Update, output: TokenOutput) -> None:
+        """A slow reader finds one update, however many outputs there were."""
+        pending.token_ids.extend(output.token_ids)
+        pending.logprobs.extend(output.logprobs)
+        pending.prompt_logprobs += output.prompt_logprobs
+
+    def _has_all_logprobs(self, sample: _Sample, output: TokenOutput) -> bool:
+        """Whether a worker gave what was asked for: answers are put together on the strength of it."""
+        sampling = self.work.sampling
+        if sampling.logprobs is not None and len(output.logprobs) != len(output.token_ids):
+            return False
+        is_over = output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        wants_prompt = sampling.prompt_logprobs is not None
+        return not (is_over and wants_prompt and sample.num_prompt_logprobs != sample.prompt_tokens)
 
     def _on_pd_error(self, sample: _Sample, pd: WorkerConnection, output: TokenOutput) -> None:
         error = _error_of(output)
@@ -376,4 +396,6 @@ def _error_of(answer: TokenOutput | EncodeResult) -> EPDError:
 
 
 def _has_news(sample: _Sample) -> bool:
-    return not sample.taken and bool(sample.pending.token_ids or sample.pending.finish_reason)
+    return not sample.taken and bool(
+        sample.pending.token_ids or sample.pending.prompt_logprobs or sample.pending.finish_reason
+    )

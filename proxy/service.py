@@ -14,13 +14,14 @@ from epd.checkpoint import fingerprint, read_json
 from epd.config import ProxyConfig
 from epd.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from epd.transport import endpoints
-from epd.types import WorkerRole
+from epd.types import Grammar, WorkerRole
 from metastore.roster import Roster
 from proxy.chat_template import ChatTemplate, Message, Prompt, image_token_id
 from proxy.dispatcher import Dispatcher
 from proxy.media import MediaLimits, MediaLoader
 from proxy.media_http import HttpFetcher, parse_networks
 from proxy.routing import make_policy
+from proxy.token_text import TokenTexts
 from proxy.tokenizer import Tokenizer
 from proxy.worker_connection import Identity
 from proxy.worker_pool import WorkerPool
@@ -37,13 +38,14 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    repetition_penalty: float = 1.0
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> SamplingDefaults:
         """Read them; a checkpoint that says `do_sample: false` is greedy by default."""
         if config.get("do_sample") is False:
-            return cls(temperature=0.0)
-        known = {name: config[name] for name in ("temperature", "top_p", "top_k") if config.get(name) is not None}
+            config = config | {"temperature": 0.0, "top_p": None, "top_k": None}
+        known = {name: config[name] for name in cls.__struct_fields__ if config.get(name) is not None}
         return msgspec.convert(known, cls, strict=False)
 
 
@@ -63,6 +65,7 @@ class Service:
         self.created = int(time.time())
         self.fingerprint = fingerprint(config.model)
         self.tokenizer = Tokenizer(config.model / "tokenizer.json")
+        self.token_texts = TokenTexts(self.tokenizer.backend)
         self.template = ChatTemplate.from_checkpoint(config.model, self.tokenizer)
         self.image_token_id = image_token_id(config.model)
         self.sampling_defaults = SamplingDefaults.of(read_json(config.model, "generation_config.json"))
@@ -143,6 +146,14 @@ class Service:
         if limit and prompt_tokens + (max_tokens or 1) > limit:
             raise ContextLengthExceeded.of(limit=limit, prompt=prompt_tokens, completion=max_tokens)
 
+    async def check_grammar(self, field: str, grammar: Grammar) -> None:
+        """Check that workers can follow a grammar; compiling one takes a while, so another thread does it.
+
+        Raises:
+            InvalidRequest: they can't; it names `field` and the reason.
+        """
+        raise InvalidRequest(f"{field} is not supported by this server yet ({grammar.kind}).", param=field)
+
     # -- text --------------------------------------------------------------------------------------------------------
 
     async def encode_chat(self, messages: Sequence[Message], variables: dict[str, Any]) -> Prompt:
@@ -156,18 +167,19 @@ class Service:
             raise InvalidRequest("This model has no chat template; use /v1/completions.")
         size = _size(messages)
         self._check_size(size)
-        return await self._off_loop_if_large(size, lambda: template.encode(messages, **variables))
+        return await self.off_loop_if_large(size, lambda: template.encode(messages, **variables))
 
     async def encode_text(self, text: str) -> list[int]:
         """Tokens of a raw prompt, with what the tokenizer puts in front of each text."""
         self._check_size(len(text))
-        return await self._off_loop_if_large(len(text), lambda: self.tokenizer.encode(text, add_special_tokens=True))
+        return await self.off_loop_if_large(len(text), lambda: self.tokenizer.encode(text, add_special_tokens=True))
 
     def _check_size(self, characters: int) -> None:
         """Refuse what can't fit, however it is tokenised, before work is put into it."""
         self.check_context(characters // self.tokenizer.longest_token, None)
 
-    async def _off_loop_if_large(self, size: int, work: Callable[[], T]) -> T:
+    async def off_loop_if_large(self, size: int, work: Callable[[], T]) -> T:
+        """What `work` returns, computed on another thread when `size` characters of text would stop all streams."""
         if size < _LARGE_TEXT:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

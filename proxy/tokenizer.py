@@ -166,10 +166,12 @@ class StopChecker:
 
     Args:
         stops: non-empty strings.
+        include: cut behind the stop string instead of before it.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = tuple(stops)
+        self._include = include
         self._pending = ""
         self.matched: str | None = None
         """The stop string that ended the answer."""
@@ -202,7 +204,7 @@ class StopChecker:
         if not found:
             return None
         end, _, self.matched = min(found)
-        return end - len(self.matched)
+        return end if self._include else end - len(self.matched)
 
     def _held_length(self) -> int:
         """Length of the longest end of the text that begins a stop string."""

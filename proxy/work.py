@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from epd.messages import TokenLogprobs
 from epd.types import FinishReason, SamplingParams
 from proxy.media import LoadedImage
 
@@ -21,6 +22,8 @@ class Work:
     sampling: SamplingParams
     n: int = 1
     """Samples of each prompt; the i-th has `seed + i`. Sample i of prompt p has the index `p * n + i`."""
+    priority: int = 0
+    """Smaller goes first."""
     arrived: float
     """`time.perf_counter()` when the HTTP request came."""
     timeout_s: float
@@ -33,5 +36,9 @@ class Update:
 
     index: int
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """One for each of `token_ids`, when asked for."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """Once, one for each prompt token, when asked for."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None

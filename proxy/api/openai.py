@@ -16,24 +16,14 @@ from epd.errors import DeadlineExceeded, InvalidRequest
 from epd.types import SamplingParams
 from proxy.answer import TextOptions
 from proxy.api.http import Client, Exchange, read_body
-from proxy.api.openai_answer import ChatDialect, Dialect, Head, Teller, TextDialect
-from proxy.api.openai_prompt import (
-    check_supported,
-    count_parts,
-    messages_of,
-    prompts_of,
-    sampling_of,
-    template_variables,
-    text_options_of,
-)
-from proxy.api.openai_schema import (
-    ChatCompletion,
-    ChatRequest,
-    CompletionRequest,
-    SamplingRequest,
-    TextCompletion,
-    decode_body,
-)
+from proxy.api.openai_answer import ChatDialect, Dialect, Head, TextDialect, Wanted
+from proxy.api.openai_logprobs import Echo
+from proxy.api.openai_prompt import count_parts, messages_of, prompts_of, template_variables
+from proxy.api.openai_responses import ChatCompletion, TextCompletion
+from proxy.api.openai_sampling import check_supported, samples_of, sampling_of, shown_logprobs, text_options_of
+from proxy.api.openai_schema import ChatRequest, CompletionRequest, SamplingRequest, decode_body
+from proxy.api.openai_structured import grammar_of
+from proxy.api.openai_teller import Teller
 from proxy.service import Service
 from proxy.work import Work
 
@@ -92,6 +82,7 @@ async def _chat(client: Client, service: Service, body: ChatRequest, arrived: fl
     service.dispatcher.require(images=bool(sources))
     with service.dispatcher.admit():
         async with _deadline(service, arrived):
+            sampling = await _with_grammar(service, body, sampling)
             prompt = await service.encode_chat(messages, template_variables(body))
             service.check_context(len(prompt.token_ids), sampling.max_tokens)
             images = await service.media.load(sources)
@@ -103,11 +94,12 @@ async def _chat(client: Client, service: Service, body: ChatRequest, arrived: fl
             images=tuple(images),
             sampling=_within_context(service, sampling, len(prompt.token_ids)),
             n=body.n or 1,
+            priority=body.priority or 0,
             arrived=arrived,
             timeout_s=service.config.request_timeout,
         )
-        dialect = ChatDialect(head, include_usage=_include_usage(body))
-        await _answer(client, service, body, work, dialect, options)
+        wanted = _wanted(service, body, sampling.logprobs)
+        await _answer(client, service, body, work, ChatDialect(head, wanted), options)
 
 
 async def _complete(client: Client, service: Service, body: CompletionRequest, arrived: float) -> None:
@@ -116,21 +108,47 @@ async def _complete(client: Client, service: Service, body: CompletionRequest, a
     service.dispatcher.require(images=False)
     with service.dispatcher.admit():
         async with _deadline(service, arrived):
+            sampling = await _with_grammar(service, body, sampling)
             prompts = await prompts_of(body, service)
-        for prompt in prompts:
-            service.check_context(len(prompt), sampling.max_tokens)
-        head, samples = Head.new("cmpl", service.config.model_name), body.n or 1
+            for prompt in prompts:
+                service.check_context(len(prompt), sampling.max_tokens)
+            echoes = await _echoes(service, body, prompts)
+        head, samples = Head.new("cmpl", service.config.model_name), samples_of(body)
         work = Work(
             request_id=head.id,
             prompts=tuple(prompts),
             sampling=sampling,
             n=samples,
+            priority=body.priority or 0,
             arrived=arrived,
             timeout_s=service.config.request_timeout,
         )
-        echoes = [service.tokenizer.decode(prompt) if body.echo else "" for prompt in prompts for _ in range(samples)]
-        dialect = TextDialect(head, include_usage=_include_usage(body), echoes=echoes)
+        wanted = _wanted(service, body, shown_logprobs(body))
+        dialect = TextDialect(head, wanted, echoes=echoes, samples=samples, n=body.n or 1)
         await _answer(client, service, body, work, dialect, options)
+
+
+async def _echoes(service: Service, body: CompletionRequest, prompts: list[tuple[int, ...]]) -> list[Echo]:
+    """The prompts as text, when they are to be given back."""
+    if not body.echo:
+        return []
+    with_offsets = shown_logprobs(body) is not None
+    return await service.off_loop_if_large(
+        sum(map(len, prompts)),
+        lambda: [Echo.of(prompt, service.tokenizer, with_offsets=with_offsets) for prompt in prompts],
+    )
+
+
+async def _with_grammar(service: Service, body: SamplingRequest, sampling: SamplingParams) -> SamplingParams:
+    asked = grammar_of(body)
+    if asked is None:
+        return sampling
+    await service.check_grammar(*asked)
+    return msgspec.structs.replace(sampling, grammar=asked[1])
+
+
+def _wanted(service: Service, body: SamplingRequest, logprobs: int | None) -> Wanted:
+    return Wanted(service.token_texts, _include_usage(body), logprobs, body.prompt_logprobs)
 
 
 @asynccontextmanager
@@ -144,7 +162,7 @@ async def _deadline(service: Service, arrived: float) -> AsyncIterator[None]:
         raise DeadlineExceeded(f"The request was not ready for the workers within {limit:g} s.") from None
 
 
-def _check(service: Service, body: SamplingRequest) -> TextOptions:
+def _check(service: Service, body: ChatRequest | CompletionRequest) -> TextOptions:
     service.require_model(body.model)
     check_supported(body)
     return text_options_of(body)

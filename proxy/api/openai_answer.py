@@ -1,4 +1,4 @@
-"""Answers of the OpenAI dialect: whole, and as streams of chunks."""
+"""Answers in the words of the OpenAI dialect: whole, and as chunks of streams."""
 
 from __future__ import annotations
 
@@ -10,30 +10,23 @@ from typing import Any, Protocol
 
 from msgspec import UNSET, UnsetType
 
-from epd.errors import EPDError
-from proxy.answer import Answer, TextOptions
-from proxy.api.http import Client, error_body
-from proxy.api.openai_schema import (
+from proxy.answer import Answer, ShownToken
+from proxy.api.openai_logprobs import Echo, chat_logprobs, joined, prompt_logprobs, text_logprobs
+from proxy.api.openai_responses import (
     AnswerMessage,
     ChatChoice,
     ChatChunk,
     ChatCompletion,
+    ChatLogprobs,
     ChunkChoice,
     Delta,
-    PromptTokensDetails,
+    PromptLogprobs,
     TextChoice,
     TextCompletion,
+    TextLogprobs,
     Usage,
 )
-from proxy.generation import Generation
-from proxy.tokenizer import Tokenizer
-from proxy.work import Update
-
-FIRST_OUTPUT_GRACE_S = 5.0
-"""Status and headers wait so long for the first output, so that what fails early gets a real status."""
-PING_INTERVAL_S = 15.0
-SETTLE_S = 0.25
-"""An answer with timings waits so long for encoders that have not reported yet."""
+from proxy.token_text import TokenTexts
 
 Timings = dict[str, float]
 TokenIds = list[int] | UnsetType
@@ -53,17 +46,50 @@ class Head:
         return cls(f"{prefix}-{secrets.token_hex(16)}", int(time.time()), model)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What an answer holds besides the text."""
+
+    texts: TokenTexts
+    usage: bool = False
+    """A usage chunk will come at the end of a stream; then the others say `usage: null`."""
+    logprobs: int | None = None
+    """Log probabilities of each token, and of so many most likely ones."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt."""
+
+    def of_prompt(self, answer: Answer) -> PromptLogprobs | UnsetType:
+        """The field `prompt_logprobs`, if there is to be one."""
+        if self.prompt_logprobs is None:
+            return UNSET
+        return prompt_logprobs(answer.prompt_logprobs, self.texts, self.prompt_logprobs)
+
+
+@dataclass(frozen=True)
+class News:
+    """What a chunk tells of a sample."""
+
+    text: str = ""
+    token_ids: TokenIds = UNSET
+    """If the client wants them."""
+    shown: Sequence[ShownToken] = ()
+    """Tokens of the text, if the client wants log probabilities."""
+
+
 class Dialect(Protocol):
     """How an endpoint words its answers."""
 
     def opening(self, index: int) -> Any | None:
         """The first chunk of a sample, if there is one."""
 
-    def chunk(self, index: int, text: str, token_ids: TokenIds = UNSET) -> Any:
-        """New text, and its tokens if the client wants them."""
+    def prompt(self, index: int, answer: Answer) -> Any | None:
+        """A chunk for the log probabilities of the prompt, which just came, if there is one."""
 
-    def closing(self, index: int, reason: str, token_ids: TokenIds, timings: Timings | UnsetType) -> Any:
-        """The end of a sample."""
+    def chunk(self, index: int, news: News) -> Any:
+        """New text."""
+
+    def closing(self, index: int, reason: str, news: News, timings: Timings | UnsetType) -> Any:
+        """The end of a sample, with what belongs to no text."""
 
     def usage(self, usage: Usage) -> Any:
         """The last chunk, which has no choices."""
@@ -77,24 +103,31 @@ class ChatDialect:
 
     Args:
         head: shared by all chunks.
-        include_usage: whether a usage chunk will come; then the others say `usage: null`.
+        wanted: besides the text.
     """
 
-    def __init__(self, head: Head, *, include_usage: bool) -> None:
+    def __init__(self, head: Head, wanted: Wanted) -> None:
         self._head = head
-        self._no_usage: UnsetType | None = None if include_usage else UNSET
+        self._wanted = wanted
+        self._no_usage: UnsetType | None = None if wanted.usage else UNSET
 
     def opening(self, index: int) -> ChatChunk:
         """The role, once."""
         return self._chunk([ChunkChoice(index, Delta(role="assistant", content=""))])
 
-    def chunk(self, index: int, text: str, token_ids: TokenIds = UNSET) -> ChatChunk:
-        """New text."""
-        return self._chunk([ChunkChoice(index, Delta(content=text), token_ids=token_ids)])
+    def prompt(self, index: int, answer: Answer) -> None:
+        """They are not streamed."""
 
-    def closing(self, index: int, reason: str, token_ids: TokenIds, timings: Timings | UnsetType) -> ChatChunk:
+    def chunk(self, index: int, news: News) -> ChatChunk:
+        """New text."""
+        delta, logprobs = Delta(content=news.text), self._logprobs(news.shown) if news.shown else None
+        return self._chunk([ChunkChoice(index, delta, logprobs=logprobs, token_ids=news.token_ids)])
+
+    def closing(self, index: int, reason: str, news: News, timings: Timings | UnsetType) -> ChatChunk:
         """An empty delta with the reason."""
-        return self._chunk([ChunkChoice(index, Delta(), reason, token_ids=token_ids)], timings=timings)
+        logprobs = self._logprobs(news.shown) if news.shown else None
+        choice = ChunkChoice(index, Delta(), reason, logprobs=logprobs, token_ids=news.token_ids)
+        return self._chunk([choice], timings=timings)
 
     def usage(self, usage: Usage) -> ChatChunk:
         """Token counts."""
@@ -102,12 +135,19 @@ class ChatDialect:
 
     def whole(self, answers: Sequence[Answer], usage: Usage, timings: Timings | UnsetType) -> ChatCompletion:
         """The answer in one piece."""
+        head = self._head
         choices = [
-            ChatChoice(i, AnswerMessage(one.text), _reason(one), token_ids=one.token_ids)
+            ChatChoice(i, AnswerMessage(one.text), _reason(one), self._logprobs(one.logprobs), one.token_ids)
             for i, one in enumerate(answers)
         ]
-        head = self._head
-        return ChatCompletion(head.id, head.created, head.model, choices, usage, timings=timings)
+        of_prompt = self._wanted.of_prompt(answers[0])
+        return ChatCompletion(
+            head.id, head.created, head.model, choices, usage, timings=timings, prompt_logprobs=of_prompt
+        )
+
+    def _logprobs(self, shown: Sequence[ShownToken]) -> ChatLogprobs | None:
+        top = self._wanted.logprobs
+        return None if top is None else chat_logprobs(shown, self._wanted.texts, top)
 
     def _chunk(
         self, choices: list[ChunkChoice], usage: Usage | None = None, timings: Timings | UnsetType = UNSET
@@ -121,26 +161,44 @@ class TextDialect:
 
     Args:
         head: shared by all chunks.
-        include_usage: as in `ChatDialect`.
-        echoes: text to begin each sample with.
+        wanted: besides the text.
+        echoes: prompts to begin their samples with, or none.
+        samples: made of each prompt.
+        n: shown of each prompt, those with the likeliest tokens.
     """
 
-    def __init__(self, head: Head, *, include_usage: bool, echoes: Sequence[str]) -> None:
+    def __init__(self, head: Head, wanted: Wanted, *, echoes: Sequence[Echo], samples: int, n: int) -> None:
         self._head = head
-        self._no_usage: UnsetType | None = None if include_usage else UNSET
+        self._wanted = wanted
+        self._no_usage: UnsetType | None = None if wanted.usage else UNSET
         self._echoes = echoes
+        self._samples = samples
+        self._n = n
 
     def opening(self, index: int) -> TextCompletion | None:
-        """The prompt, when it is to be echoed."""
-        return self.chunk(index, self._echoes[index]) if self._echoes[index] else None
+        """The prompt, when it is to be echoed. With log probabilities it waits for those."""
+        echo = self._echo(index)
+        if echo is None or not echo.text or self._wanted.logprobs is not None:
+            return None
+        return self._make([TextChoice(index, echo.text)])
 
-    def chunk(self, index: int, text: str, token_ids: TokenIds = UNSET) -> TextCompletion:
+    def prompt(self, index: int, answer: Answer) -> TextCompletion | None:
+        """The prompt and its log probabilities, when it is to be echoed."""
+        echo, top = self._echo(index), self._wanted.logprobs
+        if echo is None or top is None:
+            return None
+        return self._make([TextChoice(index, echo.text, logprobs=self._logprobs_of_echo(echo, answer, top))])
+
+    def chunk(self, index: int, news: News) -> TextCompletion:
         """New text."""
-        return self._make([TextChoice(index, text, token_ids=token_ids)])
+        logprobs = self._logprobs(index, news.shown) if news.shown else None
+        return self._make([TextChoice(index, news.text, logprobs=logprobs, token_ids=news.token_ids)])
 
-    def closing(self, index: int, reason: str, token_ids: TokenIds, timings: Timings | UnsetType) -> TextCompletion:
+    def closing(self, index: int, reason: str, news: News, timings: Timings | UnsetType) -> TextCompletion:
         """No text, the reason."""
-        return self._make([TextChoice(index, "", reason, token_ids=token_ids)], timings=timings)
+        logprobs = self._logprobs(index, news.shown) if news.shown else None
+        choice = TextChoice(index, "", reason, logprobs=logprobs, token_ids=news.token_ids)
+        return self._make([choice], timings=timings)
 
     def usage(self, usage: Usage) -> TextCompletion:
         """Token counts."""
@@ -148,11 +206,42 @@ class TextDialect:
 
     def whole(self, answers: Sequence[Answer], usage: Usage, timings: Timings | UnsetType) -> TextCompletion:
         """The answer in one piece."""
-        choices = [
-            TextChoice(i, self._echoes[i] + one.text, _reason(one), token_ids=one.token_ids)
-            for i, one in enumerate(answers)
-        ]
+        choices = [self._choice(place, index, answers[index]) for place, index in enumerate(self._best(answers))]
         return self._make(choices, usage, timings)
+
+    def _best(self, answers: Sequence[Answer]) -> list[int]:
+        """Indices of those to show: `n` of each prompt. In the order they were made, if that is all of them."""
+        if self._samples == self._n:
+            return list(range(len(answers)))
+        best: list[int] = []
+        for first in range(0, len(answers), self._samples):
+            samples = range(first, first + self._samples)
+            best += sorted(samples, key=lambda index: -answers[index].mean_logprob)[: self._n]
+        return best
+
+    def _choice(self, place: int, index: int, answer: Answer) -> TextChoice:
+        echo, top = self._echo(index), self._wanted.logprobs
+        logprobs = self._logprobs(index, answer.logprobs)
+        if logprobs is not None and echo is not None and top is not None:
+            logprobs = joined(self._logprobs_of_echo(echo, answer, top), logprobs)
+        return TextChoice(
+            place,
+            (echo.text if echo else "") + answer.text,
+            _reason(answer),
+            logprobs,
+            answer.token_ids,
+            self._wanted.of_prompt(answer),
+        )
+
+    def _echo(self, index: int) -> Echo | None:
+        return self._echoes[index // self._samples] if self._echoes else None
+
+    def _logprobs(self, index: int, shown: Sequence[ShownToken]) -> TextLogprobs | None:
+        top, echo = self._wanted.logprobs, self._echo(index)
+        return None if top is None else text_logprobs(shown, self._wanted.texts, top, len(echo.text) if echo else 0)
+
+    def _logprobs_of_echo(self, echo: Echo, answer: Answer, top: int) -> TextLogprobs:
+        return echo.logprobs(answer.prompt_logprobs, self._wanted.texts, top)
 
     def _make(
         self, choices: list[TextChoice], usage: Usage | None = None, timings: Timings | UnsetType = UNSET
@@ -161,111 +250,6 @@ class TextDialect:
         return TextCompletion(
             head.id, head.created, head.model, choices, usage=usage or self._no_usage, timings=timings
         )
-
-
-class Teller:
-    """Reads a generation and tells the client about it.
-
-    Args:
-        generation: in work; the caller closes it.
-        dialect: words of the endpoint.
-        tokenizer: of the model.
-        options: how text is made.
-        with_timings: whether the client asked where the time went.
-    """
-
-    def __init__(
-        self,
-        generation: Generation,
-        dialect: Dialect,
-        tokenizer: Tokenizer,
-        options: TextOptions,
-        *,
-        with_timings: bool,
-    ) -> None:
-        self._generation = generation
-        self._dialect = dialect
-        self._answers = [Answer(tokenizer, options) for _ in range(generation.num_samples)]
-        self._with_timings = with_timings
-        self._told = [0] * generation.num_samples
-        """How many token ids of each sample the stream has told."""
-
-    async def tell_whole(self, client: Client) -> None:
-        """Wait for the end, answer once.
-
-        Raises:
-            EPDError: the request failed; nothing was sent.
-        """
-        while not self._generation.done:
-            for update in await self._generation.next():
-                await self._advance(update)
-        await client.reply(self._dialect.whole(self._answers, self._usage(), await self._timings()))
-
-    async def tell_stream(self, client: Client, *, include_usage: bool) -> None:
-        """Answer in chunks. A failure after the first of them becomes an error event.
-
-        Raises:
-            EPDError: the request failed before anything was sent.
-        """
-        updates = await self._generation.next(FIRST_OUTPUT_GRACE_S)
-        await client.start_stream()
-        try:
-            await self._stream_samples(client, updates)
-            if include_usage:
-                await client.event(self._dialect.usage(self._usage()))
-        except EPDError as error:
-            await client.event({"error": error_body(error)["error"]})
-        await client.end_stream()
-
-    async def _stream_samples(self, client: Client, updates: list[Update]) -> None:
-        for index in range(len(self._answers)):
-            opening = self._dialect.opening(index)
-            if opening is not None:
-                await client.event(opening)
-        while True:
-            for update in updates:
-                await self._stream_update(client, update)
-            if self._generation.done:
-                return
-            updates = await self._generation.next(PING_INTERVAL_S)
-            if not updates and not self._generation.done:
-                await client.ping()
-
-    async def _stream_update(self, client: Client, update: Update) -> None:
-        text = await self._advance(update)
-        if text:
-            await client.event(self._dialect.chunk(update.index, text, self._new_token_ids(update.index)))
-        reason = self._answers[update.index].finish_reason
-        if reason is not None:
-            rest = self._new_token_ids(update.index)
-            await client.event(self._dialect.closing(update.index, reason.value, rest, await self._timings()))
-
-    async def _advance(self, update: Update) -> str:
-        answer = self._answers[update.index]
-        text = answer.push(update)
-        if answer.finish_reason is not None:
-            await self._generation.finish(update.index)
-        return text
-
-    def _new_token_ids(self, index: int) -> TokenIds:
-        """Tokens that no chunk has told yet; those of text that was held back come with the text."""
-        all_ids = self._answers[index].token_ids
-        if all_ids is UNSET:
-            return UNSET
-        told, self._told[index] = self._told[index], len(all_ids)
-        return all_ids[told:]
-
-    def _usage(self) -> Usage:
-        prompt = self._generation.prompt_tokens
-        completion = sum(answer.completion_tokens for answer in self._answers)
-        cached = PromptTokensDetails(self._generation.cached_tokens)
-        return Usage(prompt, completion, prompt + completion, cached)
-
-    async def _timings(self) -> Timings | UnsetType:
-        if not self._with_timings:
-            return UNSET
-        await self._generation.settle(SETTLE_S)
-        return self._generation.timings()
 
 
 def _reason(answer: Answer) -> str:

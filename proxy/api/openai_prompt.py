@@ -1,95 +1,26 @@
-"""Requests of the OpenAI dialect to prompts, pictures and sampling parameters. Whatever can't be served is a 400."""
+"""Requests of the OpenAI dialect to prompts and pictures. Whatever can't be served is a 400."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
 from epd.errors import InvalidRequest
-from epd.types import SamplingParams
-from proxy.answer import TextOptions
+from proxy.api.openai_sampling import check_token_ids
 from proxy.api.openai_schema import (
-    MAX_STOPS,
     ChatMessage,
     ChatRequest,
     CompletionRequest,
     ContentPart,
     ImageURL,
-    SamplingRequest,
 )
 from proxy.chat_template import Message
 from proxy.media import ImageSource
-from proxy.service import SamplingDefaults, Service
+from proxy.service import Service
 
 MAX_PROMPTS = 128
-DEFAULT_COMPLETION_TOKENS = 16
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _MEDIA_NOT_SUPPORTED = ("input_audio", "audio_url", "video_url", "file", "image_embeds")
-
-
-def check_supported(request: SamplingRequest) -> None:
-    """Refuse the first field that can't be served.
-
-    Raises:
-        InvalidRequest: there is one.
-    """
-    for field, is_used in request.unsupported().items():
-        if is_used:
-            raise InvalidRequest(f"{field} is not supported by this server with this value; leave it out.", param=field)
-    if request.stream_options is not None and not request.stream:
-        raise InvalidRequest("stream_options needs stream: true.", param="stream_options")
-
-
-def max_tokens_of(request: ChatRequest | CompletionRequest) -> int | None:
-    """The limit that the request sets; None: what is left of the context."""
-    if isinstance(request, ChatRequest):
-        return request.max_completion_tokens or request.max_tokens
-    return request.max_tokens or DEFAULT_COMPLETION_TOKENS
-
-
-def sampling_of(request: ChatRequest | CompletionRequest, service: Service) -> SamplingParams:
-    """Sampling parameters, with the model's defaults and a seed drawn where none is given.
-
-    Raises:
-        InvalidRequest: two fields contradict each other, or a token id does not exist.
-    """
-    defaults: SamplingDefaults = service.sampling_defaults
-    max_tokens, min_tokens = max_tokens_of(request), request.min_tokens or 0
-    if max_tokens is not None and min_tokens > max_tokens:
-        raise InvalidRequest(f"min_tokens ({min_tokens}) is larger than max_tokens ({max_tokens}).", param="min_tokens")
-    stop_ids = tuple(request.stop_token_ids or ())
-    _check_token_ids(stop_ids, service, "stop_token_ids")
-    return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        temperature=_first(request.temperature, defaults.temperature),
-        top_k=max(_first(request.top_k, defaults.top_k), 0),
-        top_p=_first(request.top_p, defaults.top_p),
-        min_p=_first(request.min_p, 0.0),
-        seed=secrets.randbits(62) if request.seed is None else request.seed % (1 << 63),
-        stop_token_ids=stop_ids,
-        ignore_eos=bool(request.ignore_eos),
-    )
-
-
-def text_options_of(request: SamplingRequest) -> TextOptions:
-    """How the answer's text is made.
-
-    Raises:
-        InvalidRequest: too many stop strings, or an empty one.
-    """
-    stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
-    if len(stops) > MAX_STOPS:
-        raise InvalidRequest(f"{len(stops)} stop strings; at most {MAX_STOPS}.", param="stop")
-    if "" in stops:
-        raise InvalidRequest("A stop string is empty; remove it.", param="stop")
-    return TextOptions(
-        stop=stops,
-        min_tokens=request.min_tokens or 0,
-        skip_special_tokens=request.skip_special_tokens is not False,
-        with_token_ids=bool(request.return_token_ids),
-    )
 
 
 def template_variables(request: ChatRequest) -> dict[str, Any]:
@@ -200,19 +131,9 @@ async def _prompt_ids(entry: str | list[int], service: Service) -> tuple[int, ..
     if not isinstance(entry, str):
         service.check_context(len(entry), None)
     token_ids = tuple(await service.encode_text(entry) if isinstance(entry, str) else entry)
-    _check_token_ids(token_ids, service, "prompt")
+    check_token_ids(token_ids, service.tokenizer, "prompt")
     if service.image_token_id is not None and service.image_token_id in token_ids:
         raise InvalidRequest(
             "prompt holds the placeholder of an image; send images to /v1/chat/completions.", param="prompt"
         )
     return token_ids
-
-
-def _check_token_ids(token_ids: Sequence[int], service: Service, field: str) -> None:
-    bad = next((token for token in token_ids if not 0 <= token < service.tokenizer.vocab_size), None)
-    if bad is not None:
-        raise InvalidRequest(f"{field}: the model has no token {bad}.", param=field)
-
-
-def _first(value: Any, default: Any) -> Any:
-    return default if value is None else value

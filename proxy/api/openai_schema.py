@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI dialect, as structs that decode and check types at once.
+"""Requests of the OpenAI dialect, as structs that decode and check types at once.
 
 Unknown fields are accepted, as all clients of this dialect expect. What is known and can't be served stands in
 `unsupported` and is refused by name. Descriptions show up in `/docs`.
@@ -10,7 +10,7 @@ import re
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
 from epd.errors import InvalidRequest
 
@@ -18,10 +18,15 @@ T = TypeVar("T")
 
 MAX_STOPS = 16
 MAX_SAMPLES = 16
+MAX_LOGPROBS = 20
 
 _Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+_Samples = Annotated[int, Meta(ge=1, le=MAX_SAMPLES)]
+_Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
 class ImageURL(msgspec.Struct):
@@ -62,12 +67,65 @@ class StreamOptions(msgspec.Struct):
     include_usage: Annotated[bool | None, Meta(description="send a last chunk with token counts")] = None
 
 
-class SamplingRequest(msgspec.Struct, kw_only=True):
+class JSONSchemaFormat(msgspec.Struct):
+    """The schema of a `response_format`."""
+
+    schema: Annotated[dict[str, Any] | bool | None, Meta(description="a JSON schema")] = None
+    name: str | None = None
+    description: str | None = None
+    strict: Annotated[bool | None, Meta(description="the schema is enforced either way")] = None
+
+
+class ResponseFormat(msgspec.Struct):
+    """What an answer must look like, in the words of OpenAI."""
+
+    type: Annotated[str, Meta(description="text, json_object or json_schema")]
+    json_schema: JSONSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct):
+    """What an answer must look like, in the words of vLLM: one of these."""
+
+    json: Annotated[dict[str, Any] | bool | str | None, Meta(description="a JSON schema, or one as text")] = None
+    regex: Annotated[str | None, Meta(description="matches the whole answer")] = None
+    choice: Annotated[list[str] | None, Meta(description="the answer is one of them")] = None
+    grammar: Annotated[str | None, Meta(description="a context-free grammar")] = None
+    json_object: Annotated[bool | None, Meta(description="any JSON object")] = None
+    structural_tag: Any = None
+    whitespace_pattern: Any = None
+    disable_any_whitespace: Any = None
+    disable_additional_properties: Any = None
+
+
+class _Refused(msgspec.Struct, kw_only=True):
+    """Extensions of other servers that change answers and are not served. Each is refused by name when it is used."""
+
+    use_beam_search: Any = None
+    length_penalty: Any = None
+    truncate_prompt_tokens: Any = None
+    logprob_token_ids: Any = None
+    logits_processors: Any = None
+    thinking_token_budget: Any = None
+    repetition_detection: Any = None
+    guided_whitespace_pattern: Any = None
+    prompt_embeds: Any = None
+    mm_processor_kwargs: Any = None
+    media_io_kwargs: Any = None
+    kv_transfer_params: Any = None
+    ec_transfer_params: Any = None
+    cache_salt: Any = None
+
+    def unsupported(self) -> dict[str, bool]:
+        """Field → whether the request uses it in a way that can't be served."""
+        used = {name: bool(getattr(self, name)) for name in _Refused.__struct_fields__}
+        return used | {"length_penalty": self.length_penalty not in (None, 1)}  # 1 changes nothing
+
+
+class SamplingRequest(_Refused, kw_only=True):
     """What both completion endpoints share."""
 
     model: Annotated[str | None, Meta(description="name of the served model; default: that model")] = None
-    max_tokens: Annotated[_Positive | None, Meta(description="tokens to generate at most")] = None
-    min_tokens: Annotated[Annotated[int, Meta(ge=0, le=2**31 - 1)] | None, Meta(description="no end before")] = None
+    min_tokens: Annotated[_Count | None, Meta(description="no end before")] = None
     temperature: Annotated[
         Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="0 is greedy; default: the model's own, else 1")
     ] = None
@@ -75,65 +133,54 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     top_k: Annotated[Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None, Meta(description="0 or -1: all")] = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     seed: Annotated[_Int64 | None, Meta(description="the same seed and request give the same answer")] = None
-    n: Annotated[Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] | None, Meta(description="answers to one prompt")] = None
+    n: Annotated[_Samples | None, Meta(description="answers to one prompt")] = None
     stop: Annotated[str | list[str] | None, Meta(description=f"up to {MAX_STOPS} strings that end the answer")] = None
+    include_stop_str_in_output: Annotated[bool | None, Meta(description="show what ended the answer")] = None
     stop_token_ids: list[_TokenId] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    priority: Annotated[_Int64 | None, Meta(description="smaller goes first; default 0")] = None
     timings: Annotated[bool | None, Meta(description="tell in the answer where the time went, in ms")] = None
     return_token_ids: Annotated[bool | None, Meta(description="give the tokens beside the text")] = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    best_of: int | None = None
-    use_beam_search: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    prompt_logprobs: Any = None
-    truncate_prompt_tokens: Any = None
-    bad_words: list[Any] | None = None
-    allowed_token_ids: list[Any] | None = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    structured_outputs: Any = None
-
-    def unsupported(self) -> dict[str, bool]:
-        """Field → whether the request uses it in a way that can't be served."""
-        return {
-            "presence_penalty": bool(self.presence_penalty),
-            "frequency_penalty": bool(self.frequency_penalty),
-            "repetition_penalty": self.repetition_penalty not in (None, 1.0),
-            "logit_bias": bool(self.logit_bias),
-            "best_of": self.best_of not in (None, self.n or 1),
-            "use_beam_search": bool(self.use_beam_search),
-            "include_stop_str_in_output": bool(self.include_stop_str_in_output),
-            "prompt_logprobs": self.prompt_logprobs is not None,
-            "truncate_prompt_tokens": self.truncate_prompt_tokens is not None,
-            "bad_words": bool(self.bad_words),
-            "allowed_token_ids": bool(self.allowed_token_ids),
-            "guided_json": self.guided_json is not None,
-            "guided_regex": self.guided_regex is not None,
-            "guided_choice": self.guided_choice is not None,
-            "guided_grammar": self.guided_grammar is not None,
-            "structured_outputs": self.structured_outputs is not None,
-        }
+    presence_penalty: Annotated[_Penalty | None, Meta(description="against tokens that the answer has")] = None
+    frequency_penalty: Annotated[_Penalty | None, Meta(description="against them as often as it has them")] = None
+    repetition_penalty: Annotated[
+        Annotated[float, Meta(ge=0.01, le=100)] | None,
+        Meta(description="against tokens that prompt or answer have; 1: none"),
+    ] = None
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None,
+        Meta(description="token id as a string → added to its logit"),
+    ] = None
+    bad_words: Annotated[list[str] | None, Meta(description="texts that the answer must not have")] = None
+    allowed_token_ids: Annotated[list[_TokenId] | None, Meta(description="only these tokens may come")] = None
+    prompt_logprobs: Annotated[
+        _Logprobs | None, Meta(description="log probabilities of the prompt's tokens and so many others; not streamed")
+    ] = None
+    guided_json: Annotated[dict[str, Any] | bool | str | None, Meta(description="as structured_outputs.json")] = None
+    guided_regex: Annotated[str | None, Meta(description="as structured_outputs.regex")] = None
+    guided_choice: Annotated[list[str] | None, Meta(description="as structured_outputs.choice")] = None
+    guided_grammar: Annotated[str | None, Meta(description="as structured_outputs.grammar")] = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
 
 
 class ChatRequest(SamplingRequest, kw_only=True):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    max_tokens: Annotated[_Positive | None, Meta(description="tokens to generate at most")] = None
     max_completion_tokens: Annotated[_Positive | None, Meta(description="the same as max_tokens, and wins")] = None
     chat_template_kwargs: Annotated[
         dict[str, Any] | None, Meta(description="switches of the chat template, such as enable_thinking")
     ] = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    response_format: Any = None
+    logprobs: Annotated[bool | None, Meta(description="give log probabilities of the answer's tokens")] = None
+    top_logprobs: Annotated[_Logprobs | None, Meta(description="of so many most likely ones too; needs logprobs")] = (
+        None
+    )
+    best_of: int | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None
@@ -143,15 +190,14 @@ class ChatRequest(SamplingRequest, kw_only=True):
     chat_template: str | None = None
     documents: list[Any] | None = None
     echo: bool | None = None
+    add_special_tokens: bool | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
 
     def unsupported(self) -> dict[str, bool]:
-        """See `SamplingRequest.unsupported`."""
+        """See `_Refused.unsupported`."""
         return super().unsupported() | {
-            "logprobs": bool(self.logprobs),
-            "top_logprobs": bool(self.top_logprobs),
-            "response_format": not _is_text_format(self.response_format),
+            "best_of": self.best_of not in (None, self.n or 1),
             "tools": bool(self.tools),
             "tool_choice": self.tool_choice not in (None, "none", "auto"),
             "functions": bool(self.functions),
@@ -161,6 +207,7 @@ class ChatRequest(SamplingRequest, kw_only=True):
             "chat_template": self.chat_template is not None,
             "documents": bool(self.documents),
             "echo": bool(self.echo),
+            "add_special_tokens": bool(self.add_special_tokens),
             "continue_final_message": bool(self.continue_final_message),
             "add_generation_prompt": self.add_generation_prompt is False,
         }
@@ -173,119 +220,26 @@ class CompletionRequest(SamplingRequest, kw_only=True):
         str | list[str | _TokenId | list[_TokenId]],
         Meta(description="a text, several texts, token ids, or several lists of token ids"),
     ]
+    max_tokens: Annotated[
+        _Count | None, Meta(description="tokens to generate at most, 16 by default; 0 with echo scores the prompt")
+    ] = None
     echo: Annotated[bool | None, Meta(description="begin the answer with the prompt")] = None
+    logprobs: Annotated[
+        _Logprobs | bool | None, Meta(description="log probabilities of each token and of so many most likely ones")
+    ] = None
+    best_of: Annotated[
+        _Samples | None, Meta(description="make so many samples, answer with the n likeliest per token; not streamed")
+    ] = None
     suffix: str | None = None
-    logprobs: Any = None
+    add_special_tokens: bool | None = None
 
     def unsupported(self) -> dict[str, bool]:
-        """See `SamplingRequest.unsupported`."""
+        """See `_Refused.unsupported`."""
         return super().unsupported() | {
             "suffix": bool(self.suffix),
-            "logprobs": self.logprobs is not None and self.logprobs is not False,  # 0 asks for some
+            "add_special_tokens": self.add_special_tokens is False,
+            "logprobs": self.logprobs is True,  # a number here
         }
-
-
-def _is_text_format(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and value.get("type") == "text")
-
-
-# -- answers ---------------------------------------------------------------------------------------------------------
-
-
-class PromptTokensDetails(msgspec.Struct):
-    """Where the prompt's tokens came from."""
-
-    cached_tokens: int = 0
-
-
-class Usage(msgspec.Struct):
-    """Token counts; pictures count with what they expand to."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class AnswerMessage(msgspec.Struct):
-    """The model's turn."""
-
-    content: str
-    role: str = "assistant"
-    refusal: str | None = None
-
-
-class ChatChoice(msgspec.Struct):
-    """One sample."""
-
-    index: int
-    message: AnswerMessage
-    finish_reason: str
-    logprobs: None = None
-    token_ids: list[int] | UnsetType = UNSET
-
-
-class ChatCompletion(msgspec.Struct):
-    """Answer of `POST /v1/chat/completions`."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    object: str = "chat.completion"
-    timings: dict[str, float] | UnsetType = UNSET
-
-
-class Delta(msgspec.Struct):
-    """What a chunk adds."""
-
-    role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-
-
-class ChunkChoice(msgspec.Struct):
-    """What a chunk adds to one sample."""
-
-    index: int
-    delta: Delta
-    finish_reason: str | None = None
-    logprobs: None = None
-    token_ids: list[int] | UnsetType = UNSET
-
-
-class ChatChunk(msgspec.Struct):
-    """One event of a chat stream."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    object: str = "chat.completion.chunk"
-    usage: Usage | UnsetType | None = UNSET
-    timings: dict[str, float] | UnsetType = UNSET
-
-
-class TextChoice(msgspec.Struct):
-    """One sample, or what a chunk adds to it."""
-
-    index: int
-    text: str
-    finish_reason: str | None = None
-    logprobs: None = None
-    token_ids: list[int] | UnsetType = UNSET
-
-
-class TextCompletion(msgspec.Struct):
-    """Answer, or one event of the stream, of `POST /v1/completions`."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[TextChoice]
-    object: str = "text_completion"
-    usage: Usage | UnsetType | None = UNSET
-    timings: dict[str, float] | UnsetType = UNSET
 
 
 # -- decoding --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from epd.messages import (
     Refusal,
     StageStats,
     TokenBatch,
+    TokenLogprobs,
     TokenOutput,
     Welcome,
     WorkerInfo,
@@ -38,15 +39,24 @@ class Received:
     peer: bytes
     request: GenerateRequest
     worker: FakePrefillDecode
+    has_answered: bool = False
 
     async def send(self, *token_ids: int, finish: FinishReason | None = None, **fields: object) -> None:
-        """Send tokens, and the end when `finish` is given."""
+        """Send tokens, with log probabilities when asked for, and the end when `finish` is given."""
+        sampling, known = self.request.sampling, fields
+        if sampling.logprobs is not None:
+            known = {"logprobs": tuple(fake_logprobs(token, sampling.logprobs) for token in token_ids)} | known
+        if sampling.prompt_logprobs is not None and not self.has_answered:
+            _, *rest = self.request.prompt_token_ids
+            of_prompt = (None, *(fake_logprobs(token, sampling.prompt_logprobs) for token in rest))
+            known = {"prompt_logprobs": of_prompt} | known
+        self.has_answered = True
         output = TokenOutput(
             request_id=self.request.request_id,
             token_ids=token_ids,
             finish_reason=finish,
             prompt_tokens=len(self.request.prompt_token_ids),
-            **fields,  # type: ignore[arg-type]
+            **known,  # type: ignore[arg-type]
         )
         await self.worker.send(self.peer, TokenBatch(outputs=(output,)))
 
@@ -178,7 +188,8 @@ class FakePrefillDecode(FakeWorker):
         await self.script(received)
 
     async def say_answer(self, received: Received) -> None:
-        limit = received.request.sampling.max_tokens or len(self.answer) + 1
+        asked = received.request.sampling.max_tokens
+        limit = len(self.answer) + 1 if asked is None else asked
         for token in self.answer[:limit]:
             await received.send(token)
         reason = FinishReason.LENGTH if limit <= len(self.answer) else FinishReason.STOP
@@ -187,6 +198,13 @@ class FakePrefillDecode(FakeWorker):
 
     async def say_nothing(self, received: Received) -> None:
         """Leave the request hanging."""
+
+
+def fake_logprobs(token: int, top: int) -> TokenLogprobs:
+    """The token is the second most likely; its neighbours follow."""
+    logprob = -(1 + token % 8) / 4
+    best = [(token + 1, logprob / 2), *((token - i, logprob - i) for i in range(top))]
+    return TokenLogprobs(token, logprob, 2, tuple(best[:top]))
 
 
 @dataclass

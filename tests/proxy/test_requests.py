@@ -55,20 +55,45 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": HI, "stop_token_ids": [10**6]}, "stop_token_ids"),
     ({"messages": HI, "min_tokens": 5, "max_tokens": 4}, "min_tokens"),
     ({"messages": HI, "stream_options": {"include_usage": True}}, "stream_options"),
-    ({"messages": HI, "presence_penalty": 0.5}, "presence_penalty"),
-    ({"messages": HI, "frequency_penalty": -1}, "frequency_penalty"),
-    ({"messages": HI, "repetition_penalty": 1.1}, "repetition_penalty"),
-    ({"messages": HI, "logit_bias": {"5": 1}}, "logit_bias"),
-    ({"messages": HI, "logprobs": True}, "logprobs"),
+    ({"messages": HI, "presence_penalty": 2.5}, "presence_penalty"),
+    ({"messages": HI, "frequency_penalty": -2.1}, "frequency_penalty"),
+    ({"messages": HI, "repetition_penalty": 0}, "repetition_penalty"),
+    ({"messages": HI, "logit_bias": {"5": 101}}, "logit_bias[...]"),
+    ({"messages": HI, "logit_bias": {"100000": 1}}, "logit_bias"),
+    ({"messages": HI, "logit_bias": {"hello": 1}}, "logit_bias"),
+    ({"messages": HI, "logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"messages": HI, "logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+    ({"messages": HI, "bad_words": [""]}, "bad_words"),
+    ({"messages": HI, "bad_words": ["x"] * 257}, "bad_words"),
+    ({"messages": HI, "bad_words": ["x" * 257]}, "bad_words"),
+    ({"messages": HI, "bad_words": [5]}, "bad_words[0]"),
+    ({"messages": HI, "allowed_token_ids": []}, "allowed_token_ids"),
+    ({"messages": HI, "allowed_token_ids": [10**6]}, "allowed_token_ids"),
+    ({"messages": HI, "logprobs": 3}, "logprobs"),
     ({"messages": HI, "top_logprobs": 3}, "top_logprobs"),
-    ({"messages": HI, "response_format": {"type": "json_object"}}, "response_format"),
+    ({"messages": HI, "logprobs": False, "top_logprobs": 3}, "top_logprobs"),
+    ({"messages": HI, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"messages": HI, "prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"messages": HI, "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ({"messages": HI, "priority": "high"}, "priority"),
+    ({"messages": HI, "use_beam_search": True}, "use_beam_search"),
+    ({"messages": HI, "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+    ({"messages": HI, "kv_transfer_params": {"host": "x"}}, "kv_transfer_params"),
+    ({"messages": HI, "response_format": {"type": "xml"}}, "response_format.type"),
+    ({"messages": HI, "response_format": {}}, "response_format.type"),
+    ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+    ({"messages": HI, "response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+    ({"messages": HI, "structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice"),
+    ({"messages": HI, "structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ({"messages": HI, "structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+    ({"messages": HI, "guided_choice": ["a", ""]}, "guided_choice"),
+    ({"messages": HI, "guided_whitespace_pattern": "x"}, "guided_whitespace_pattern"),
     ({"messages": HI, "tools": [{"type": "function"}]}, "tools"),
     ({"messages": HI, "tool_choice": "required"}, "tool_choice"),
     ({"messages": HI, "functions": [{}]}, "functions"),
     ({"messages": HI, "audio": {"voice": "x"}}, "audio"),
     ({"messages": HI, "modalities": ["text", "audio"]}, "modalities"),
     ({"messages": HI, "best_of": 2}, "best_of"),
-    ({"messages": HI, "guided_json": {}}, "guided_json"),
     ({"messages": HI, "continue_final_message": True}, "continue_final_message"),
     ({"messages": HI, "chat_template": "x"}, "chat_template"),
     ({"messages": HI, "chat_template_kwargs": {"messages": None}}, "chat_template_kwargs"),
@@ -135,6 +160,8 @@ GOOD_CHAT: list[dict[str, Any]] = [
     {"messages": HI, "chat_template_kwargs": {"enable_thinking": False}},
     {"messages": HI, "chat_template_kwargs": {"self": 1, "value": 2, "a b": 3}},
     {"messages": HI, "stop": ["x"] * 16, "min_tokens": 1, "ignore_eos": True},
+    {"messages": HI, "use_beam_search": False, "length_penalty": 1.0, "structured_outputs": {}, "best_of": 1},
+    {"messages": HI, "logprobs": True, "top_logprobs": 20, "repetition_penalty": 1, "bad_words": []},
 ]
 
 
@@ -203,7 +230,7 @@ async def test_more_pieces_than_tokens_cost_no_time(
 ) -> None:
     """A few megabytes of empty parts, looked at one by one, would stop all streams for seconds."""
     monkeypatch.setattr("proxy.api.openai.messages_of", lambda _: 1 / 0)
-    monkeypatch.setattr("proxy.api.openai_prompt._check_token_ids", lambda ids, *_: ids and 1 / 0)
+    monkeypatch.setattr("proxy.api.openai_prompt.check_token_ids", lambda ids, *_: ids and 1 / 0)
     response = await cluster.http.post(path, json=body)
     assert_error(response.json(), 400, code="context_length_exceeded")
 
