@@ -35,9 +35,9 @@ async def test_all_reach_the_worker(cluster: Cluster, path: str) -> None:
         priority=-3,
     )
     assert (sampling.frequency_penalty, sampling.presence_penalty, sampling.repetition_penalty) == (-2, 1.5, 1.25)
-    assert sampling.logit_bias == ((5, -100), (7, 2.5))
+    assert dict(sampling.logit_bias) == {5: -100, 7: 2.5}
     assert (sampling.allowed_token_ids, sampling.stop_token_ids, sampling.min_tokens) == ((3, 4), (8,), 2)
-    assert cluster.pd.requests[-1].priority == -3
+    assert [request.priority for request in cluster.pd.requests] == [-3]
 
 
 async def test_defaults_change_nothing(cluster: Cluster) -> None:
