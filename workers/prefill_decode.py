@@ -183,6 +183,7 @@ class PrefillDecodeService:
                 message.prompt_token_ids,
                 message.sampling,
                 images=[ImagePlaceholder(slot.content_key, slot.offset) for slot in message.images],
+                priority=message.priority,
                 timeout_s=message.timeout_s,
             )
 

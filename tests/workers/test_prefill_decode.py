@@ -83,6 +83,7 @@ class Setup:
         keys: tuple[str, ...] = (),
         max_tokens: int = 3,
         timeout_s: float = 60,
+        priority: int = 0,
     ) -> None:
         prompt = (1, 2, *([IMAGE_TOKEN] * len(keys)), 3)
         message = GenerateRequest(
@@ -91,6 +92,7 @@ class Setup:
             images=tuple(ImageSlot(content_key=key, offset=2 + i) for i, key in enumerate(keys)),
             sampling=SamplingParams(max_tokens=max_tokens, temperature=0),
             timeout_s=timeout_s,
+            priority=priority,
         )
         self.service.handle(peer, message, [])
 
@@ -121,6 +123,17 @@ async def test_tokens_come_back_under_the_id_of_the_proxy(setup: Setup) -> None:
     await setup.peers.end_of("r", OTHER)
     assert setup.peers.tokens_of("r") == [3, 4, 5]
     assert setup.peers.tokens_of("r", OTHER) == [3, 4]
+
+
+async def test_the_priority_reaches_the_engine(setup: Setup) -> None:
+    setup.generate("r", keys=("k",), priority=-3)
+    seen: list[int] = []
+    is_seen = asyncio.Event()
+    setup.service._engine.ask(
+        lambda engine: seen.extend(request.priority for request in engine._requests.values()), lambda _: is_seen.set()
+    )
+    await asyncio.wait_for(is_seen.wait(), 20)
+    assert seen == [-3]
 
 
 async def test_embeddings_may_come_before_or_after_the_request(setup: Setup) -> None:

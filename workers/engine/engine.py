@@ -139,6 +139,7 @@ class Engine:
         sampling: SamplingParams,
         *,
         images: Sequence[ImagePlaceholder] = (),
+        priority: int = 0,
         timeout_s: float | None = None,
     ) -> None:
         """Take a request.
@@ -148,6 +149,7 @@ class Engine:
             prompt_token_ids: with one placeholder token for each picture.
             sampling: ranges are trusted.
             images: by increasing offset. Their embeddings may be here already, or come later.
+            priority: smaller goes first; see `scheduler` for how much.
             timeout_s: after so many seconds, a day at most, the request ends with `DeadlineExceeded`; None: never.
 
         Raises:
@@ -161,6 +163,7 @@ class Engine:
             prompt_token_ids,
             sampling,
             images=images,
+            priority=priority,
             deadline=self._deadline_in(timeout_s),
             clock=self._clock,
         )

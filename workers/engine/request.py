@@ -73,6 +73,7 @@ class EngineRequest:
         sampling: SamplingParams,
         *,
         images: Sequence[ImagePlaceholder] = (),
+        priority: int = 0,
         deadline: float | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -83,6 +84,7 @@ class EngineRequest:
             prompt_token_ids: with one placeholder per picture.
             sampling: how to choose tokens and when to end.
             images: the placeholders, by increasing offset.
+            priority: smaller goes first.
             deadline: reading of `clock` after which the request is given up; None: never.
             clock: monotonic seconds.
         """
@@ -90,6 +92,7 @@ class EngineRequest:
         self.token_ids = list(prompt_token_ids)
         self.sampling = sampling
         self.images = tuple(images)
+        self.priority = priority
         self.deadline = deadline
 
         self.num_prompt_tokens = len(self.token_ids)

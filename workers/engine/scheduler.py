@@ -2,14 +2,16 @@
 
 Policy:
 1. A step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests.
-2. Requests that decode come first, one token each; then prompts under way; then waiting requests, all by arrival.
+2. Requests that decode come first, one token each; then prompts under way; then waiting requests. Each of these in the
+   order of their ranks: by arrival, but each level of priority counts as `PRIORITY_STEP_S` of waiting. So a smaller
+   priority goes first, and no stream of others keeps a request from its turn for longer than that.
 3. A prompt that exceeds what is left of the step is computed in chunks, over several steps.
 4. A chunk never ends inside an atomic span. The first prompt of a step may exceed what the decodes have left of the
    step, by as much as its atomic span needs, so that it can't be put off for ever.
 5. A request is admitted when blocks for its whole prompt are free, beside one for each that runs, and takes them all.
    It takes over what is cached of its beginning, and only the rest is computed. If another request computes the next
    block of it in this very step, it waits for that one, and those behind it may go first.
-6. A decoding request without a free block preempts the newest: it loses its blocks, waits, and is computed again.
+6. A decoding request without a free block preempts the last in rank: it loses its blocks, waits, and is computed again.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.request import EngineRequest, RequestStatus
 
 log = logging.getLogger(__name__)
+
+PRIORITY_STEP_S = 30.0
+"""A request of priority p has the rank of one of priority 0 that comes p times so much later."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,9 @@ class ScheduledChunk:
         return self.end == self.request.num_tokens
 
 
-def _arrival(request: EngineRequest) -> int:
-    return request.arrival_order
+def _rank(request: EngineRequest) -> tuple[float, int]:
+    """Sorts requests; never changes, so that queues stay sorted and no two requests can preempt each other in turn."""
+    return request.arrived_at + request.priority * PRIORITY_STEP_S, request.arrival_order
 
 
 class Scheduler:
@@ -124,7 +130,7 @@ class Scheduler:
             )
 
     def embeddings_complete(self, request: EngineRequest) -> None:
-        """Move a request that waited for embeddings to the queue for computation, at the place of its arrival."""
+        """Move a request that waited for embeddings to the queue for computation, at the place of its rank."""
         del self._waiting_for_embeddings[request.request_id]
         request.status = RequestStatus.WAITING
         self._enqueue(request)
@@ -165,8 +171,8 @@ class Scheduler:
         if self._kv_cache.owners() != running:
             raise AssertionError(f"blocks of {self._kv_cache.owners()}, but running are {running}")
         for queue in (self._running, self._waiting):
-            if sorted(queue, key=_arrival) != queue:
-                raise AssertionError("a queue is not in order of arrival")
+            if sorted(queue, key=_rank) != queue:
+                raise AssertionError("a queue is not in the order of ranks")
         for request in self._running:
             self._kv_cache.check_contents(request)
         for request in self.requests():
@@ -174,12 +180,12 @@ class Scheduler:
                 raise AssertionError(f"{request} is finished but queued")
 
     def _enqueue(self, request: EngineRequest) -> None:
-        bisect.insort(self._waiting, request, key=_arrival)
+        bisect.insort(self._waiting, request, key=_rank)
 
     def _schedule_decodes(self) -> list[ScheduledChunk]:
         chunks: list[ScheduledChunk] = []
         for request in [r for r in self._running if r.is_decoding]:
-            # The newest goes first, and we go from old to new, so whoever loses its blocks has no chunk yet.
+            # The last goes first, and we go from first to last, so whoever loses its blocks has no chunk yet.
             while request.status is RequestStatus.RUNNING and not self._grow(request):
                 self._preempt(self._running[-1])
             if request.status is RequestStatus.RUNNING:
@@ -214,7 +220,7 @@ class Scheduler:
 
     def _start(self, request: EngineRequest, num_cached_tokens: int) -> None:
         self._waiting.remove(request)
-        bisect.insort(self._running, request, key=_arrival)
+        bisect.insort(self._running, request, key=_rank)
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = num_cached_tokens
         if request.num_cached_tokens is None:

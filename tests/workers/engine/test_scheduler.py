@@ -9,7 +9,7 @@ from epd.errors import InvalidRequest, Overloaded
 from epd.types import SamplingParams
 from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.request import EngineRequest, ImagePlaceholder, RequestStatus
-from workers.engine.scheduler import ScheduledChunk, Scheduler
+from workers.engine.scheduler import PRIORITY_STEP_S, ScheduledChunk, Scheduler
 
 BLOCK_SIZE = 4
 
@@ -25,10 +25,19 @@ def make_scheduler(
     )
 
 
-def make_request(name: str, prompt: int, images: int = 0, atomic: tuple[tuple[int, int], ...] = ()) -> EngineRequest:
+def make_request(
+    name: str,
+    prompt: int,
+    images: int = 0,
+    atomic: tuple[tuple[int, int], ...] = (),
+    priority: int = 0,
+    arrives_at: float = 0,
+) -> EngineRequest:
     placeholders = [ImagePlaceholder(f"{name}-{index}", index) for index in range(images)]
     token = zlib.crc32(name.encode())  # requests of other names have no common prefix
-    request = EngineRequest(name, [token] * prompt, SamplingParams(), images=placeholders)
+    request = EngineRequest(
+        name, [token] * prompt, SamplingParams(), images=placeholders, priority=priority, clock=lambda: arrives_at
+    )
     request.atomic_spans = atomic
     return request
 
@@ -138,6 +147,64 @@ def test_the_queue_is_bounded_and_counts_those_that_wait_for_embeddings() -> Non
     with pytest.raises(Overloaded):
         scheduler.add(make_request("c", 2))
     scheduler.check_integrity()
+
+
+def test_smaller_priorities_go_first_and_equal_ones_by_arrival() -> None:
+    scheduler = make_scheduler(seqs=1)
+    for name, priority in (("late", 1), ("a", 0), ("first", -1), ("b", 0)):
+        scheduler.add(make_request(name, 2, priority=priority))
+    served = []
+    while scheduler.can_step():
+        [(name, _, _)] = step(scheduler)
+        served.append(name)
+        scheduler.finish(next(scheduler.requests()), RequestStatus.FINISHED_LENGTH)
+    assert served == ["first", "a", "b", "late"]
+
+
+def test_a_low_priority_gets_its_turn_under_a_stream_of_high_ones() -> None:
+    scheduler = make_scheduler(seqs=1)
+    scheduler.add(make_request("patient", 2, priority=2, arrives_at=0))
+    served: list[tuple[str, int]] = []
+    for now in range(0, 100, 10):
+        for name in ("x", "y"):  # two come while one is served
+            scheduler.add(make_request(f"{name}{now}", 2, arrives_at=now))
+        [(name, _, _)] = step(scheduler)
+        served.append((name, now))
+        scheduler.finish(next(scheduler.requests()), RequestStatus.FINISHED_LENGTH)
+    assert PRIORITY_STEP_S == 30
+    assert [name for name, _ in served if name == "patient"] == []
+    while (name := step(scheduler)[0][0]) != "patient":
+        assert int(name[1:]) <= 2 * PRIORITY_STEP_S
+        scheduler.finish(next(scheduler.requests()), RequestStatus.FINISHED_LENGTH)
+
+
+def test_a_long_prompt_makes_progress_under_a_stream_of_short_ones() -> None:
+    scheduler = make_scheduler(tokens=8)
+    long = make_request("long", 60)
+    number, steps = 0, 0
+    for number in range(3):
+        scheduler.add(make_request(f"before{number}", 4))
+    scheduler.add(long)
+    while long.num_output_tokens == 0:
+        scheduler.add(make_request(f"short{number}", 4))
+        number, steps = number + 1, steps + 1
+        step(scheduler)
+        done = [request for request in scheduler.requests() if request is not long and request.num_output_tokens >= 2]
+        for request in done:
+            scheduler.finish(request, RequestStatus.FINISHED_LENGTH)
+    assert steps <= 2 + 60 // 4  # two for those before it, then never less than half a step
+
+
+def test_the_lowest_priority_is_preempted_even_if_it_is_the_oldest() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    low = make_request("low", 4, priority=1)
+    scheduler.add(low)
+    step(scheduler)
+    high = make_request("high", 3)
+    scheduler.add(high)
+    while low.num_preemptions == high.num_preemptions == 0:
+        step(scheduler)
+    assert low.status is RequestStatus.PREEMPTED
 
 
 def test_no_chunk_ends_inside_an_atomic_span() -> None:
