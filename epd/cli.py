@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from epd import __version__
+from epd.bench.commands import add_bench
 from epd.config import EncoderConfig, PrefillDecodeConfig, ProxyConfig, UpConfig, WorkerConfig
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_command(commands, "pd", _prefill_decode, "run a prefill-decode worker", PrefillDecodeConfig)
     _add_chat(commands)
     _add_demo(commands)
+    add_bench(commands)
     return parser
 
 
