@@ -62,10 +62,14 @@ _MAX_LEARNT = 32768
 """Larger vocabularies are filled up with tokens that no merge makes: learning 150,000 merges takes minutes."""
 _FILLER = "Ġtoken"
 """Ġ stands for the space in byte-level vocabularies."""
-_ONSETS = ("b", "br", "c", "ch", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "l", "m", "n", "p", "pl", "qu", "r")
-_ONSETS += ("s", "sh", "sl", "st", "t", "th", "tr", "v", "w", "z")
+# fmt: off
+_ONSETS = (
+    "b", "br", "c", "ch", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "l", "m",
+    "n", "p", "pl", "qu", "r", "s", "sh", "sl", "st", "t", "th", "tr", "v", "w", "z",
+)
 _VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "ie", "oo", "ou")
 _CODAS = ("", "", "", "b", "ck", "d", "l", "ll", "m", "n", "nd", "ng", "p", "r", "rt", "s", "st", "t", "x")
+# fmt: on
 _WORDS = 44_000
 _WORDS_PER_LINE = 100
 
