@@ -118,6 +118,11 @@ class EncoderConfig(WorkerConfig):
 class PrefillDecodeConfig(WorkerConfig):
     """A prefill-decode worker: the language model and nothing else."""
 
+    task: str = option(
+        "generate",
+        "what the model is served for; score: a reward model with one label; embed: embeddings, no head needed",
+        choices=("generate", "score", "embed"),
+    )
     max_num_seqs: int = option(64, "requests that run at once")
     max_num_batched_tokens: int | None = option(
         None,
@@ -156,6 +161,7 @@ class UpConfig(ProcessConfig):
     threads: int | None = option(
         None, "CPU threads of each worker's model; default: the cores shared among workers of one role", minimum=1
     )
+    task: str = option("generate", "what the model is served for", choices=("generate", "score", "embed"))
     max_model_len: int | None = option(None, "context in tokens; default: the model's")
     kv_cache_memory_bytes: int | None = option(None, "memory of each prefill-decode worker for its KV cache, in bytes")
     allowed_local_media_path: Path | None = option(

@@ -54,7 +54,7 @@ def plan_cluster(config: UpConfig, folder: Path) -> list[ChildSpec]:
     pds = [str(folder / f"prefill_decode_{i}") for i in range(config.pds)]
     worker = _flags(config, "model", "device", "dtype", "log_level")
     worker += ("--threads", str(config.threads or _threads_per_worker(config)))
-    generate = worker + _flags(config, "max_model_len", "kv_cache_memory_bytes")
+    generate = worker + _flags(config, "task", "max_model_len", "kv_cache_memory_bytes")
     plan = [ChildSpec(Path(a).name, ("encoder", "--worker-addr", a, *worker)) for a in encoders]
     plan += [ChildSpec(Path(a).name, ("pd", "--worker-addr", a, *generate)) for a in pds]
     return plan + [_plan_proxy(config, folder, i, encoders, pds) for i in range(config.proxies)]

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from epd.errors import ErrorInfo
-from epd.types import FinishReason, SamplingParams, WorkerRole, WorkerState
+from epd.types import FinishReason, Pooling, SamplingParams, WorkerRole, WorkerState, WorkerTask
 
 PROTOCOL_VERSION = 1
 """Raised when an old peer could misread a new message. Peers of different versions refuse each other."""
@@ -52,6 +52,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Context in tokens (PD); 0 on encoders."""
     max_num_seqs: int = 0
     """Requests that run at once (PD), or images that queue at most (encoder)."""
+    task: WorkerTask = WorkerTask.GENERATE
+    """What a PD answers."""
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,6 +184,8 @@ class GenerateRequest(Message, frozen=True, kw_only=True):
     timeout_s: float
     priority: int = 0
     """Smaller goes first; requests of equal priority go by arrival."""
+    pooling: Pooling | None = None
+    """Answer with one vector when the prompt is computed, and with no token; `sampling` is then not looked at."""
 
 
 class Embeddings(Message, frozen=True, kw_only=True):
@@ -236,6 +240,8 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     """One for each prompt token, pictures expanded, when asked for; on the first output. The first is always None."""
     missing_keys: tuple[str, ...] = ()
     """Pictures with `expect_cached` that the PD does not hold: it waits for their embeddings. Never terminal."""
+    pooled: tuple[float, ...] = ()
+    """The vector that `GenerateRequest.pooling` asked for; on the terminal output, whose finish reason is `stop`."""
     timings_ms: dict[str, float] = msgspec.field(default_factory=dict)
     """On the terminal output: stage name → duration: `queue`, `embeddings_wait`, `prefill`, `decode`."""
 

@@ -37,6 +37,42 @@ class WorkerState(StrEnum):
     DRAINING = "draining"
 
 
+class WorkerTask(StrEnum):
+    """What a language model is served for; the checkpoint decides which are possible."""
+
+    GENERATE = "generate"
+    """Tokens; its hidden states as embeddings too."""
+    SCORE = "score"
+    """One number for a text, by the head of a reward model."""
+    EMBED = "embed"
+    """Embeddings only, from a checkpoint that need not have a head."""
+
+    def takes(self, pooling: Pooling | None) -> bool:
+        """Whether a worker with this task answers requests with such a `pooling`."""
+        if pooling is None:
+            return self is WorkerTask.GENERATE
+        return (self is WorkerTask.SCORE) == (pooling.kind is PoolingKind.SCORE)
+
+
+class PoolingKind(StrEnum):
+    """How the final hidden states of a prompt become one vector."""
+
+    SCORE = "score"
+    """The score head's output for the last token: one number."""
+    LAST = "last"
+    """That of the last token."""
+    MEAN = "mean"
+    """Their average over all tokens."""
+
+
+class Pooling(msgspec.Struct, frozen=True):
+    """A request for one vector instead of tokens."""
+
+    kind: PoolingKind
+    normalize: bool = True
+    """Scale the vector to length 1. A score is never scaled."""
+
+
 class FinishReason(StrEnum):
     """Why a request ended. Every accepted request ends with exactly one of them."""
 

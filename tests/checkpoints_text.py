@@ -13,15 +13,20 @@ from transformers import (
     InternLM3Config,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MistralConfig,
     MistralForCausalLM,
+    MistralModel,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3MoeForSequenceClassification,
 )
 
 from tests.checkpoints import _save, _text_config, _write_tokenizer
@@ -68,20 +73,50 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(Qwen3MoeConfig, Qwen3MoeForCausalLM, {"head_dim": 16, **MOE}),
 }
 
+REWARD_CLASSES = {
+    "qwen2": Qwen2ForSequenceClassification,
+    "llama3": LlamaForSequenceClassification,
+    "qwen3_moe": Qwen3MoeForSequenceClassification,
+}
+BASE_CLASSES = {"qwen3": Qwen3Model, "mistral_window": MistralModel}
+
 
 def build(folder: Path, name: str, *, seed: int = 0, **settings: Any) -> Path:
     """Write a checkpoint of the family `name` to `folder`, with `settings` of its config on top."""
     family = FAMILIES[name]
     tokenizer = _write_tokenizer(folder)
     config = family.config(**(_text_config(tokenizer) | {"tie_word_embeddings": False} | family.settings | settings))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = family.model(config)
-        _draw_vectors(model)
-    _save(folder, model, tokenizer)
+    _save(folder, _draw(family.model, config, seed), tokenizer)
     if name == "internlm3":
         _ship_remote_code(folder)
     return folder
+
+
+def build_reward(folder: Path, name: str, *, seed: int = 0, num_labels: int = 1) -> Path:
+    """Write a reward model of the family `name`: a score head in place of the vocabulary's."""
+    family, tokenizer = FAMILIES[name], _write_tokenizer(folder)
+    model_class = REWARD_CLASSES[name]
+    # One that a text may end with: the reference takes padding for no part of the text.
+    padding = {"pad_token_id": None}
+    config = family.config(**(_text_config(tokenizer) | family.settings | padding), num_labels=num_labels)
+    _draw(model_class, config, seed).save_pretrained(folder)
+    return folder
+
+
+def build_embedding(folder: Path, name: str, *, seed: int = 0) -> Path:
+    """Write the model of the family `name` without any head."""
+    family, tokenizer = FAMILIES[name], _write_tokenizer(folder)
+    config = family.config(**(_text_config(tokenizer) | family.settings))
+    _draw(BASE_CLASSES[name], config, seed).save_pretrained(folder)
+    return folder
+
+
+def _draw(model_class: type[PreTrainedModel], config: Any, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config).to(torch.float32)
+        _draw_vectors(model)
+    return model
 
 
 def _draw_vectors(model: PreTrainedModel) -> None:

@@ -24,14 +24,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
 from epd.errors import ConfigError
+from epd.types import WorkerTask
+from workers.model_tasks import architecture, is_multimodal, model_class
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +48,6 @@ _FAMILIES: dict[str, Parts] = {
 """`model_type` → parts. Another family needs a line here and, for its positions, in `workers.engine.adapter`."""
 
 
-def is_multimodal(config: PretrainedConfig) -> bool:
-    """Whether the checkpoint has a vision part, covered here or not."""
-    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or hasattr(config, "vision_config")
-
-
 def load_config(path: str) -> PretrainedConfig:
     """The checkpoint's config.
 
@@ -71,26 +63,32 @@ def load_config(path: str) -> PretrainedConfig:
 
 
 def load_language_part(
-    path: str, dtype: str | torch.dtype, device: str | torch.device, *, attn_implementation: str | None = None
+    path: str,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    *,
+    attn_implementation: str | None = None,
+    task: WorkerTask = WorkerTask.GENERATE,
 ) -> PreTrainedModel:
-    """The causal LM without its vision tower, in eval mode.
+    """The language model without its vision tower, in eval mode.
 
     Args:
         path: checkpoint folder.
         dtype: of the weights; "auto" for the checkpoint's own.
         device: where the weights go.
         attn_implementation: name in transformers' attention interface; None for its default.
+        task: decides which head it has.
 
     Returns:
-        The checkpoint's own class. `get_decoder()`, `get_input_embeddings()` and `get_output_embeddings()` work;
+        The class that `model_class` says. `get_decoder()`, `get_input_embeddings()` and `get_output_embeddings()` work;
         forward of the whole works on text.
 
     Raises:
-        ConfigError: the family is not covered, or the checkpoint lacks weights.
+        ConfigError: the family or the task is not covered, or the checkpoint lacks weights.
     """
     config = load_config(path)
     dropped = _parts(config).vision if is_multimodal(config) else ()
-    return _load(path, config, dropped, dtype, device, attn_implementation)
+    return _load(path, config, model_class(config, task), dropped, dtype, device, attn_implementation)
 
 
 def load_vision_part(
@@ -105,37 +103,18 @@ def load_vision_part(
     """
     config = load_config(path)
     if not is_multimodal(config):
-        raise ConfigError(f"{path}: {_architecture(config)} has no vision part, so it needs no encoder")
-    return _load(path, config, _parts(config).language, dtype, device, attn_implementation)
-
-
-def _architecture(config: PretrainedConfig) -> str:
-    named = config.architectures or [type(config).__name__]
-    return str(named[0])
+        raise ConfigError(f"{path}: {architecture(config)} has no vision part, so it needs no encoder")
+    return _load(path, config, model_class(config), _parts(config).language, dtype, device, attn_implementation)
 
 
 def _parts(config: PretrainedConfig) -> Parts:
     if config.model_type not in _FAMILIES:
         covered = ", ".join(sorted(_FAMILIES))
         raise ConfigError(
-            f"{_architecture(config)} (model type {config.model_type}) is not covered. "
+            f"{architecture(config)} (model type {config.model_type}) is not covered. "
             f"Multimodal model types covered: {covered}; of text-only ones see the README."
         )
     return _FAMILIES[config.model_type]
-
-
-def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class of transformers that generates from such a checkpoint.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    table = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if is_multimodal(config) else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    name = table.get(config.model_type)
-    if name is None:
-        raise ConfigError(f"{_architecture(config)} (model type {config.model_type}) is no causal language model")
-    found: type[PreTrainedModel] = getattr(transformers, name)
-    return found
 
 
 def _without(whole_class: type[PreTrainedModel], dropped: tuple[str, ...]) -> type[PreTrainedModel]:
@@ -174,12 +153,13 @@ def _delete(model: PreTrainedModel, path: str) -> None:
 def _load(
     path: str,
     config: PretrainedConfig,
+    whole_class: type[PreTrainedModel],
     dropped: tuple[str, ...],
     dtype: str | torch.dtype,
     device: str | torch.device,
     attn_implementation: str | None,
 ) -> PreTrainedModel:
-    partial_class = _without(model_class(config), dropped)
+    partial_class = _without(whole_class, dropped)
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         model, info = partial_class.from_pretrained(
@@ -189,7 +169,7 @@ def _load(
         raise ConfigError(f"{path}: the weights cannot be read: {error}") from error
     _refuse_missing(path, info["missing_keys"])
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
-    log.info("loaded %s without %s", _architecture(config), ", ".join(dropped) or "nothing")
+    log.info("loaded %s without %s", architecture(config), ", ".join(dropped) or "nothing")
     return loaded
 
 

@@ -34,7 +34,7 @@ from epd.messages import (
     TokenOutput,
 )
 from epd.observability import Stage, StageRecorder
-from epd.types import FinishReason, WorkerRole
+from epd.types import FinishReason, WorkerRole, WorkerTask
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine, StepOutput
 from workers.engine.request import ImagePlaceholder
@@ -184,6 +184,7 @@ class PrefillDecodeService:
                 message.sampling,
                 images=[ImagePlaceholder(slot.content_key, slot.offset) for slot in message.images],
                 priority=message.priority,
+                pooling=message.pooling,
                 timeout_s=message.timeout_s,
             )
 
@@ -240,6 +241,7 @@ class PrefillDecodeService:
                     error=output.error,
                     prompt_tokens=output.prompt_tokens,
                     cached_tokens=output.cached_tokens,
+                    pooled=output.pooled,
                     timings_ms=output.timings_ms,
                 )
             )
@@ -306,6 +308,7 @@ async def run_prefill_decode(config: PrefillDecodeConfig) -> int:
         dtype=str(engine.info.dtype).removeprefix("torch."),
         max_model_len=engine.info.max_model_len,
         max_num_seqs=config.max_num_seqs,
+        task=engine.info.task,
     )
     crashed = asyncio.Event()
     service = PrefillDecodeService(
@@ -327,6 +330,7 @@ async def _shut_down_on_crash(crashed: asyncio.Event, runtime: WorkerRuntime) ->
 def _engine_config(config: PrefillDecodeConfig) -> EngineConfig:
     return EngineConfig(
         model=str(config.model),
+        task=WorkerTask(config.task),
         device=config.device,
         dtype=config.dtype,
         max_num_seqs=config.max_num_seqs,

@@ -33,7 +33,7 @@ from epd.messages import (
     WorkerInfo,
 )
 from epd.transport import SEND_TIMEOUT_S, Dealer, PeerGone, Router, endpoints
-from epd.types import WorkerRole, WorkerState
+from epd.types import WorkerRole, WorkerState, WorkerTask
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class WorkerRuntime:
         dtype: str,
         max_model_len: int = 0,
         max_num_seqs: int = 0,
+        task: WorkerTask = WorkerTask.GENERATE,
     ) -> None:
         self._config = config
         self._proxies = endpoints(config.proxy_addr)
@@ -113,6 +114,7 @@ class WorkerRuntime:
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            task=task,
         )
         self._state = WorkerState.READY
         self._last_seen: dict[bytes, float] = {}

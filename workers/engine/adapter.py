@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from epd.errors import InvalidRequest, WorkerFailed
 from workers.engine.embeddings import ImageEmbeddings
-from workers.model_parts import is_multimodal
+from workers.model_tasks import is_multimodal
 
 PlacedImage = tuple[int, ImageEmbeddings]
 """Offset in the expanded prompt, and what stands there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from epd.errors import ConfigError
+from epd.types import WorkerTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +14,8 @@ class EngineConfig:
 
     model: str
     """Checkpoint folder."""
+    task: WorkerTask = WorkerTask.GENERATE
+    """What the model is loaded for."""
     dtype: str = "auto"
     """Of weights, activations and KV cache, such as `bfloat16`; "auto": the checkpoint's."""
     device: str = "auto"

@@ -24,7 +24,8 @@ from epd.errors import (
     InternalError,
     InvalidRequest,
 )
-from epd.types import FinishReason, SamplingParams
+from epd.tasks import check_task
+from epd.types import FinishReason, Pooling, PoolingKind, SamplingParams, WorkerTask
 from workers.engine import model_loader
 from workers.engine.config import EngineConfig
 from workers.engine.deadlines import Deadlines
@@ -40,6 +41,11 @@ log = logging.getLogger(__name__)
 
 _LONGEST_TIMEOUT_S = 24 * 3600.0
 _WARM_UP_ID = "(warm-up)"
+_WARM_UP_POOLING = {
+    WorkerTask.GENERATE: None,
+    WorkerTask.SCORE: Pooling(PoolingKind.SCORE),
+    WorkerTask.EMBED: Pooling(PoolingKind.MEAN),
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class StepOutput:
     error: ErrorInfo | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    pooled: tuple[float, ...] = ()
     timings_ms: dict[str, float] = field(default_factory=dict)
 
 
@@ -140,6 +147,7 @@ class Engine:
         *,
         images: Sequence[ImagePlaceholder] = (),
         priority: int = 0,
+        pooling: Pooling | None = None,
         timeout_s: float | None = None,
     ) -> None:
         """Take a request.
@@ -150,20 +158,24 @@ class Engine:
             sampling: ranges are trusted.
             images: by increasing offset. Their embeddings may be here already, or come later.
             priority: smaller goes first; see `scheduler` for how much.
+            pooling: end with one vector when the prompt is computed; `sampling` is not looked at.
             timeout_s: after so many seconds, a day at most, the request ends with `DeadlineExceeded`; None: never.
 
         Raises:
-            InvalidRequest: the id is in use, the time is NaN, or prompt or pictures cannot be for this model.
+            InvalidRequest: the id is in use, the time is NaN, or prompt, pictures or pooling cannot be for this model.
             ContextLengthExceeded: prompt and `max_tokens` do not fit, even with pictures of one token.
             Overloaded: too many requests wait. In all these cases the request gets no output.
         """
-        self._validate(request_id, prompt_token_ids, sampling, images)
+        check_task(self.info.task, pooling)
+        self._validate(request_id, prompt_token_ids, images)
+        self._max_tokens(len(prompt_token_ids), sampling, pooling)
         request = EngineRequest(
             request_id,
             prompt_token_ids,
             sampling,
             images=images,
             priority=priority,
+            pooling=pooling,
             deadline=self._deadline_in(timeout_s),
             clock=self._clock,
         )
@@ -233,6 +245,7 @@ class Engine:
         if chunks:
             for request, token in self._compute(chunks):
                 self._accept(request, token)
+            self._finish_pooled(chunks)
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -246,20 +259,24 @@ class Engine:
         return self._deadlines.seconds_to_next()
 
     def warm_up(self) -> None:
-        """Compute a prompt and a token for nobody: pays for lazy set-up at start, and proves that the model works.
+        """Compute a prompt, and a token if the model gives any, for nobody.
+
+        Pays for lazy set-up at start, and proves that the model works.
 
         Raises:
             Exception: whatever the model raises.
         """
-        request = EngineRequest(_WARM_UP_ID, [0, 0], SamplingParams(top_p=0.9), clock=self._clock)
+        pooling = _WARM_UP_POOLING[self.info.task]
+        request = EngineRequest(_WARM_UP_ID, [0, 0], SamplingParams(top_p=0.9), pooling=pooling, clock=self._clock)
         if not self._kv_cache.grow(_WARM_UP_ID, 3):
             return  # all blocks hold requests, so it is warm
         try:
             self._runner.add(_WARM_UP_ID, request.token_ids, [])
             table = tuple(self._kv_cache.block_table(_WARM_UP_ID))
-            for start, length in ((0, 2), (2, 1)):
+            for start, length in ((0, 2), (2, 1)) if pooling is None else ((0, 2),):
                 chunk = ScheduledChunk(request, start, length, table)
-                request.token_ids += self._runner.run([chunk], [_sampling_row(request)])
+                rows = [_sampling_row(request)] if chunk.samples else []
+                request.token_ids += self._runner.run([chunk], rows)
         finally:
             self._runner.remove(_WARM_UP_ID)
             self._kv_cache.free(_WARM_UP_ID)
@@ -293,9 +310,7 @@ class Engine:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _validate(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams, images: Sequence[ImagePlaceholder]
-    ) -> None:
+    def _validate(self, request_id: str, token_ids: Sequence[int], images: Sequence[ImagePlaceholder]) -> None:
         if request_id in self._requests:
             raise InvalidRequest(f"Request id {request_id} is in use.", param="request_id")
         if not token_ids:
@@ -307,11 +322,14 @@ class Engine:
         offsets = [-1, *(image.offset for image in images), len(token_ids)]
         if any(left >= right for left, right in itertools.pairwise(offsets)):
             raise InvalidRequest("Picture offsets must increase and lie in the prompt.", param="images")
-        self._max_tokens(len(token_ids), sampling)
 
-    def _max_tokens(self, num_prompt_tokens: int, sampling: SamplingParams) -> int:
+    def _max_tokens(self, num_prompt_tokens: int, sampling: SamplingParams, pooling: Pooling | None) -> int:
         """How many tokens a request may generate. Raises ContextLengthExceeded when they, or one, do not fit."""
         limit = self.info.max_model_len
+        if pooling is not None:
+            if num_prompt_tokens > limit:
+                raise ContextLengthExceeded.of(limit=limit, prompt=num_prompt_tokens, completion=None)
+            return 0
         if sampling.max_tokens is not None and sampling.max_tokens < 1:
             raise InvalidRequest("max_tokens must be at least 1.", param="max_tokens")
         if num_prompt_tokens + (sampling.max_tokens or 1) > limit:
@@ -346,7 +364,7 @@ class Engine:
         try:
             spans = expand_prompt(request, embeddings)
             self._scheduler.check_atomic_spans(request)
-            request.max_tokens = self._max_tokens(request.num_prompt_tokens, request.sampling)
+            request.max_tokens = self._max_tokens(request.num_prompt_tokens, request.sampling, request.pooling)
             placed = [(span.offset, embeddings[span.content_key]) for span in spans]
             self._runner.add(request.request_id, request.token_ids, placed)
         except EPDError as error:
@@ -402,6 +420,13 @@ class Engine:
             self._scheduler.advance(chunk)
         return pairs
 
+    def _finish_pooled(self, chunks: list[ScheduledChunk]) -> None:
+        for chunk in chunks:
+            request = chunk.request
+            if request.pooling is not None and chunk.is_last and not request.status.is_finished:
+                pooled = self._runner.pooled(request.request_id)
+                self._finish(request, RequestStatus.FINISHED_STOPPED, pooled=pooled)
+
     def _accept(self, request: EngineRequest, token: int) -> None:
         request.append(token)
         if token in request.ending_token_ids:
@@ -427,6 +452,7 @@ class Engine:
         error: EPDError | None = None,
         token_ids: tuple[int, ...] = (),
         stop_token_id: int | None = None,
+        pooled: tuple[float, ...] = (),
     ) -> None:
         """Free everything that a request holds and queue its terminal output: the only place where requests end."""
         self._scheduler.finish(request, status)
@@ -444,6 +470,7 @@ class Engine:
                 error=None if error is None else error.to_info(),
                 prompt_tokens=request.num_prompt_tokens,
                 cached_tokens=request.num_cached_tokens or 0,
+                pooled=pooled,
                 timings_ms=request.timings_ms(),
             )
         )

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from workers.engine.adapter import PlainPositions
 from workers.engine.step_inputs import StepInputs
+from workers.model_tasks import score_head
 
 
 class LanguageModel:
@@ -25,8 +26,10 @@ class LanguageModel:
         self._model: Any = model
         self._embed: Any = model.get_input_embeddings()
         self._decoder: Any = model.get_decoder()
-        self._head: Any = model.get_output_embeddings()
-        self._head_is_all = self._is_all(self._head)
+        score = score_head(model)
+        self._head: Any = model.get_output_embeddings() if score is None else score
+        """None when the model gives hidden states and nothing else."""
+        self._head_is_all = self._head is score or self._is_all(self._head)
 
     def embed(self, inputs: StepInputs) -> torch.Tensor:
         """Embeddings of a step's tokens, pictures in place, [tokens, hidden size]."""
@@ -52,7 +55,7 @@ class LanguageModel:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden size] → [rows, vocabulary]."""
+        """[rows, hidden size] → [rows, vocabulary], of a reward model [rows, 1]."""
         logits: torch.Tensor = self._head(hidden) if self._head_is_all else self._whole_head(hidden)
         return logits
 

@@ -10,7 +10,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from epd.errors import ConfigError
-from workers import model_parts
+from epd.types import WorkerTask
+from workers import model_parts, model_tasks
 from workers.engine import attention, attention_varlen, coverage
 from workers.engine.adapter import PlainPositions, make_adapter
 from workers.engine.attention import AttentionBackend
@@ -34,6 +35,7 @@ class ModelInfo:
     max_model_len: int
     eos_token_ids: frozenset[int]
     adapter: PlainPositions
+    task: WorkerTask = WorkerTask.GENERATE
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ def load(config: EngineConfig) -> LoadedModel:
     device = _device(config.device)
     attention.register()
     checkpoint = model_parts.load_config(config.model)
-    coverage.check_class(model_parts.model_class(checkpoint), checkpoint)
+    coverage.check_class(model_tasks.model_class(checkpoint, config.task), checkpoint)
     model = model_parts.load_language_part(
-        config.model, _dtype(config.dtype), device, attn_implementation=attention.ATTENTION_NAME
+        config.model, _dtype(config.dtype), device, attn_implementation=attention.ATTENTION_NAME, task=config.task
     )
     text_config = model.config.get_text_config()
     on_gpu = device.type == "cuda"
@@ -133,6 +135,7 @@ def _model_info(model: PreTrainedModel, config: EngineConfig, text_config: Any, 
         max_model_len=context,
         eos_token_ids=_eos_token_ids(config.model, text_config),
         adapter=make_adapter(model, model.config),
+        task=config.task,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from workers.engine import step_inputs
 from workers.engine.adapter import PlacedImage, PlainPositions
 from workers.engine.forward import Forward
+from workers.engine.pooling import Pooler
 from workers.engine.sampler import SamplingRow, sample
 from workers.engine.scheduler import ScheduledChunk
 from workers.engine.step_inputs import PlacedPrompt
@@ -31,6 +32,9 @@ class Runner(Protocol):
         May raise anything. The same chunks, or some of them, may then be run again.
         """
 
+    def pooled(self, request_id: str) -> tuple[float, ...]:
+        """The vector of a request with pooling, after the step that computed the last token of its prompt."""
+
 
 class ModelRunner:
     """Turns what the scheduler decided into steps of a model, and their logits into tokens."""
@@ -41,6 +45,7 @@ class ModelRunner:
         self._adapter = adapter
         self._device = device
         self._prompts: dict[str, PlacedPrompt] = {}
+        self._pooler = Pooler(forward.logits)
 
     def add(self, request_id: str, token_ids: Sequence[int], images: Sequence[PlacedImage]) -> None:
         """See `Runner`."""
@@ -49,16 +54,24 @@ class ModelRunner:
     def remove(self, request_id: str) -> None:
         """See `Runner`."""
         self._prompts.pop(request_id, None)
+        self._pooler.remove(request_id)
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[int]:
         """See `Runner`."""
         inputs = step_inputs.build(chunks, self._prompts, self._adapter.num_axes)
         hidden = self._forward.hidden(inputs)
-        if not rows:
-            return []
-        (wanted,) = to_device([inputs.wanted], self._device)
-        return _sample(self._forward.logits(hidden.index_select(0, wanted)), rows)
+        pools = self._pooler.compute(chunks, hidden)
+        tokens: list[int] = []
+        if rows:
+            (wanted,) = to_device([inputs.wanted], self._device)
+            tokens = _sample(self._forward.logits(hidden.index_select(0, wanted)), rows)
+        self._pooler.keep(pools)  # last: a step that fails is run again
+        return tokens
+
+    def pooled(self, request_id: str) -> tuple[float, ...]:
+        """See `Runner`."""
+        return self._pooler.result(request_id)
 
 
 def _sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:

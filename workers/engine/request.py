@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from epd.types import FinishReason, SamplingParams
+from epd.types import FinishReason, Pooling, PoolingKind, SamplingParams
 
 Clock = Callable[[], float]
 """Seconds of a monotonic clock."""
@@ -74,6 +74,7 @@ class EngineRequest:
         *,
         images: Sequence[ImagePlaceholder] = (),
         priority: int = 0,
+        pooling: Pooling | None = None,
         deadline: float | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -85,6 +86,7 @@ class EngineRequest:
             sampling: how to choose tokens and when to end.
             images: the placeholders, by increasing offset.
             priority: smaller goes first.
+            pooling: what to make of the prompt instead of tokens.
             deadline: reading of `clock` after which the request is given up; None: never.
             clock: monotonic seconds.
         """
@@ -93,6 +95,7 @@ class EngineRequest:
         self.sampling = sampling
         self.images = tuple(images)
         self.priority = priority
+        self.pooling = pooling
         self.deadline = deadline
 
         self.num_prompt_tokens = len(self.token_ids)
@@ -103,7 +106,8 @@ class EngineRequest:
         tokens see each other in both directions."""
         self.block_names: list[bytes] = []
         """Of its full blocks, as far as they were needed; see `prefix_cache`."""
-        self.reads_prefix_cache = sampling.prompt_logprobs is None
+        takes_mean = pooling is not None and pooling.kind is PoolingKind.MEAN
+        self.reads_prefix_cache = sampling.prompt_logprobs is None and not takes_mean
         """Whether it may skip what others computed. Not if something is wanted of every prompt token."""
         self.num_cached_tokens: int | None = None
         """Prompt tokens that it had not to compute; None before its first step."""

@@ -49,6 +49,11 @@ class ScheduledChunk:
     @property
     def samples(self) -> bool:
         """Whether the chunk reaches the request's last token, so that its output gives the next one."""
+        return self.is_last and self.request.pooling is None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the chunk reaches the last token that the request has."""
         return self.end == self.request.num_tokens
 
 

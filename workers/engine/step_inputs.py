@@ -124,6 +124,11 @@ def wanted_offsets(chunk: ScheduledChunk) -> Sequence[int]:
     return (chunk.length - 1,) if chunk.samples else ()
 
 
+def row_slices(chunks: Sequence[ScheduledChunk]) -> dict[str, slice]:
+    """Request id → rows of the packed batch that `build` gives its chunk."""
+    return {chunk.request.request_id: place.rows for chunk, place in _pack(chunks)}
+
+
 def _pack(chunks: Sequence[ScheduledChunk]) -> list[Place]:
     """Give each chunk its rows: those of one token first, short contexts before long ones."""
     places: list[Place] = []

@@ -50,6 +50,9 @@ class FakeRunner:
     def remove(self, request_id: str) -> None:
         self.prompts.pop(request_id, None)
 
+    def pooled(self, request_id: str) -> tuple[float, ...]:
+        return (float(len(self.prompts[request_id])),)
+
     def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[int]:
         if self.failure is not None:
             raise self.failure

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, LlavaConfig
 from epd.errors import ConfigError
 from tests import checkpoints
 from tests.workers.engine.oracle import Oracle, picture
-from workers import model_parts
+from workers import model_parts, model_tasks
 
 
 def names(model: Any) -> set[str]:
@@ -153,7 +153,7 @@ def test_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_text_only_model_has_no_vision_part(qwen2: Oracle) -> None:
-    assert not model_parts.is_multimodal(model_parts.load_config(str(qwen2.path)))
+    assert not model_tasks.is_multimodal(model_parts.load_config(str(qwen2.path)))
     with pytest.raises(ConfigError, match="needs no encoder"):
         model_parts.load_vision_part(str(qwen2.path), "auto", "cpu")
 
