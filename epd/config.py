@@ -94,6 +94,11 @@ class WorkerConfig(ProcessConfig):
     worker_addr: str = required("address to listen on (/tmp/encoder_0, host:port)", metavar="ADDR")
     proxy_addr: tuple[str, ...] = option((), "proxies to announce this worker to", metavar="ADDR")
     device: str = option("auto", "where the model runs; auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
+    load_format: str = option(
+        "auto",
+        "dummy: random weights, for measurements; no weight files needed",
+        choices=("auto", "dummy"),
+    )
     dtype: str = option(
         "auto",
         "precision of weights and embeddings; auto: the checkpoint's",
@@ -153,6 +158,11 @@ class UpConfig(ProcessConfig):
     host: str = option("127.0.0.1", "address to serve HTTP on")
     port: int = option(5580, "port to serve HTTP on")
     device: str = option("auto", "where the models run; auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
+    load_format: str = option(
+        "auto",
+        "dummy: random weights, for measurements; no weight files needed",
+        choices=("auto", "dummy"),
+    )
     dtype: str = option(
         "auto",
         "precision of weights and embeddings; auto: the checkpoint's",

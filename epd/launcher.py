@@ -52,7 +52,7 @@ def plan_cluster(config: UpConfig, folder: Path) -> list[ChildSpec]:
     """The processes of a cluster, workers first; their sockets are in `folder`."""
     encoders = [str(folder / f"encoder_{i}") for i in range(config.encoders)]
     pds = [str(folder / f"prefill_decode_{i}") for i in range(config.pds)]
-    worker = _flags(config, "model", "device", "dtype", "log_level")
+    worker = _flags(config, "model", "load_format", "device", "dtype", "log_level")
     worker += ("--threads", str(config.threads or _threads_per_worker(config)))
     generate = worker + _flags(config, "task", "max_model_len", "kv_cache_memory_bytes")
     plan = [ChildSpec(Path(a).name, ("encoder", "--worker-addr", a, *worker)) for a in encoders]

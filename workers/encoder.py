@@ -268,7 +268,9 @@ async def run_encoder(config: EncoderConfig) -> int:
     # Pillow warns of damaged metadata; strangers' files must not write into our log.
     warnings.filterwarnings("ignore", module="PIL")
     model = fingerprint(config.model)
-    vision = VisionModel.load(config.model, dtype=config.dtype, device=pick_device(config.device))
+    vision = VisionModel.load(
+        config.model, dtype=config.dtype, device=pick_device(config.device), load_format=config.load_format
+    )
     runtime = WorkerRuntime(
         config, role=WorkerRole.ENCODER, model=model, dtype=vision.dtype, max_num_seqs=config.max_queued_images
     )

@@ -28,6 +28,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from epd.errors import ConfigError
 from epd.types import WorkerTask
+from workers import dummy_weights
 from workers.model_tasks import architecture, is_multimodal, model_class
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def load_language_part(
     *,
     attn_implementation: str | None = None,
     task: WorkerTask = WorkerTask.GENERATE,
+    load_format: str = "auto",
 ) -> PreTrainedModel:
     """The language model without its vision tower, in eval mode.
 
@@ -78,6 +80,7 @@ def load_language_part(
         device: where the weights go.
         attn_implementation: name in transformers' attention interface; None for its default.
         task: decides which head it has.
+        load_format: "auto" for the checkpoint's weights, "dummy" for random ones without looking for files.
 
     Returns:
         The class that `model_class` says. `get_decoder()`, `get_input_embeddings()` and `get_output_embeddings()` work;
@@ -88,11 +91,16 @@ def load_language_part(
     """
     config = load_config(path)
     dropped = _parts(config).vision if is_multimodal(config) else ()
-    return _load(path, config, model_class(config, task), dropped, dtype, device, attn_implementation)
+    return _load(path, config, model_class(config, task), dropped, dtype, device, attn_implementation, load_format)
 
 
 def load_vision_part(
-    path: str, dtype: str | torch.dtype, device: str | torch.device, *, attn_implementation: str | None = None
+    path: str,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    *,
+    attn_implementation: str | None = None,
+    load_format: str = "auto",
 ) -> PreTrainedModel:
     """The model around its vision tower, without language model and head, in eval mode.
 
@@ -104,7 +112,9 @@ def load_vision_part(
     config = load_config(path)
     if not is_multimodal(config):
         raise ConfigError(f"{path}: {architecture(config)} has no vision part, so it needs no encoder")
-    return _load(path, config, model_class(config), _parts(config).language, dtype, device, attn_implementation)
+    return _load(
+        path, config, model_class(config), _parts(config).language, dtype, device, attn_implementation, load_format
+    )
 
 
 def _parts(config: PretrainedConfig) -> Parts:
@@ -158,8 +168,13 @@ def _load(
     dtype: str | torch.dtype,
     device: str | torch.device,
     attn_implementation: str | None,
+    load_format: str,
 ) -> PreTrainedModel:
     partial_class = _without(whole_class, dropped)
+    if load_format == "dummy":
+        log.warning("random weights for %s: answers mean nothing", architecture(config))
+        dummy = dummy_weights.build(partial_class, config, dtype, device, attn_implementation)
+        return dummy.eval().requires_grad_(False)
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         model, info = partial_class.from_pretrained(

@@ -331,6 +331,7 @@ def _engine_config(config: PrefillDecodeConfig) -> EngineConfig:
     return EngineConfig(
         model=str(config.model),
         task=WorkerTask(config.task),
+        load_format=config.load_format,
         device=config.device,
         dtype=config.dtype,
         max_num_seqs=config.max_num_seqs,

@@ -72,18 +72,20 @@ class VisionModel:
         self._tokenizer_lock = threading.Lock()
 
     @classmethod
-    def load(cls, path: Path, *, dtype: str = "auto", device: str = "cpu") -> VisionModel:
+    def load(cls, path: Path, *, dtype: str = "auto", device: str = "cpu", load_format: str = "auto") -> VisionModel:
         """Read the vision part of a checkpoint, and nothing of its language model.
 
         Args:
             path: checkpoint folder.
             dtype: of the weights and of the embeddings; "auto" for the checkpoint's own.
             device: where the tower runs.
+            load_format: "dummy" for random weights without looking for files.
 
         Raises:
             ConfigError: no vision part, a family that is not covered, or unreadable files.
         """
-        tower = load_vision_part(str(path), dtype if dtype == "auto" else getattr(torch, dtype), device)
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        tower = load_vision_part(str(path), wanted, device, load_format=load_format)
         return cls(tower, _load_processor(path, tower.config.model_type), torch.device(device))
 
     @property

@@ -16,6 +16,8 @@ class EngineConfig:
     """Checkpoint folder."""
     task: WorkerTask = WorkerTask.GENERATE
     """What the model is loaded for."""
+    load_format: str = "auto"
+    """"dummy": random weights, and no weight files needed."""
     dtype: str = "auto"
     """Of weights, activations and KV cache, such as `bfloat16`; "auto": the checkpoint's."""
     device: str = "auto"

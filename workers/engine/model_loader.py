@@ -60,7 +60,12 @@ def load(config: EngineConfig) -> LoadedModel:
     checkpoint = model_parts.load_config(config.model)
     coverage.check_class(model_tasks.model_class(checkpoint, config.task), checkpoint)
     model = model_parts.load_language_part(
-        config.model, _dtype(config.dtype), device, attn_implementation=attention.ATTENTION_NAME, task=config.task
+        config.model,
+        _dtype(config.dtype),
+        device,
+        attn_implementation=attention.ATTENTION_NAME,
+        task=config.task,
+        load_format=config.load_format,
     )
     text_config = model.config.get_text_config()
     on_gpu = device.type == "cuda"
