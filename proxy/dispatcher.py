@@ -45,14 +45,16 @@ class Dispatcher:
             self._admitted -= 1
 
     def require(self, *, images: bool) -> None:
-        """Check early that somebody could do the work.
+        """Check early that somebody could do the work. Which pictures a PD holds shows only once they are loaded.
 
         Raises:
             NoWorker: a role that the request needs has no live worker.
         """
-        for role in (WorkerRole.PREFILL_DECODE, WorkerRole.ENCODER) if images else (WorkerRole.PREFILL_DECODE,):
-            if not self._pool.ready(role):
-                raise no_worker(role)
+        pds = self._pool.ready(WorkerRole.PREFILL_DECODE)
+        if not pds:
+            raise no_worker(WorkerRole.PREFILL_DECODE)
+        if images and not self._pool.ready(WorkerRole.ENCODER) and not any(pd.pictures for pd in pds):
+            raise no_worker(WorkerRole.ENCODER)
 
     async def start(self, work: Work) -> Generation:
         """Send a request to the workers. The caller must `close` what it gets.

@@ -2,6 +2,7 @@
 
     pick PD and encoders → GenerateRequest × n, EncodeRequest × pictures, all at once → outputs → one terminal answer
 
+    the PD took a picture before → no EncodeRequest for it; if it holds it no more it says so, and one follows
     encoder reports an error     → Abort to the PD, that error
     encoder dies or is full      → the picture goes to another encoder once (encoding is idempotent), then an error
     PD is full or drains         → before any token, all of it goes to another PD once, then an error
@@ -19,14 +20,14 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
 
 import msgspec
 
 from epd.errors import DeadlineExceeded, EPDError, InternalError, NoWorker, WorkerFailed, from_info
 from epd.messages import EncodeRequest, EncodeResult, GenerateRequest, ImageSlot, TokenOutput
-from epd.observability import Stage
 from epd.types import FinishReason, WorkerRole
+from proxy.sample import Sample
+from proxy.timings import Timings
 from proxy.work import Update, Work
 from proxy.worker_connection import PROXY_TTFT, WorkerConnection
 from proxy.worker_pool import WorkerPool
@@ -34,41 +35,27 @@ from proxy.worker_pool import WorkerPool
 _SEED_SPAN = 1 << 63
 
 
-@dataclass
-class _Sample:
-    index: int
-    request_id: str
-    pending: Update
-    pd: WorkerConnection | None = None
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    num_prompt_logprobs: int = 0
-    finished: bool = False
-    taken: bool = False
-    """The consumer has seen the end."""
-
-
 class Generation:
     """A request in work. Made by `Dispatcher.start`, read by one consumer, closed by it whatever happens."""
 
     def __init__(self, work: Work, pool: WorkerPool) -> None:
         self.work = work
-        self.timings_ms: dict[str, float] = {}
-        """Stage → duration, the longest of all pictures and samples; filled as answers arrive."""
+        self._timings = Timings(work.arrived)
         self._pool = pool
         self._encoders: dict[str, WorkerConnection] = {}
         self._encode_id = work.request_id
         self._encoding: set[int] = set()
-        """Pictures that no encoder has reported of."""
+        """Pictures that an encoder was asked for and has not reported of."""
+        self._held: frozenset[str] = frozenset()
+        """Content keys that the PD should hold, so that no encoder is asked."""
         self._all_encoded = asyncio.Event()
         self._is_sending = False
         self._left: list[tuple[WorkerConnection, tuple[str, ...]]] = []
         """Workers that this request was taken away from, and the ids that it had there."""
-        self._samples = [_Sample(i, f"{work.request_id}-{i}", Update(i)) for i in range(work.n * len(work.prompts))]
+        self._samples = [Sample(i, f"{work.request_id}-{i}", Update(i)) for i in range(work.n * len(work.prompts))]
         self._error: EPDError | None = None
         self._news = asyncio.Event()
         self._chores: set[asyncio.Task[None]] = set()
-        self._ttft_ms: float | None = None
 
     @property
     def done(self) -> bool:
@@ -79,6 +66,11 @@ class Generation:
     def num_samples(self) -> int:
         """Answers that this request gets."""
         return len(self._samples)
+
+    @property
+    def _has_tokens(self) -> bool:
+        """Whether a PD has made one: then it had all embeddings."""
+        return self._timings.first_token_ms is not None
 
     @property
     def prompt_tokens(self) -> int:
@@ -105,7 +97,7 @@ class Generation:
         except TimeoutError:
             if timeout_s is None or left <= timeout_s:
                 self._fail(DeadlineExceeded(f"The request was not finished within {self.work.timeout_s:g} s."))
-        updates = [self._take(sample) for sample in self._samples if _has_news(sample)]
+        updates = [sample.take() for sample in self._samples if sample.has_news]
         if not updates and self._error is not None:
             raise self._error
         if self._error is None:
@@ -141,11 +133,6 @@ class Generation:
         """End with an error, on somebody else's request; the consumer hears of it."""
         self._fail(WorkerFailed("The request was aborted."))
 
-    def _take(self, sample: _Sample) -> Update:
-        update, sample.pending = sample.pending, Update(sample.index)
-        sample.taken = sample.finished
-        return update
-
     def _time_left(self) -> float:
         return self.work.arrived + self.work.timeout_s - time.perf_counter()
 
@@ -167,20 +154,27 @@ class Generation:
         work = self.work
         first_key = work.images[0].content_key if work.images else work.request_id
         for first in range(0, len(self._samples), work.n):
-            pd = self._pool.pick(WorkerRole.PREFILL_DECODE, first_key)
+            pd = self._pool.pick(WorkerRole.PREFILL_DECODE, first_key, pictures=self._keys)
             for sample in self._samples[first : first + work.n]:
                 sample.pd = pd
-        encoders = {i: self._pool.pick(WorkerRole.ENCODER, work.images[i].content_key) for i in self._pictures}
-        await self._send_all(self._samples, encoders)
+        await self._send_all(self._samples, *self._pick_encoders(pd))
 
     @property
-    def _pictures(self) -> list[int]:
-        """Indices of the pictures to encode: each content once."""
-        first = {image.content_key: index for index, image in reversed(list(enumerate(self.work.images)))}
-        return list(first.values())
+    def _keys(self) -> dict[str, int]:
+        """Content key → index of the first picture that has it: each content is encoded once."""
+        return {image.content_key: index for index, image in reversed(list(enumerate(self.work.images)))}
 
-    async def _send_all(self, samples: list[_Sample], encoders: dict[int, WorkerConnection]) -> None:
+    def _pick_encoders(self, pd: WorkerConnection) -> tuple[frozenset[str], dict[int, WorkerConnection]]:
+        """What `pd` should hold, and an encoder for each picture that it does not. Raises NoWorker."""
+        held = pd.pictures.use(self._keys)
+        wanted = [(index, key) for key, index in self._keys.items() if key not in held]
+        return held, {index: self._pool.pick(WorkerRole.ENCODER, key) for index, key in wanted}
+
+    async def _send_all(
+        self, samples: list[Sample], held: frozenset[str], encoders: dict[int, WorkerConnection]
+    ) -> None:
         """Sending waits only while a worker's queue is full, so one after the other is as good as at once."""
+        self._held = held
         self._encoding = set(encoders)
         self._note_encoded()
         self._is_sending = True
@@ -198,12 +192,12 @@ class Generation:
             other = self._pool.pick(WorkerRole.ENCODER, key, avoid=encoder.member.address)
             await self._send_picture(other, index, retried=True)
 
-    async def _send_sample(self, sample: _Sample) -> None:
+    async def _send_sample(self, sample: Sample) -> None:
         work, pd = self.work, sample.pd
         assert pd is not None
         prompt, turn = divmod(sample.index, work.n)
         slots = tuple(
-            ImageSlot(content_key=image.content_key, offset=offset)
+            ImageSlot(content_key=image.content_key, offset=offset, expect_cached=image.content_key in self._held)
             for image, offset in zip(work.images, work.image_offsets, strict=True)
         )
         request = GenerateRequest(
@@ -230,74 +224,79 @@ class Generation:
             timeout_s=max(self._time_left(), 0.001),
         )
         await encoder.encode(
-            request, image.data, lambda result: self._on_encoded(encoder, request, result, retried=retried)
+            request, image.data, lambda result: self._on_encoded(encoder, pd, request, result, retried=retried)
         )
 
     # -- from the workers: called on the event loop, never blocking ------------------------------------------------
 
-    def _on_output(self, sample: _Sample, pd: WorkerConnection, output: TokenOutput | EPDError) -> None:
+    def _on_output(self, sample: Sample, pd: WorkerConnection, output: TokenOutput | EPDError) -> None:
         if pd is not sample.pd:
             return  # another one does it now
         if isinstance(output, EPDError):
             sample.finished = True
             self._fail(output)
             return
-        if output.prompt_tokens:
-            sample.prompt_tokens, sample.cached_tokens = output.prompt_tokens, output.cached_tokens
-        if output.token_ids and self._ttft_ms is None:
-            self._note_first_token(sample)
-        self._add(sample.pending, output)
-        sample.num_prompt_logprobs += len(output.prompt_logprobs)
+        if output.token_ids and not self._has_tokens:
+            pd.records.observe(PROXY_TTFT, self._timings.note_first_token())
+            self._note_held(pd)
+        if output.missing_keys:
+            self._on_missing(pd, output.missing_keys)
+        sample.add(output)
+        if output.finish_reason is FinishReason.ERROR:
+            self._on_pd_error(sample, pd, output)
+            return
         if output.finish_reason is not None:
-            if output.finish_reason is FinishReason.ERROR:
-                self._on_pd_error(sample, pd, output)
-                return
-            sample.finished = True
-            self._note_timings(output.timings_ms)
-            sample.pending.stop_token_id = output.stop_token_id
-            sample.pending.finish_reason = output.finish_reason
-        if not self._has_all_logprobs(sample, output):
+            sample.end(output)
+            self._timings.note(output.timings_ms)
+        if sample.lacks_logprobs(output, self.work.sampling):
             self._fail(WorkerFailed("The prefill-decode worker left out log probabilities."))
-        self._news.set()
+        if sample.has_news:
+            self._news.set()
 
-    @staticmethod
-    def _add(pending: Update, output: TokenOutput) -> None:
-        """A slow reader finds one update, however many outputs there were."""
-        pending.token_ids.extend(output.token_ids)
-        pending.logprobs.extend(output.logprobs)
-        pending.prompt_logprobs += output.prompt_logprobs
-
-    def _has_all_logprobs(self, sample: _Sample, output: TokenOutput) -> bool:
-        """Whether a worker gave what was asked for: answers are put together on the strength of it."""
-        sampling = self.work.sampling
-        if sampling.logprobs is not None and len(output.logprobs) != len(output.token_ids):
-            return False
-        is_over = output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        wants_prompt = sampling.prompt_logprobs is not None
-        return not (is_over and wants_prompt and sample.num_prompt_logprobs != sample.prompt_tokens)
-
-    def _on_pd_error(self, sample: _Sample, pd: WorkerConnection, output: TokenOutput) -> None:
+    def _on_pd_error(self, sample: Sample, pd: WorkerConnection, output: TokenOutput) -> None:
         error = _error_of(output)
         if error.retryable and self._move(pd):
             return
         sample.finished = True
         self._fail(error)
 
+    def _note_held(self, pd: WorkerConnection) -> None:
+        """The PD has all pictures, whether or not their encoders have reported."""
+        for key in self._keys:
+            pd.pictures.remember(key)
+
+    def _on_missing(self, pd: WorkerConnection, keys: tuple[str, ...]) -> None:
+        """The PD holds pictures no more. Each sample says so; the first to say it has them encoded."""
+        for key in keys:
+            pd.pictures.forget(key)
+        missing = {key: index for key, index in self._keys.items() if key in keys and key in self._held}
+        self._held -= missing.keys()
+        if missing:
+            self._encoding.update(missing.values())
+            self._note_encoded()
+            self._spawn(self._encode_missing(pd, missing), "encode what the PD holds no more")
+
     def _on_encoded(
-        self, encoder: WorkerConnection, request: EncodeRequest, result: EncodeResult | EPDError, *, retried: bool
+        self,
+        encoder: WorkerConnection,
+        pd: WorkerConnection,
+        request: EncodeRequest,
+        result: EncodeResult | EPDError,
+        *,
+        retried: bool,
     ) -> None:
         index = request.image_index
+        if isinstance(result, EncodeResult) and result.error is None:
+            pd.pictures.remember(request.content_key)
         if request.request_id != self._encode_id:
             return  # the embeddings were meant for a PD that does not have the request any more
         if isinstance(result, EncodeResult) and result.error is None:
-            spent = result.timings_ms
-            tower = spent.get(Stage.PREPROCESS, 0.0) + spent.get(Stage.ENCODE, 0.0)
-            self._note_timings({"encode": tower, "transfer": spent.get(Stage.TRANSFER, 0.0)})
+            self._timings.note_encoded(result)
             self._encoding.discard(index)
             self._note_encoded()
             return
         error, is_dead = (result, True) if isinstance(result, EPDError) else (_error_of(result), False)
-        if (is_dead or error.retryable) and not retried and self._error is None and self._ttft_ms is None:
+        if (is_dead or error.retryable) and not retried and self._error is None and not self._has_tokens:
             self._spawn(self._encode_elsewhere(encoder, index, error), "encode again")
         else:
             error.param = error.param or (None if is_dead else self.work.images[index].param)
@@ -305,7 +304,7 @@ class Generation:
 
     def _fail_encode(self, index: int, error: EPDError) -> None:
         """No encoder did it. Harmless once the PD has made a token, for then it had all embeddings."""
-        if self._ttft_ms is None:
+        if not self._has_tokens:
             self._fail(error)
         self._encoding.discard(index)
         self._note_encoded()
@@ -316,6 +315,14 @@ class Generation:
         task = asyncio.create_task(work, name=name)
         self._chores.add(task)
         task.add_done_callback(self._chores.discard)
+
+    async def _encode_missing(self, pd: WorkerConnection, pictures: dict[str, int]) -> None:
+        try:
+            for key, index in pictures.items():
+                if pd is self._samples[0].pd:  # else another one has the request, and all pictures were sent there
+                    await self._send_picture_somewhere(self._pool.pick(WorkerRole.ENCODER, key), index)
+        except (NoWorker, WorkerFailed) as error:
+            self._fail(error)
 
     async def _encode_elsewhere(self, encoder: WorkerConnection, index: int, error: EPDError) -> None:
         """Give the picture of an encoder that can't do it to another one."""
@@ -330,12 +337,14 @@ class Generation:
 
     def _move(self, full: WorkerConnection) -> bool:
         """Begin to give what a PD has of this request to another one. False: too late, done before, or nobody else."""
-        if self._left or self._is_sending or self._ttft_ms is not None or self._error is not None:
+        if self._left or self._is_sending or self._has_tokens or self._error is not None:
             return False
         samples = [sample for sample in self._samples if sample.pd is full and not sample.finished]
         try:
-            other = self._pool.pick(WorkerRole.PREFILL_DECODE, self.work.request_id, avoid=full.member.address)
-            encoders = {i: self._pool.pick(WorkerRole.ENCODER, self.work.images[i].content_key) for i in self._pictures}
+            other = self._pool.pick(
+                WorkerRole.PREFILL_DECODE, self.work.request_id, avoid=full.member.address, pictures=self._keys
+            )
+            held, encoders = self._pick_encoders(other)
         except NoWorker:
             return False
         self._left.append((full, tuple(sample.request_id for sample in samples)))
@@ -344,13 +353,15 @@ class Generation:
         self._encoders.clear()
         for sample in samples:
             sample.pd = other
-        self._spawn(self._send_again(samples, encoders), "another PD")
+        self._spawn(self._send_again(samples, held, encoders), "another PD")
         return True
 
-    async def _send_again(self, samples: list[_Sample], encoders: dict[int, WorkerConnection]) -> None:
+    async def _send_again(
+        self, samples: list[Sample], held: frozenset[str], encoders: dict[int, WorkerConnection]
+    ) -> None:
         try:
             await self._abort_left()
-            await self._send_all(samples, encoders)
+            await self._send_all(samples, held, encoders)
         except (NoWorker, WorkerFailed) as error:
             self._fail(error)
 
@@ -360,42 +371,16 @@ class Generation:
 
     # -- figures -----------------------------------------------------------------------------------------------------
 
-    def _note_first_token(self, sample: _Sample) -> None:
-        self._ttft_ms = (time.perf_counter() - self.work.arrived) * 1000
-        if sample.pd is not None:
-            sample.pd.records.observe(PROXY_TTFT, self._ttft_ms)
-
     def _note_encoded(self) -> None:
         if self._encoding:
             self._all_encoded.clear()
         else:
             self._all_encoded.set()
 
-    def _note_timings(self, spent: dict[str, float]) -> None:
-        for stage, duration in spent.items():
-            self.timings_ms[stage] = max(duration, self.timings_ms.get(stage, 0.0))
-
     def timings(self) -> dict[str, float]:
-        """Where the time went so far, in milliseconds, by the proxy's clock and the workers' own measures."""
-        known = self.timings_ms
-        wait = known.get(Stage.EMBEDDINGS_WAIT, 0.0)
-        return {
-            "queue": round(max(known.get(Stage.QUEUE, 0.0) - wait, 0.0), 3),
-            "encode": round(known.get("encode", 0.0), 3),
-            "transfer": round(known.get("transfer", 0.0), 3),
-            "embeddings_wait": round(wait, 3),
-            "prefill": round(known.get(Stage.PREFILL, 0.0), 3),
-            "first_token": round(self._ttft_ms or 0.0, 3),
-            "decode": round(known.get(Stage.DECODE, 0.0), 3),
-            "total": round((time.perf_counter() - self.work.arrived) * 1000, 3),
-        }
+        """Where the time went so far, in milliseconds."""
+        return self._timings.summary()
 
 
 def _error_of(answer: TokenOutput | EncodeResult) -> EPDError:
     return from_info(answer.error) if answer.error else InternalError("The worker gave no reason.")
-
-
-def _has_news(sample: _Sample) -> bool:
-    return not sample.taken and bool(
-        sample.pending.token_ids or sample.pending.prompt_logprobs or sample.pending.finish_reason
-    )

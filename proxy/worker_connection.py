@@ -42,6 +42,7 @@ from epd.observability import StageRecorder
 from epd.transport import Dealer, PeerGone, ProtocolError
 from epd.types import WorkerRole, WorkerState
 from metastore.roster import Member
+from proxy.known_pictures import KnownPictures
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,8 @@ class WorkerConnection:
         self.counters: dict[str, int] = {}
         self.records = StageRecorder()
         """What this proxy measured: `PROXY_TTFT`, `PROXY_TO_INSTANCE`."""
+        self.pictures = KnownPictures()
+        """Of a PD: whose embeddings it should hold. Forgotten with the connection."""
         self.problem = "not connected yet"
         """Why the worker is not up, for people."""
         self._identity = identity
@@ -337,6 +340,7 @@ class WorkerConnection:
             log.log(level, "%s %s is down: %s", self.member.role.value, self.member.address, self.problem)
         self.info, self.state, self.reported_load = None, WorkerState.STARTING, Load()
         self._told_peers = None
+        self.pictures.clear()
         self._pings.clear()
         if self._dealer is not None:
             self._dealer.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 
 from epd.errors import ConfigError, NoWorker, WorkerFailed
 from epd.messages import PROTOCOL_VERSION, Announcement
@@ -87,13 +87,16 @@ class WorkerPool:
         """Those of a role that take new requests."""
         return [one for one in self.connections(role) if one.is_ready]
 
-    def pick(self, role: WorkerRole, key: str = "", avoid: str | None = None) -> WorkerConnection:
+    def pick(
+        self, role: WorkerRole, key: str = "", *, avoid: str | None = None, pictures: Collection[str] = ()
+    ) -> WorkerConnection:
         """A worker for new work, by the role's policy.
 
         Args:
             role: of the worker.
             key: what the work is about, for affinity.
             avoid: address of a worker that just failed.
+            pictures: content keys of the work, for PDs: one that holds them is preferred.
 
         Raises:
             NoWorker: none is ready.
@@ -101,7 +104,7 @@ class WorkerPool:
         ready = {one.member.address: one for one in self.ready(role) if one.member.address != avoid}
         if not ready:
             raise no_worker(role)
-        candidates = [Candidate(address, one.load) for address, one in ready.items()]
+        candidates = [Candidate(address, one.load, len(one.pictures.among(pictures))) for address, one in ready.items()]
         return ready[self._policies[role].pick(candidates, key).key]
 
     # -- following the roster ------------------------------------------------------------------------------------

@@ -69,4 +69,5 @@ def merge(earlier: TokenOutput, later: TokenOutput) -> TokenOutput:
         token_ids=earlier.token_ids + later.token_ids,
         prompt_tokens=earlier.prompt_tokens or later.prompt_tokens,
         cached_tokens=earlier.cached_tokens or later.cached_tokens,
+        missing_keys=earlier.missing_keys + later.missing_keys,
     )

@@ -176,6 +176,8 @@ class PrefillDecodeService:
         self._accepted[engine_id] = _Accepted(peer, message.request_id)
         self._engine_ids[peer, message.request_id] = engine_id
         self._idle.clear()
+        expected = {slot.content_key for slot in message.images if slot.expect_cached}
+        missing: list[str] = []
 
         def add(engine: Engine) -> None:
             engine.add_request(
@@ -187,8 +189,15 @@ class PrefillDecodeService:
                 pooling=message.pooling,
                 timeout_s=message.timeout_s,
             )
+            # What is here was claimed by the request, so it stays.
+            missing.extend(key for key in expected if not engine.has_embeddings(key))
 
-        self._engine.ask(add, partial(self._added, engine_id))
+        def added(error: ErrorInfo | None) -> None:
+            self._added(engine_id, error)
+            if error is None and expected:
+                self._note_expected(engine_id, len(expected), tuple(missing))
+
+        self._engine.ask(add, added)
 
     def _reason_to_refuse(self, peer: bytes, message: GenerateRequest) -> EPDError | None:
         if (peer, message.request_id) in self._engine_ids:
@@ -204,6 +213,13 @@ class PrefillDecodeService:
     def _added(self, engine_id: str, error: ErrorInfo | None) -> None:
         if error is not None and engine_id in self._accepted:
             self._answer(_error_output(engine_id, error))
+
+    def _note_expected(self, engine_id: str, num_expected: int, missing: tuple[str, ...]) -> None:
+        """Count pictures that needed no encoder, and ask for those that do after all."""
+        self._counters["pd_embedding_cache_hits"] += num_expected - len(missing)
+        self._counters["pd_embedding_cache_misses"] += len(missing)
+        if missing and engine_id in self._accepted:
+            self._answer(TokenOutput(request_id=engine_id, missing_keys=missing))
 
     def _abort(self, engine_ids: Iterable[str]) -> None:
         for engine_id in engine_ids:

@@ -11,6 +11,7 @@ from proxy.routing import (
     AffinityPolicy,
     Candidate,
     LeastLoadedPolicy,
+    Policy,
     RandomPolicy,
     RoundRobinPolicy,
     make_policy,
@@ -59,3 +60,21 @@ def test_affinity_is_bounded_by_load() -> None:
 def test_every_policy_picks_somebody(name: str, loads: tuple[int, ...]) -> None:
     pool = candidates(*loads)
     assert make_policy(name).pick(pool, "key") in pool
+
+
+@pytest.mark.parametrize("policy", [LeastLoadedPolicy(), AffinityPolicy()])
+@pytest.mark.parametrize(
+    ("loads", "held", "wanted"),
+    [
+        ((0, 0, 0), (0, 1, 0), {"w1"}),
+        ((0, 1, 0), (0, 1, 0), {"w1"}),
+        ((0, 0, 0), (1, 2, 0), {"w1"}),
+        ((0, 12, 1), (1, 2, 0), {"w0"}),  # it holds less, and is not too busy
+        ((0, 9, 0), (0, 1, 0), {"w0", "w2"}),
+    ],
+)
+def test_holders_of_the_pictures_are_preferred_while_load_allows(
+    policy: Policy, loads: tuple[int, ...], held: tuple[int, ...], wanted: set[str]
+) -> None:
+    choice = [Candidate(f"w{i}", load, count) for i, (load, count) in enumerate(zip(loads, held, strict=True))]
+    assert {policy.pick(choice, f"key{i}").key for i in range(20)} == wanted

@@ -84,12 +84,15 @@ class Setup:
         max_tokens: int = 3,
         timeout_s: float = 60,
         priority: int = 0,
+        expect_cached: bool = False,
     ) -> None:
         prompt = (1, 2, *([IMAGE_TOKEN] * len(keys)), 3)
         message = GenerateRequest(
             request_id=request_id,
             prompt_token_ids=prompt,
-            images=tuple(ImageSlot(content_key=key, offset=2 + i) for i, key in enumerate(keys)),
+            images=tuple(
+                ImageSlot(content_key=key, offset=2 + i, expect_cached=expect_cached) for i, key in enumerate(keys)
+            ),
             sampling=SamplingParams(max_tokens=max_tokens, temperature=0),
             timeout_s=timeout_s,
             priority=priority,
@@ -144,6 +147,34 @@ async def test_embeddings_may_come_before_or_after_the_request(setup: Setup) -> 
     assert end.prompt_tokens == 3 + 2 + 2
     await setup.peers.until(lambda: len(setup.peers.replies) == 2)
     assert [reply.error for reply in setup.peers.replies] == [None, None]
+
+
+async def test_a_picture_that_should_be_here_and_is_not_is_asked_for(setup: Setup) -> None:
+    setup.embed("here")
+    setup.generate("r", keys=("here", "gone"), expect_cached=True)
+    outputs = setup.peers.outputs[PROXY, "r"]
+    await setup.peers.until(lambda: bool(outputs))
+    assert (outputs[0].missing_keys, outputs[0].finish_reason) == (("gone",), None)
+    setup.embed("gone")
+    assert (await setup.peers.end_of("r")).finish_reason is FinishReason.LENGTH
+    assert [output.missing_keys for output in outputs[1:]] == [()] * (len(outputs) - 1)
+    counters = setup.service.counters()
+    assert (counters["pd_embedding_cache_hits"], counters["pd_embedding_cache_misses"]) == (1, 1)
+
+
+async def test_a_picture_that_is_here_needs_no_encoder(setup: Setup) -> None:
+    setup.embed("k")
+    for name in ("first", "second"):
+        setup.generate(name, keys=("k",), expect_cached=True)
+        assert (await setup.peers.end_of(name)).finish_reason is FinishReason.LENGTH
+        assert not any(output.missing_keys for output in setup.peers.outputs[PROXY, name])
+    assert setup.service.counters()["pd_embedding_cache_hits"] == 2
+
+
+async def test_a_refused_request_asks_for_nothing(setup: Setup) -> None:
+    setup.generate("r", keys=("gone",), expect_cached=True, max_tokens=1000)
+    assert (await setup.peers.end_of("r")).finish_reason is FinishReason.ERROR
+    assert [output.missing_keys for output in setup.peers.outputs[PROXY, "r"]] == [()]
 
 
 async def test_embeddings_that_do_not_fit_are_refused_and_better_ones_are_taken(setup: Setup) -> None:
