@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from epd.config import ProxyConfig
 from epd.errors import ClientError, ConfigError, EPDError, InternalError, InvalidRequest, ModelNotFound
 from metastore.roster import Roster
-from proxy.api import openai, operations
+from proxy.api import embeddings, openai, operations, score
 from proxy.api.http import error_response
 from proxy.service import Service
 
@@ -69,6 +69,8 @@ def create_app(config: ProxyConfig, roster: Roster | None = None) -> FastAPI:
     )
     app.state.service = service
     app.include_router(openai.router)
+    app.include_router(embeddings.router)
+    app.include_router(score.router)
     app.include_router(operations.router)
     app.add_middleware(_Edge)
     app.add_exception_handler(EPDError, _on_epd_error)

@@ -207,6 +207,7 @@ class Generation:
             sampling=msgspec.structs.replace(work.sampling, seed=(work.sampling.seed + turn) % _SEED_SPAN),
             timeout_s=max(self._time_left(), 0.001),
             priority=work.priority,
+            pooling=work.pooling,
         )
         await pd.generate(request, lambda output: self._on_output(sample, pd, output))
 

@@ -39,6 +39,7 @@ class Sample:
         self.finished = True
         self.pending.stop_token_id = output.stop_token_id
         self.pending.finish_reason = output.finish_reason
+        self.pending.pooled = output.pooled
 
     def lacks_logprobs(self, output: TokenOutput, sampling: SamplingParams) -> bool:
         """Whether the output just added has fewer than were asked for: answers are put together on their strength."""

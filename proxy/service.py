@@ -13,8 +13,9 @@ import msgspec
 from epd.checkpoint import fingerprint, read_json
 from epd.config import ProxyConfig
 from epd.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
+from epd.tasks import check_task
 from epd.transport import endpoints
-from epd.types import Grammar, WorkerRole
+from epd.types import Grammar, Pooling, WorkerRole, WorkerTask
 from metastore.roster import Roster
 from proxy.chat_template import ChatTemplate, Message, Prompt, image_token_id
 from proxy.dispatcher import Dispatcher
@@ -23,7 +24,7 @@ from proxy.media_http import HttpFetcher, parse_networks
 from proxy.routing import make_policy
 from proxy.token_text import TokenTexts
 from proxy.tokenizer import Tokenizer
-from proxy.worker_connection import Identity
+from proxy.worker_connection import Identity, WorkerConnection
 from proxy.worker_pool import WorkerPool
 
 T = TypeVar("T")
@@ -67,6 +68,8 @@ class Service:
         self.tokenizer = Tokenizer(config.model / "tokenizer.json")
         self.token_texts = TokenTexts(self.tokenizer.backend)
         self.template = ChatTemplate.from_checkpoint(config.model, self.tokenizer)
+        self.model_config = read_json(config.model, "config.json")
+        self.pooling_config = read_json(config.model, "1_Pooling/config.json")
         self.image_token_id = image_token_id(config.model)
         self.sampling_defaults = SamplingDefaults.of(read_json(config.model, "generation_config.json"))
         self.media = MediaLoader(
@@ -136,14 +139,36 @@ class Service:
                 param="model",
             )
 
+    @property
+    def task(self) -> WorkerTask | None:
+        """What the prefill-decode workers are for, which is the same for all; None while there is none."""
+        return next((one.info.task for one in self._decoders() if one.info), None)
+
+    def require_task(self, pooling: Pooling | None) -> None:
+        """Check that the prefill-decode workers were started for such requests.
+
+        Raises:
+            InvalidRequest: one was not.
+        """
+        for worker in self._decoders():
+            if worker.info is not None:
+                check_task(worker.info.task, pooling)
+
+    def _decoders(self) -> list[WorkerConnection]:
+        return self.pool.ready(WorkerRole.PREFILL_DECODE)
+
     def check_context(self, prompt_tokens: int, max_tokens: int | None) -> None:
         """Refuse early what can't fit. Pictures count one token here; the worker checks the expanded prompt.
+
+        Args:
+            prompt_tokens: of the prompt.
+            max_tokens: that must fit behind it; None: at least one.
 
         Raises:
             ContextLengthExceeded: it does not fit.
         """
         limit = self.max_model_len
-        if limit and prompt_tokens + (max_tokens or 1) > limit:
+        if limit and prompt_tokens + (1 if max_tokens is None else max_tokens) > limit:
             raise ContextLengthExceeded.of(limit=limit, prompt=prompt_tokens, completion=max_tokens)
 
     async def check_grammar(self, field: str, grammar: Grammar) -> None:
@@ -169,10 +194,18 @@ class Service:
         self._check_size(size)
         return await self.off_loop_if_large(size, lambda: template.encode(messages, **variables))
 
-    async def encode_text(self, text: str) -> list[int]:
-        """Tokens of a raw prompt, with what the tokenizer puts in front of each text."""
+    async def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of a raw prompt, with what the tokenizer puts around each text unless `add_special_tokens` is off."""
         self._check_size(len(text))
-        return await self.off_loop_if_large(len(text), lambda: self.tokenizer.encode(text, add_special_tokens=True))
+        return await self.off_loop_if_large(
+            len(text), lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        )
+
+    async def encode_pair(self, first: str, second: str) -> list[int]:
+        """Tokens of two texts in one sequence, joined as the tokenizer joins pairs."""
+        size = len(first) + len(second)
+        self._check_size(size)
+        return await self.off_loop_if_large(size, lambda: self.tokenizer.encode_pair(first, second))
 
     def _check_size(self, characters: int) -> None:
         """Refuse what can't fit, however it is tokenised, before work is put into it."""

@@ -57,6 +57,10 @@ class Tokenizer:
         encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Token ids of two texts in one sequence, with what the tokenizer puts around and between them."""
+        return list(self.backend.encode(first, second).ids)
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence."""
         return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from epd.messages import TokenLogprobs
-from epd.types import FinishReason, SamplingParams
+from epd.types import FinishReason, Pooling, SamplingParams
 from proxy.media import LoadedImage
 
 
@@ -24,6 +24,8 @@ class Work:
     """Samples of each prompt; the i-th has `seed + i`. Sample i of prompt p has the index `p * n + i`."""
     priority: int = 0
     """Smaller goes first."""
+    pooling: Pooling | None = None
+    """Asks for one vector of each prompt instead of tokens."""
     arrived: float
     """`time.perf_counter()` when the HTTP request came."""
     timeout_s: float
@@ -42,3 +44,5 @@ class Update:
     """Once, one for each prompt token, when asked for."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    pooled: tuple[float, ...] = ()
+    """With the end, when asked for."""

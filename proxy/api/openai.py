@@ -2,74 +2,54 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from epd.errors import DeadlineExceeded, InvalidRequest
+from epd.errors import InvalidRequest
 from epd.types import SamplingParams
 from proxy.answer import TextOptions
-from proxy.api.http import Client, Exchange, read_body
+from proxy.api import embeddings, score
+from proxy.api.http import Client, Exchange
 from proxy.api.openai_answer import ChatDialect, Dialect, Head, TextDialect, Wanted
 from proxy.api.openai_logprobs import Echo
 from proxy.api.openai_prompt import count_parts, messages_of, prompts_of, template_variables
 from proxy.api.openai_responses import ChatCompletion, TextCompletion
 from proxy.api.openai_sampling import check_supported, samples_of, sampling_of, shown_logprobs, text_options_of
-from proxy.api.openai_schema import ChatRequest, CompletionRequest, SamplingRequest, decode_body
+from proxy.api.openai_schema import ChatRequest, CompletionRequest, SamplingRequest
 from proxy.api.openai_structured import grammar_of
 from proxy.api.openai_teller import Teller
+from proxy.api.requests import REF, deadline, decoded, documented, service_of
 from proxy.service import Service
 from proxy.work import Work
 
-T = TypeVar("T")
-
 router = APIRouter(tags=["OpenAI"])
-
-REF = "#/components/schemas/{name}"
-
-
-def _documented(body: type[Any], answer: type[Any]) -> dict[str, Any]:
-    def content(kind: type[Any]) -> dict[str, Any]:
-        return {"application/json": {"schema": {"$ref": REF.format(name=kind.__name__)}}}
-
-    return {
-        "requestBody": {"required": True, "content": content(body)},
-        "responses": {"200": {"description": "The answer, or a stream of events", "content": content(answer)}},
-    }
 
 
 def schema_components() -> dict[str, Any]:
     """JSON schemas of all bodies, for the OpenAPI document."""
-    kinds = (ChatRequest, CompletionRequest, ChatCompletion, TextCompletion)
+    kinds = (ChatRequest, CompletionRequest, ChatCompletion, TextCompletion, *embeddings.DOCUMENTED, *score.DOCUMENTED)
     _, components = msgspec.json.schema_components(kinds, ref_template=REF)
     return components
 
 
-@router.post("/v1/chat/completions", response_model=None, openapi_extra=_documented(ChatRequest, ChatCompletion))
+@router.post("/v1/chat/completions", response_model=None, openapi_extra=documented(ChatRequest, ChatCompletion))
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, which may show pictures."""
-    arrived, service = time.perf_counter(), _service(request)
-    body = await _decoded(request, service, ChatRequest)
+    arrived, service = time.perf_counter(), service_of(request)
+    body = await decoded(request, ChatRequest)
     return Exchange(lambda client: _chat(client, service, body, arrived))
 
 
-@router.post("/v1/completions", response_model=None, openapi_extra=_documented(CompletionRequest, TextCompletion))
+@router.post("/v1/completions", response_model=None, openapi_extra=documented(CompletionRequest, TextCompletion))
 async def completions(request: Request) -> Response:
     """Continue a text."""
-    arrived, service = time.perf_counter(), _service(request)
-    body = await _decoded(request, service, CompletionRequest)
+    arrived, service = time.perf_counter(), service_of(request)
+    body = await decoded(request, CompletionRequest)
     return Exchange(lambda client: _complete(client, service, body, arrived))
-
-
-async def _decoded(request: Request, service: Service, kind: type[T]) -> T:
-    config = service.config
-    return decode_body(await read_body(request, config.max_body_bytes, config.request_timeout), kind)
 
 
 async def _chat(client: Client, service: Service, body: ChatRequest, arrived: float) -> None:
@@ -80,8 +60,9 @@ async def _chat(client: Client, service: Service, body: ChatRequest, arrived: fl
     if sources and service.image_token_id is None:
         raise InvalidRequest("This model reads text only; remove the images.", param=sources[0].param)
     service.dispatcher.require(images=bool(sources))
+    service.require_task(None)
     with service.dispatcher.admit():
-        async with _deadline(service, arrived):
+        async with deadline(service, arrived):
             sampling = await _with_grammar(service, body, sampling)
             prompt = await service.encode_chat(messages, template_variables(body))
             service.check_context(len(prompt.token_ids), sampling.max_tokens)
@@ -106,8 +87,9 @@ async def _complete(client: Client, service: Service, body: CompletionRequest, a
     options = _check(service, body)
     sampling = sampling_of(body, service)
     service.dispatcher.require(images=False)
+    service.require_task(None)
     with service.dispatcher.admit():
-        async with _deadline(service, arrived):
+        async with deadline(service, arrived):
             sampling = await _with_grammar(service, body, sampling)
             prompts = await prompts_of(body, service)
             for prompt in prompts:
@@ -151,17 +133,6 @@ def _wanted(service: Service, body: SamplingRequest, logprobs: int | None) -> Wa
     return Wanted(service.token_texts, _include_usage(body), logprobs, body.prompt_logprobs)
 
 
-@asynccontextmanager
-async def _deadline(service: Service, arrived: float) -> AsyncIterator[None]:
-    """Bound what happens before workers have the request by the time that it may take in all."""
-    limit = service.config.request_timeout
-    try:
-        async with asyncio.timeout(arrived + limit - time.perf_counter()):
-            yield
-    except TimeoutError:
-        raise DeadlineExceeded(f"The request was not ready for the workers within {limit:g} s.") from None
-
-
 def _check(service: Service, body: ChatRequest | CompletionRequest) -> TextOptions:
     service.require_model(body.model)
     check_supported(body)
@@ -191,8 +162,3 @@ async def _answer(
 
 def _include_usage(body: SamplingRequest) -> bool:
     return bool(body.stream_options and body.stream_options.include_usage)
-
-
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service

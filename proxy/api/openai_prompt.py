@@ -109,31 +109,54 @@ async def prompts_of(request: CompletionRequest, service: Service) -> list[tuple
     Raises:
         InvalidRequest: no prompt, an empty one, too many, or ids that do not exist.
     """
-    prompt = request.prompt
-    if not isinstance(prompt, str) and len(prompt) > MAX_PROMPTS:  # ids of one prompt, or too many prompts
+    return await token_prompts(request.prompt, service)
+
+
+async def token_prompts(
+    prompt: str | Sequence[str | int | list[int]],
+    service: Service,
+    *,
+    field: str = "prompt",
+    limit: int = MAX_PROMPTS,
+    completion: int | None = None,
+) -> list[tuple[int, ...]]:
+    """Token ids of each text, or lists of ids as they are.
+
+    Args:
+        prompt: a text, several, the ids of one, or of several.
+        service: has the tokenizer and knows the context.
+        field: what to call it in errors.
+        limit: most texts.
+        completion: tokens that must fit behind each, as for `Service.check_context`.
+
+    Raises:
+        InvalidRequest: no prompt, an empty one, too many, or ids that do not exist.
+    """
+    if not isinstance(prompt, str) and len(prompt) > limit:  # ids of one prompt, or too many prompts
         if not isinstance(prompt[0], int):
-            raise InvalidRequest(f"{len(prompt)} prompts; at most {MAX_PROMPTS}.", param="prompt")
-        service.check_context(len(prompt), None)
+            raise InvalidRequest(f"{len(prompt)} texts; at most {limit}.", param=field)
+        service.check_context(len(prompt), completion)
     entries: Sequence[str | int | list[int]] = [prompt] if isinstance(prompt, str) else prompt
     if entries and all(isinstance(entry, int) for entry in entries):
         entries = [[entry for entry in entries if isinstance(entry, int)]]
     if any(isinstance(entry, int) for entry in entries):
-        raise InvalidRequest("prompt mixes token ids with texts; send one kind.", param="prompt")
+        raise InvalidRequest(f"{field} mixes token ids with texts; send one kind.", param=field)
     if not entries or not all(entries):
-        raise InvalidRequest("prompt is empty; send at least one character or token.", param="prompt")
-    prompts = [await _prompt_ids(entry, service) for entry in entries if not isinstance(entry, int)]
+        raise InvalidRequest(f"{field} is empty; send at least one character or token.", param=field)
+    prompts = [await _prompt_ids(entry, service, field, completion) for entry in entries if not isinstance(entry, int)]
     if not all(prompts):
-        raise InvalidRequest("prompt has no tokens.", param="prompt")
+        raise InvalidRequest(f"{field} has no tokens.", param=field)
     return prompts
 
 
-async def _prompt_ids(entry: str | list[int], service: Service) -> tuple[int, ...]:
+async def _prompt_ids(entry: str | list[int], service: Service, field: str, completion: int | None) -> tuple[int, ...]:
     if not isinstance(entry, str):
-        service.check_context(len(entry), None)
+        service.check_context(len(entry), completion)
     token_ids = tuple(await service.encode_text(entry) if isinstance(entry, str) else entry)
-    check_token_ids(token_ids, service.tokenizer, "prompt")
+    service.check_context(len(token_ids), completion)
+    check_token_ids(token_ids, service.tokenizer, field)
     if service.image_token_id is not None and service.image_token_id in token_ids:
         raise InvalidRequest(
-            "prompt holds the placeholder of an image; send images to /v1/chat/completions.", param="prompt"
+            f"{field} holds the placeholder of an image; send images to /v1/chat/completions.", param=field
         )
     return token_ids

@@ -246,9 +246,8 @@ class CompletionRequest(SamplingRequest, kw_only=True):
 
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
-_decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {
-    kind: msgspec.json.Decoder(kind) for kind in (ChatRequest, CompletionRequest)
-}
+_decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {}
+"""Kept, because making one takes longer than decoding."""
 
 
 def decode_body(body: bytes, kind: type[T]) -> T:
@@ -258,6 +257,8 @@ def decode_body(body: bytes, kind: type[T]) -> T:
         InvalidRequest: not JSON (NaN and lone surrogates are none), or a field of the wrong type or range.
     """
     try:
+        if kind not in _decoders:
+            _decoders[kind] = msgspec.json.Decoder(kind)
         return _decoders[kind].decode(body)  # type: ignore[no-any-return]
     except msgspec.ValidationError as error:
         raise _field_error(str(error)) from error

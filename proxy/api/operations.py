@@ -15,6 +15,7 @@ from epd.messages import StageStats
 from epd.observability import Stage
 from epd.types import WorkerRole
 from proxy.api.http import read_body
+from proxy.api.requests import service_of
 from proxy.service import Service
 from proxy.worker_connection import PROXY_TO_INSTANCE, PROXY_TTFT, WorkerConnection
 
@@ -24,18 +25,13 @@ _MAX_SMALL_BODY_BYTES = 64 << 10
 _NOTHING = StageStats()
 
 
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
 @router.get("/v1/models", tags=["OpenAI"])
 async def list_models(request: Request) -> JSONResponse:
     """The served model, in the keys of all dialects."""
-    service = _service(request)
+    service = service_of(request)
     card, missing = _card(service), _missing_roles(service)
     entry = {
         "id": card["id"],
@@ -50,7 +46,7 @@ async def list_models(request: Request) -> JSONResponse:
 @router.get("/v1/models/{model:path}", tags=["OpenAI"])
 async def get_model(request: Request, model: str) -> JSONResponse:
     """One model. Its id may hold slashes."""
-    service = _service(request)
+    service = service_of(request)
     if not model:  # /v1/models/ means the list
         return await list_models(request)
     service.require_model(model)
@@ -80,7 +76,7 @@ def _card(service: Service) -> dict[str, Any]:
 @router.get("/health", tags=["operations"])
 async def health(request: Request) -> JSONResponse:
     """200 while each role that the model needs has a live worker, else 503."""
-    service = _service(request)
+    service = service_of(request)
     missing = _missing_roles(service)
     status = "unhealthy" if missing else "healthy"
     body: dict[str, Any] = {
@@ -97,7 +93,7 @@ async def health(request: Request) -> JSONResponse:
 @router.get("/check_health", tags=["operations"])
 async def check_health(request: Request) -> JSONResponse:
     """Each worker by name, and whether it answers."""
-    service = _service(request)
+    service = service_of(request)
     results = {f"{_name(one)}-{one.member.address}": _condition(one) for one in service.pool.connections()}
     missing = _missing_roles(service)
     return JSONResponse({"status": "error" if missing else "ok", "results": results}, 503 if missing else 200)
@@ -149,7 +145,7 @@ class AbortRequest(msgspec.Struct):
 @router.post("/abort", tags=["operations"])
 async def abort(request: Request) -> JSONResponse:
     """Stop requests by the ids of their answers, or all of this proxy. Unknown ids are left out of the reply."""
-    service = _service(request)
+    service = service_of(request)
     body = await read_body(request, _MAX_SMALL_BODY_BYTES, service.config.request_timeout)
     try:
         wanted = msgspec.json.decode(body or b"{}", type=AbortRequest)
@@ -173,7 +169,7 @@ async def metrics(request: Request) -> PlainTextResponse:
     Times inside a worker come from its own clock, asked for now; `proxy ttft` is from the arrival of the
     HTTP request to the first token at this proxy; `proxy to instance` is half a ping's round trip.
     """
-    connections = _service(request).pool.connections()
+    connections = service_of(request).pool.connections()
     await asyncio.gather(*(worker.refresh() for worker in connections))
     workers = sorted(connections, key=lambda one: (_name(one), one.member.address))
     lines: list[str] = []

@@ -21,6 +21,7 @@ from PIL import Image
 
 from epd.checkpoint import fingerprint
 from epd.config import ProxyConfig
+from epd.types import WorkerTask
 from proxy.app import create_app
 from proxy.service import Service
 from proxy.tokenizer import Tokenizer
@@ -122,12 +123,21 @@ class ClusterFactory:
         self._stack, self._model, self._tokenizer, self._sockets = stack, model, tokenizer, sockets
 
     async def __call__(
-        self, *, pds: int = 1, encoders: int = 1, answer: str = "hello world", model: Path | None = None, **config: Any
+        self,
+        *,
+        pds: int = 1,
+        encoders: int = 1,
+        answer: str = "hello world",
+        model: Path | None = None,
+        task: WorkerTask = WorkerTask.GENERATE,
+        **config: Any,
     ) -> Cluster:
         folder = model or self._model
         identity = fingerprint(folder)
         fake_pds = [FakePrefillDecode(str(self._sockets / f"pd{i}"), identity) for i in range(pds)]
         fake_encoders = [FakeEncoder(str(self._sockets / f"e{i}"), identity) for i in range(encoders)]
+        for pd in fake_pds:
+            pd.task = task
         for worker in (*fake_pds, *fake_encoders):
             await worker.start()
             self._stack.push_async_callback(worker.stop)

@@ -29,7 +29,7 @@ from epd.messages import (
     WorkerInfo,
 )
 from epd.transport import PeerGone, Router, endpoint
-from epd.types import FinishReason, WorkerRole, WorkerState
+from epd.types import FinishReason, WorkerRole, WorkerState, WorkerTask
 
 
 @dataclass
@@ -70,6 +70,7 @@ class FakeWorker:
         self.address = endpoint(address)
         self.model = model
         self.max_model_len = max_model_len
+        self.task = WorkerTask.GENERATE
         self.incarnation = secrets.token_hex(4)
         self.state = WorkerState.READY
         self.protocol_version = PROTOCOL_VERSION
@@ -94,6 +95,7 @@ class FakeWorker:
             dtype="float32",
             state=self.state,
             max_model_len=self.max_model_len,
+            task=self.task,
         )
 
     async def start(self) -> None:

@@ -1,0 +1,59 @@
+"""What endpoints with a JSON body share: decoding, the deadline until workers have it, documentation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from epd.errors import DeadlineExceeded
+from proxy.api.http import read_body
+from proxy.api.openai_schema import decode_body
+from proxy.service import Service
+
+T = TypeVar("T")
+
+REF = "#/components/schemas/{name}"
+
+
+def service_of(request: Request) -> Service:
+    """What the application's handlers share."""
+    service: Service = request.app.state.service
+    return service
+
+
+async def decoded(request: Request, kind: type[T]) -> T:
+    """The body, within the limits of the server.
+
+    Raises:
+        RequestTooLarge, RequestTimeout, InvalidRequest: see `read_body` and `decode_body`.
+    """
+    config = service_of(request).config
+    return decode_body(await read_body(request, config.max_body_bytes, config.request_timeout), kind)
+
+
+@asynccontextmanager
+async def deadline(service: Service, arrived: float) -> AsyncIterator[None]:
+    """Bound what happens before workers have the request by the time that it may take in all."""
+    limit = service.config.request_timeout
+    try:
+        async with asyncio.timeout(arrived + limit - time.perf_counter()):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded(f"The request was not ready for the workers within {limit:g} s.") from None
+
+
+def documented(body: type[Any], answer: type[Any]) -> dict[str, Any]:
+    """What FastAPI can't see of an endpoint whose bodies are our structs."""
+
+    def content(kind: type[Any]) -> dict[str, Any]:
+        return {"application/json": {"schema": {"$ref": REF.format(name=kind.__name__)}}}
+
+    return {
+        "requestBody": {"required": True, "content": content(body)},
+        "responses": {"200": {"description": "The answer, or a stream of events", "content": content(answer)}},
+    }

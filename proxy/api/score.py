@@ -1,0 +1,162 @@
+"""Scores of texts by a reward model, in the dialects of vLLM (`/v1/score`) and LightLLM (`/get_score`).
+
+`/v1/score` of an embedding model is the cosine of the two texts' vectors. A generating model gives no score at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from msgspec import Meta, Struct
+from starlette.responses import Response
+
+from epd.errors import InvalidRequest
+from epd.types import Pooling, PoolingKind, WorkerTask
+from proxy.api.embeddings import default_pooling
+from proxy.api.http import Client, Exchange
+from proxy.api.openai_answer import Head
+from proxy.api.openai_prompt import token_prompts
+from proxy.api.requests import deadline, decoded, documented, service_of
+from proxy.api.vectors import MAX_INPUTS, Vectors, VectorUsage, pooled
+from proxy.service import Service
+
+router = APIRouter(tags=["Scores"])
+
+_SCORE = Pooling(PoolingKind.SCORE)
+_Texts = str | list[str]
+
+
+class ScoreRequest(Struct, kw_only=True):
+    """`POST /v1/score`: one text with many, or each with its partner."""
+
+    text_1: _Texts
+    text_2: _Texts
+    model: Annotated[str | None, Meta(description="name of the served model; default: that model")] = None
+    truncate_prompt_tokens: Any = None
+
+
+class Score(Struct):
+    """Of one pair."""
+
+    index: int
+    score: float
+    object: str = "score"
+
+
+class ScoreList(Struct):
+    """Answer of `POST /v1/score`."""
+
+    id: str
+    created: int
+    model: str
+    data: list[Score]
+    usage: VectorUsage
+    object: str = "list"
+
+
+class RewardRequest(Struct, kw_only=True):
+    """`POST /get_score`."""
+
+    chat: Annotated[str, Meta(description="a conversation as its template has rendered it", min_length=1)]
+    parameters: Annotated[Any, Meta(description="of generation; they have no effect on a score")] = None
+    multimodal_params: Any = None
+
+
+class Reward(Struct):
+    """Answer of `POST /get_score`."""
+
+    score: float
+    prompt_tokens: int
+    finish_reason: str = "stop"
+
+
+DOCUMENTED = (ScoreRequest, ScoreList, RewardRequest, Reward)
+
+
+@router.post("/score", response_model=None, include_in_schema=False)
+@router.post("/v1/score", response_model=None, openapi_extra=documented(ScoreRequest, ScoreList))
+async def score(request: Request) -> Response:
+    """How well pairs of texts go together, as the model sees it."""
+    arrived, service = time.perf_counter(), service_of(request)
+    body = await decoded(request, ScoreRequest)
+    return Exchange(lambda client: _score(client, service, body, arrived))
+
+
+@router.post("/get_score", response_model=None, openapi_extra=documented(RewardRequest, Reward))
+async def get_score(request: Request) -> Response:
+    """The reward of one conversation."""
+    arrived, service = time.perf_counter(), service_of(request)
+    body = await decoded(request, RewardRequest)
+    return Exchange(lambda client: _get_score(client, service, body, arrived))
+
+
+async def _score(client: Client, service: Service, body: ScoreRequest, arrived: float) -> None:
+    service.require_model(body.model)
+    if body.truncate_prompt_tokens is not None:
+        raise InvalidRequest("truncate_prompt_tokens is not supported; leave it out.", param="truncate_prompt_tokens")
+    pairs = _pairs(body)
+    service.dispatcher.require(images=False)
+    if service.task is not WorkerTask.EMBED:
+        service.require_task(_SCORE)
+    head = Head.new("score", service.config.model_name)
+    with service.dispatcher.admit():
+        by = _cosines if service.task is WorkerTask.EMBED else _rewards
+        found = await by(service, head.id, pairs, arrived)
+    data = [Score(index, value) for index, (value, *_) in enumerate(found.values)]
+    await client.reply(ScoreList(head.id, head.created, head.model, data, VectorUsage.of(found.prompt_tokens)))
+
+
+async def _get_score(client: Client, service: Service, body: RewardRequest, arrived: float) -> None:
+    if isinstance(body.multimodal_params, dict) and any(body.multimodal_params.values()):
+        raise InvalidRequest("multimodal_params: reward models here read text only.", param="multimodal_params")
+    service.dispatcher.require(images=False)
+    service.require_task(_SCORE)
+    with service.dispatcher.admit():
+        async with deadline(service, arrived):
+            # The template has put all special tokens there already.
+            prompt = tuple(await service.encode_text(body.chat, add_special_tokens=False))
+            service.check_context(len(prompt), 0)
+        found = await pooled(service, Head.new("reward", "").id, [prompt], _SCORE, arrived)
+    await client.reply(Reward(found.values[0][0], found.prompt_tokens))
+
+
+def _pairs(body: ScoreRequest) -> list[tuple[str, str]]:
+    first, second = _listed(body.text_1), _listed(body.text_2)
+    if len(first) == 1:
+        first = first * len(second)
+    if len(first) != len(second):
+        counts = f"text_1 has {len(first)} texts and text_2 {len(second)}"
+        raise InvalidRequest(f"{counts}; want one, or as many.", param="text_1")
+    for field, texts in (("text_1", first), ("text_2", second)):
+        if not texts or not all(texts):
+            raise InvalidRequest(f"{field} is empty, or one of its texts is.", param=field)
+    if len(first) > MAX_INPUTS:
+        raise InvalidRequest(f"{len(first)} pairs; at most {MAX_INPUTS}.", param="text_2")
+    return list(zip(first, second, strict=True))
+
+
+def _listed(texts: _Texts) -> list[str]:
+    return [texts] if isinstance(texts, str) else texts
+
+
+async def _rewards(service: Service, request_id: str, pairs: Sequence[tuple[str, str]], arrived: float) -> Vectors:
+    """Each pair is one sequence, joined as the tokenizer joins pairs."""
+    async with deadline(service, arrived):
+        prompts = [tuple(await service.encode_pair(*pair)) for pair in pairs]
+        for prompt in prompts:
+            service.check_context(len(prompt), 0)
+    return await pooled(service, request_id, prompts, _SCORE, arrived)
+
+
+async def _cosines(service: Service, request_id: str, pairs: Sequence[tuple[str, str]], arrived: float) -> Vectors:
+    """A text that stands in several pairs is computed once."""
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+    async with deadline(service, arrived):
+        prompts = await token_prompts(list(texts), service, field="text_1", limit=len(texts), completion=0)
+    found = await pooled(service, request_id, prompts, Pooling(default_pooling(service)), arrived)
+    vectors = dict(zip(texts, found.values, strict=True))
+    cosines = [sum(a * b for a, b in zip(vectors[one], vectors[two], strict=True)) for one, two in pairs]
+    return Vectors([(cosine,) for cosine in cosines], found.prompt_tokens)

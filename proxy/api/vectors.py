@@ -1,0 +1,76 @@
+"""Requests with pooling: many texts to one vector each, by way of the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from epd.errors import WorkerFailed
+from epd.types import FinishReason, Pooling, SamplingParams
+from proxy.service import Service
+from proxy.work import Work
+
+MAX_INPUTS = 2048
+AT_ONCE = 64
+"""Texts of one request that workers have in hand; thousands would fill their queues for everybody else."""
+
+
+class VectorUsage(msgspec.Struct):
+    """Token counts; nothing is generated."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, prompt_tokens: int) -> VectorUsage:
+        """Usage of an answer without completion."""
+        return cls(prompt_tokens, prompt_tokens)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """One for each text, in order."""
+
+    values: list[tuple[float, ...]]
+    prompt_tokens: int
+
+
+async def pooled(
+    service: Service, request_id: str, prompts: Sequence[tuple[int, ...]], pooling: Pooling, arrived: float
+) -> Vectors:
+    """Ask the workers for a vector of each prompt.
+
+    Raises:
+        EPDError: one of them failed; the others are aborted.
+    """
+    values: list[tuple[float, ...]] = []
+    prompt_tokens = 0
+    for first in range(0, len(prompts), AT_ONCE):
+        work = Work(
+            request_id=f"{request_id}-{first}",
+            prompts=tuple(prompts[first : first + AT_ONCE]),
+            sampling=SamplingParams(),
+            pooling=pooling,
+            arrived=arrived,
+            timeout_s=service.config.request_timeout,
+        )
+        part = await _one_group(service, work)
+        values += part.values
+        prompt_tokens += part.prompt_tokens
+    return Vectors(values, prompt_tokens)
+
+
+async def _one_group(service: Service, work: Work) -> Vectors:
+    generation = await service.dispatcher.start(work)
+    found: dict[int, tuple[float, ...]] = {}
+    try:
+        while not generation.done:
+            for update in await generation.next():
+                if update.finish_reason is not FinishReason.STOP or not update.pooled:
+                    raise WorkerFailed("The prefill-decode worker gave no vector.")
+                found[update.index] = update.pooled
+    finally:
+        await service.dispatcher.close(generation)
+    return Vectors([found[index] for index in range(len(work.prompts))], generation.prompt_tokens)
