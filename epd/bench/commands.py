@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from epd.bench.sizes import SIZES
+from epd.errors import ConfigError
 from epd.flags import HelpFormatter
+
+if TYPE_CHECKING:
+    from epd.bench.serve import ServeBench
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -19,6 +24,8 @@ def add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help=summary, description=_sentence(summary), formatter_class=HelpFormatter)
     benches = bench.add_subparsers(title="what to do", required=True, metavar="WHAT")
     _add_checkpoint(benches)
+    _add_serve(benches)
+    _add_compare(benches)
 
 
 def _add(benches: Any, name: str, command: Command, summary: str) -> argparse.ArgumentParser:
@@ -55,4 +62,123 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
 
     write_checkpoint(arguments.size, arguments.out, seed=arguments.seed)
     print(f"{arguments.size} written to {arguments.out}")
+    return 0
+
+
+# -- serve -----------------------------------------------------------------------------------------------------------
+
+
+def _add_serve(benches: Any) -> None:
+    parser = _add(benches, "serve", _serve, "put load on any server that speaks the OpenAI API, and time its answers")
+    parser.add_argument("--base-url", default="http://127.0.0.1:5580/v1", metavar="URL", help=_default("of the server"))
+    parser.add_argument("--model", metavar="NAME", help="model to ask (default: the first that the server lists)")
+    parser.add_argument("--api-key", metavar="KEY", help="bearer token (default: none is sent)")
+    parser.add_argument("--label", metavar="TEXT", help="what tables call the server (default: its host and port)")
+    pace = parser.add_mutually_exclusive_group()
+    pace.add_argument("--concurrency", type=int, metavar="N", help="requests at once, in a closed loop (default: 1)")
+    pace.add_argument("--rate", type=float, metavar="X", help="requests a second, arriving at random (Poisson)")
+    parser.add_argument("--num-requests", type=int, default=64, metavar="N", help=_default("requests in all"))
+    _add_workload(parser)
+    parser.add_argument("--slo-ttft-ms", type=float, metavar="X", help="a good answer begins within (default: any)")
+    parser.add_argument(
+        "--slo-tpot-ms", type=float, metavar="X", help="and takes so long a token at most (default: any)"
+    )
+    parser.add_argument("--no-ignore-eos", action="store_true", help="let the model end its answers")
+    parser.add_argument("--extra-body", default="{}", metavar="JSON", help="further fields of each request")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help=_default("seconds for one request"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, each request's too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw distributions and course there, as PNG")
+    parser.add_argument("--fail-on-error", action="store_true", help="exit with 1 when a request failed")
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mix", choices=("text", "image", "mixed"), default="text", help=_default("kinds of requests"))
+    parser.add_argument(
+        "--image-share", type=float, default=0.5, metavar="X", help=_default("of `mixed` with pictures")
+    )
+    parser.add_argument("--image-size", default="448x448", metavar="WxH", help=_default("pixels of a picture"))
+    parser.add_argument("--images-per-request", type=int, default=1, metavar="N", help=_default("pictures in one"))
+    parser.add_argument(
+        "--repeat-share",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help=_default("requests with pictures that show an earlier one's"),
+    )
+    parser.add_argument("--input-tokens", type=int, default=128, metavar="N", help=_default("tokens of text, about"))
+    parser.add_argument("--output-tokens", type=int, default=64, metavar="N", help=_default("tokens of an answer"))
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help=_default("of prompts, pictures, arrivals"))
+
+
+def _default(text: str) -> str:
+    return f"{text} (default: %(default)s)"
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from epd.bench.serve import serve_and_print
+
+    return serve_and_print(
+        _serve_bench(arguments),
+        json=arguments.json,
+        plot=arguments.plot,
+        fail_on_error=arguments.fail_on_error,
+    )
+
+
+def _serve_bench(arguments: argparse.Namespace) -> ServeBench:
+    from epd.bench.load import Pace
+    from epd.bench.serve import ServeBench
+    from epd.bench.statistics import Slo
+    from epd.bench.workload import Workload
+
+    concurrency = 1 if arguments.rate is None and arguments.concurrency is None else arguments.concurrency
+    if arguments.num_requests < 1:
+        raise ConfigError(f"--num-requests {arguments.num_requests}: want at least 1")
+    names = ("mix", "image_share", "images_per_request", "repeat_share", "input_tokens", "output_tokens", "seed")
+    return ServeBench(
+        base_url=arguments.base_url,
+        model=arguments.model,
+        api_key=arguments.api_key,
+        label=arguments.label,
+        pace=Pace(concurrency=concurrency, rate=arguments.rate),
+        num_requests=arguments.num_requests,
+        workload=Workload(**{name: getattr(arguments, name) for name in names}, image_size=_size(arguments.image_size)),
+        slo=Slo(ttft_ms=arguments.slo_ttft_ms, tpot_ms=arguments.slo_tpot_ms),
+        ignore_eos=not arguments.no_ignore_eos,
+        extra_body=_object(arguments.extra_body),
+        timeout_s=arguments.timeout,
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(width), int(height)
+    except ValueError as error:
+        raise ConfigError(f"--image-size {text}: want WIDTHxHEIGHT, such as 448x448") from error
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--extra-body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError("--extra-body: want a JSON object")
+    return value
+
+
+# -- compare ---------------------------------------------------------------------------------------------------------
+
+
+def _add_compare(benches: Any) -> None:
+    parser = _add(benches, "compare", _compare, "make one Markdown table out of the JSON files of `serve`")
+    parser.add_argument("reports", nargs="+", type=Path, metavar="FILE", help="written by `epd bench serve --json`")
+    parser.add_argument("--by-kind", action="store_true", help="rows for text and image requests of mixed loads too")
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from epd.bench.compare import compare, read_report
+
+    print(compare([read_report(path) for path in arguments.reports], by_kind=arguments.by_kind))
     return 0

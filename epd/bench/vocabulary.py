@@ -13,6 +13,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from epd.bench.words import make_word
+
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -62,14 +64,6 @@ _MAX_LEARNT = 32768
 """Larger vocabularies are filled up with tokens that no merge makes: learning 150,000 merges takes minutes."""
 _FILLER = "Ġtoken"
 """Ġ stands for the space in byte-level vocabularies."""
-# fmt: off
-_ONSETS = (
-    "b", "br", "c", "ch", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "l", "m",
-    "n", "p", "pl", "qu", "r", "s", "sh", "sl", "st", "t", "th", "tr", "v", "w", "z",
-)
-_VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "ie", "oo", "ou")
-_CODAS = ("", "", "", "b", "ck", "d", "l", "ll", "m", "n", "nd", "ng", "p", "r", "rt", "s", "st", "t", "x")
-# fmt: on
 _WORDS = 44_000
 _WORDS_PER_LINE = 100
 
@@ -107,20 +101,12 @@ def _filled(tokenizer: Tokenizer, size: int) -> Tokenizer:
 def _corpus(seed: int) -> Iterator[str]:
     """Lines of distinct words, each once with a space before and half of them also at a line's start."""
     rng = random.Random(f"vocabulary:{seed}")
-    words = list(dict.fromkeys(_word(rng) for _ in range(2 * _WORDS)))[:_WORDS]
+    words = list(
+        dict.fromkeys(make_word(rng, rng.choices((1, 2, 3), weights=(1, 5, 4))[0]) for _ in range(2 * _WORDS))
+    )[:_WORDS]
     yield "user\nassistant\nsystem\nYou are a helpful assistant."
     for start in range(0, len(words), _WORDS_PER_LINE):
         yield " ".join(words[start : start + _WORDS_PER_LINE])
-
-
-def _word(rng: random.Random) -> str:
-    count = rng.choices((1, 2, 3), weights=(1, 5, 4))[0]
-    return "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(count))
-
-
-def words(rng: random.Random, count: int) -> str:
-    """So many made-up words, separated by spaces."""
-    return " ".join(_word(rng) for _ in range(count))
 
 
 def special_ids(special_offset: int) -> dict[str, int]:
