@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_demo(commands)
     add_bench(commands)
+    commands.add_parser("rank").set_defaults(command=_rank)  # without help it is not listed: `epd pd --tp` starts it
     return parser
 
 
@@ -116,24 +118,44 @@ def _prefill_decode(arguments: argparse.Namespace) -> int:
     _prepare_worker(config)
     from workers.prefill_decode import run_prefill_decode
 
-    return _run(run_prefill_decode(config))
+    code = _run(run_prefill_decode(config))
+    if code and config.tp > 1:
+        # A thread may be left in a collective with a rank that died, and would hold up the interpreter's own end.
+        os._exit(code)
+    return code
+
+
+def _rank(_: argparse.Namespace) -> int:
+    from workers.ranks import run_rank
+
+    _quieten_transformers()
+    return run_rank(sys.stdin.buffer)
 
 
 def _prepare_worker(config: WorkerConfig) -> None:
     from epd.observability import setup_logging
 
-    setup_logging(config.worker_addr.rsplit("/", 1)[-1], config.log_level)
+    setup_logging(config.name, config.log_level)
     try:
         import torch
-        import transformers
+
+        _quieten_transformers()
     except ImportError as error:
         raise ConfigError(f"workers need torch and transformers ({error}): pip install 'epd[worker]'") from error
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device here")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    threads = config.threads
+    if threads is None and isinstance(config, PrefillDecodeConfig) and config.tp > 1:
+        threads = max(1, torch.get_num_threads() // config.tp)  # the ranks share the cores
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _quieten_transformers() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def _run(main_coroutine: Any) -> int:

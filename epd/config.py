@@ -107,6 +107,11 @@ class WorkerConfig(ProcessConfig):
     threads: int | None = option(None, "CPU threads of the model; default: one per core", minimum=1)
     drain_timeout: float = option(30.0, "seconds to finish running work after SIGTERM", minimum=0)
 
+    @property
+    def name(self) -> str:
+        """What heads the worker's log lines."""
+        return self.worker_addr.rsplit("/", 1)[-1]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(WorkerConfig):
@@ -127,6 +132,11 @@ class PrefillDecodeConfig(WorkerConfig):
         "generate",
         "what the model is served for; score: a reward model with one label; embed: embeddings, no head needed",
         choices=("generate", "score", "embed"),
+    )
+    tp: int = option(
+        1,
+        "processes that share the model, each with its part of the heads (tensor parallel); on GPUs, one each",
+        minimum=1,
     )
     max_num_seqs: int = option(64, "requests that run at once")
     max_num_batched_tokens: int | None = option(
@@ -154,6 +164,7 @@ class UpConfig(ProcessConfig):
     served_model_name: str | None = option(None, "name of the model in the API; default: --model as given")
     encoders: int = option(1, "encoder workers; 0 serves text only")
     pds: int = option(1, "prefill-decode workers")
+    tp: int = option(1, "processes that share the model of each prefill-decode worker", minimum=1)
     proxies: int = option(1, "HTTP fronts; the second listens on --port + 1, and so on")
     host: str = option("127.0.0.1", "address to serve HTTP on")
     port: int = option(5580, "port to serve HTTP on")

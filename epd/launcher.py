@@ -54,7 +54,7 @@ def plan_cluster(config: UpConfig, folder: Path) -> list[ChildSpec]:
     pds = [str(folder / f"prefill_decode_{i}") for i in range(config.pds)]
     worker = _flags(config, "model", "load_format", "device", "dtype", "log_level")
     worker += ("--threads", str(config.threads or _threads_per_worker(config)))
-    generate = worker + _flags(config, "task", "max_model_len", "kv_cache_memory_bytes")
+    generate = worker + _flags(config, "task", "max_model_len", "kv_cache_memory_bytes", "tp")
     plan = [ChildSpec(Path(a).name, ("encoder", "--worker-addr", a, *worker)) for a in encoders]
     plan += [ChildSpec(Path(a).name, ("pd", "--worker-addr", a, *generate)) for a in pds]
     return plan + [_plan_proxy(config, folder, i, encoders, pds) for i in range(config.proxies)]
@@ -64,7 +64,7 @@ def _threads_per_worker(config: UpConfig) -> int:
     """So many that the workers of one role share the cores. More threads than cores wait for each other in every
     matrix product: four workers of two threads each on two cores took eight times as long as with one each."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, cores // max(config.encoders, config.pds))
+    return max(1, cores // max(config.encoders, config.pds * config.tp))
 
 
 def _plan_proxy(config: UpConfig, folder: Path, index: int, encoders: list[str], pds: list[str]) -> ChildSpec:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 from epd.errors import ConfigError
 from epd.types import WorkerTask
@@ -71,6 +72,7 @@ def load_language_part(
     attn_implementation: str | None = None,
     task: WorkerTask = WorkerTask.GENERATE,
     load_format: str = "auto",
+    num_ranks: int = 1,
 ) -> PreTrainedModel:
     """The language model without its vision tower, in eval mode.
 
@@ -81,6 +83,8 @@ def load_language_part(
         attn_implementation: name in transformers' attention interface; None for its default.
         task: decides which head it has.
         load_format: "auto" for the checkpoint's weights, "dummy" for random ones without looking for files.
+        num_ranks: of the default process group that share the weights by the family's tensor parallel plan. All of
+            them make this call.
 
     Returns:
         The class that `model_class` says. `get_decoder()`, `get_input_embeddings()` and `get_output_embeddings()` work;
@@ -91,7 +95,9 @@ def load_language_part(
     """
     config = load_config(path)
     dropped = _parts(config).vision if is_multimodal(config) else ()
-    return _load(path, config, model_class(config, task), dropped, dtype, device, attn_implementation, load_format)
+    return _load(
+        path, config, model_class(config, task), dropped, dtype, device, attn_implementation, load_format, num_ranks
+    )
 
 
 def load_vision_part(
@@ -169,13 +175,18 @@ def _load(
     device: str | torch.device,
     attn_implementation: str | None,
     load_format: str,
+    num_ranks: int = 1,
 ) -> PreTrainedModel:
     partial_class = _without(whole_class, dropped)
+    if load_format == "dummy" and num_ranks > 1:
+        raise ConfigError("--load-format dummy makes the weights of one process; leave out --tp")
     if load_format == "dummy":
         log.warning("random weights for %s: answers mean nothing", architecture(config))
         dummy = dummy_weights.build(partial_class, config, dtype, device, attn_implementation)
         return dummy.eval().requires_grad_(False)
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if num_ranks > 1:
+        kwargs["distributed_config"] = DistributedConfig(tp_size=num_ranks)
     try:
         model, info = partial_class.from_pretrained(
             path, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **kwargs

@@ -40,6 +40,7 @@ from workers.engine.engine import Engine, StepOutput
 from workers.engine.request import ImagePlaceholder
 from workers.engine_thread import EngineThread
 from workers.outbox import Outbox
+from workers.ranks import Ranks
 from workers.runtime import Send, WorkerRuntime
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,11 @@ class PrefillDecodeService:
         is_done = asyncio.Event()
         self._engine.ask(Engine.warm_up, lambda _: is_done.set())
         await is_done.wait()
+
+    def fail(self, reason: str) -> None:
+        """Answer all requests and set `crashed`: something that the engine can't do without has gone."""
+        log.error("%s; the worker can't go on without it", reason)
+        self._engine_crashed()
 
     # -- Service ---------------------------------------------------------------------------------------------------
 
@@ -247,6 +253,8 @@ class PrefillDecodeService:
     # -- answers ---------------------------------------------------------------------------------------------------
 
     def _deliver(self, outputs: Sequence[StepOutput]) -> None:
+        if self._crashed.is_set():  # all were answered; a step was still under way
+            return
         for output in outputs:
             self._answer(
                 TokenOutput(
@@ -316,7 +324,17 @@ async def run_prefill_decode(config: PrefillDecodeConfig) -> int:
     Raises:
         ConfigError: checkpoint, address or settings cannot work.
     """
-    engine = Engine.from_checkpoint(_engine_config(config))
+    settings = _engine_config(config)
+    ranks = Ranks(config.tp)
+    try:
+        threads = torch.get_num_threads()
+        group = ranks.start(settings, name=config.name, log_level=config.log_level, threads=threads)
+        return await _run(config, Engine.from_checkpoint(settings, group=group), ranks)
+    finally:
+        ranks.stop()
+
+
+async def _run(config: PrefillDecodeConfig, engine: Engine, ranks: Ranks) -> int:
     runtime = WorkerRuntime(
         config,
         role=WorkerRole.PREFILL_DECODE,
@@ -330,6 +348,8 @@ async def run_prefill_decode(config: PrefillDecodeConfig) -> int:
     service = PrefillDecodeService(
         engine, runtime.send, max_requests=config.max_num_seqs + config.max_waiting, crashed=crashed
     )
+    loop = asyncio.get_running_loop()
+    ranks.died = lambda reason: loop.call_soon_threadsafe(service.fail, reason)
     watch = asyncio.create_task(_shut_down_on_crash(crashed, runtime))
     try:
         await service.warm_up()

@@ -36,6 +36,7 @@ from workers.engine.model_runner import Runner
 from workers.engine.request import Clock, EngineRequest, ImagePlaceholder, RequestStatus
 from workers.engine.sampler import SamplingRow
 from workers.engine.scheduler import ScheduledChunk, Scheduler
+from workers.engine.tensor_parallel import ParallelGroup
 
 log = logging.getLogger(__name__)
 
@@ -115,13 +116,20 @@ class Engine:
         self._outputs: list[StepOutput] = []
 
     @classmethod
-    def from_checkpoint(cls, config: EngineConfig, *, clock: Clock = time.monotonic) -> Engine:
+    def from_checkpoint(
+        cls, config: EngineConfig, *, group: ParallelGroup | None = None, clock: Clock = time.monotonic
+    ) -> Engine:
         """Load a model and allocate its KV cache.
+
+        Args:
+            config: of model and limits.
+            group: the ranks that share the model, of which this is the first; None: it is this process's alone.
+            clock: as for the constructor.
 
         Raises:
             ConfigError: checkpoint or settings cannot work.
         """
-        loaded = model_loader.load(config)
+        loaded = model_loader.load(config, group)
         kv_cache = KVCacheManager(loaded.num_blocks, loaded.block_size, prefix_caching=config.enable_prefix_caching)
         scheduler = Scheduler(
             kv_cache,

@@ -17,10 +17,11 @@ from workers.engine.adapter import PlainPositions, make_adapter
 from workers.engine.attention import AttentionBackend
 from workers.engine.attention_sdpa import SdpaBackend
 from workers.engine.config import EngineConfig
-from workers.engine.forward import LocalForward
+from workers.engine.forward import Forward, LocalForward
 from workers.engine.language_model import LanguageModel
 from workers.engine.model_runner import ModelRunner
 from workers.engine.paged_kv import KVShape, PagedKVCache, num_blocks_for
+from workers.engine.tensor_parallel import LeadingForward, ParallelGroup
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +44,26 @@ class LoadedModel:
     """A model that is ready to run, and the sizes that were decided on the way."""
 
     runner: ModelRunner
+    forward: Forward
+    """What `runner` runs steps by."""
     info: ModelInfo
     num_blocks: int
     block_size: int
     max_num_batched_tokens: int
 
 
-def load(config: EngineConfig) -> LoadedModel:
+def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedModel:
     """Load the language part and allocate the KV cache.
+
+    Args:
+        config: the same on every rank.
+        group: the ranks that share the model, all of which make this call; None: it is this process's alone.
 
     Raises:
         ConfigError: the checkpoint is not covered or not complete, or memory does not suffice.
     """
-    device = _device(config.device)
+    device = _device(config.device) if group is None else group.device
+    num_ranks = 1 if group is None else group.size
     attention.register()
     checkpoint = model_parts.load_config(config.model)
     coverage.check_class(model_tasks.model_class(checkpoint, config.task), checkpoint)
@@ -66,6 +74,7 @@ def load(config: EngineConfig) -> LoadedModel:
         attn_implementation=attention.ATTENTION_NAME,
         task=config.task,
         load_format=config.load_format,
+        num_ranks=num_ranks,
     )
     text_config = model.config.get_text_config()
     on_gpu = device.type == "cuda"
@@ -74,7 +83,7 @@ def load(config: EngineConfig) -> LoadedModel:
     block_size = config.block_size or (attention_varlen.PAGE_SIZE_MULTIPLE if paged_kernel else 16)
     context = config.max_model_len or text_config.max_position_embeddings
     coverage.check_context(model.config, context)
-    shape = KVShape.of(text_config, model.dtype)
+    shape = KVShape.of(text_config, model.dtype).share_of(num_ranks)
     coverage.check_layers(model, make_adapter(model, model.config), shape)
     num_blocks = num_blocks_for(
         shape,
@@ -85,12 +94,16 @@ def load(config: EngineConfig) -> LoadedModel:
         reserved_bytes=_activation_bytes(text_config, model.dtype, batched_tokens, config.max_num_seqs),
         max_useful_tokens=config.max_num_seqs * context,
     )
+    if group is not None:
+        num_blocks = group.agree_on_smallest(num_blocks)
     info = _model_info(model, config, text_config, _fitting_context(config, context, num_blocks * block_size))
     backend_class: type[AttentionBackend] = attention_varlen.VarlenBackend if paged_kernel else SdpaBackend
     backend = backend_class(PagedKVCache(shape, num_blocks, block_size, device), device)
-    forward = LocalForward(LanguageModel(model, info.adapter), backend)
+    forward: Forward = LocalForward(LanguageModel(model, info.adapter), backend)
+    if group is not None and group.send is not None:
+        forward = LeadingForward(forward, group.send)
     runner = ModelRunner(forward, info.adapter, device)
-    return LoadedModel(runner, info, num_blocks, block_size, batched_tokens)
+    return LoadedModel(runner, forward, info, num_blocks, block_size, batched_tokens)
 
 
 def _device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,10 @@ class KVShape:
             head_dim=getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads,
             dtype=dtype,
         )
+
+    def share_of(self, num_ranks: int) -> KVShape:
+        """What one of several ranks keeps: its part of the heads. The number divides evenly."""
+        return replace(self, num_kv_heads=self.num_kv_heads // num_ranks)
 
     @property
     def bytes_per_token(self) -> int:
