@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from epd.errors import ErrorInfo
-from epd.types import FinishReason, Pooling, SamplingParams, WorkerRole, WorkerState, WorkerTask
+from epd.types import FinishReason, Pooling, SamplingParams, TokenLogprobs, WorkerRole, WorkerState, WorkerTask
 
 PROTOCOL_VERSION = 1
 """Raised when an old peer could misread a new message. Peers of different versions refuse each other."""
@@ -206,17 +206,6 @@ class EmbeddingsReply(Message, frozen=True, kw_only=True):
 
     content_key: str
     error: ErrorInfo | None = None
-
-
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log probabilities at one position, of the model's distribution before temperature, penalties and masks."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    """1 for the most likely token."""
-    top: tuple[tuple[int, float], ...] = ()
-    """(token, log probability) of the most likely ones, best first."""
 
 
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):

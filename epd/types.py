@@ -151,3 +151,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """The same for the tokens of the prompt."""
     grammar: Grammar | None = None
     """The answer follows it; None: free text."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities at one position, of the model's distribution before temperature, penalties and masks."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token, log probability) of the most likely ones, best first."""

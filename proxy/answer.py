@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from msgspec import UNSET, UnsetType
 
-from epd.messages import TokenLogprobs
-from epd.types import FinishReason
+from epd.types import FinishReason, TokenLogprobs
 from proxy.tokenizer import Detokenizer, StopChecker, Tokenizer
 from proxy.work import Update
 

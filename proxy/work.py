@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from epd.messages import TokenLogprobs
-from epd.types import FinishReason, Pooling, SamplingParams
+from epd.types import FinishReason, Pooling, SamplingParams, TokenLogprobs
 from proxy.media import LoadedImage
 
 

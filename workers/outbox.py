@@ -70,4 +70,6 @@ def merge(earlier: TokenOutput, later: TokenOutput) -> TokenOutput:
         prompt_tokens=earlier.prompt_tokens or later.prompt_tokens,
         cached_tokens=earlier.cached_tokens or later.cached_tokens,
         missing_keys=earlier.missing_keys + later.missing_keys,
+        logprobs=earlier.logprobs + later.logprobs,
+        prompt_logprobs=earlier.prompt_logprobs or later.prompt_logprobs,
     )

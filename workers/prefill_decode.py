@@ -13,6 +13,7 @@ import contextlib
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
@@ -34,9 +35,10 @@ from epd.messages import (
     TokenOutput,
 )
 from epd.observability import Stage, StageRecorder
-from epd.types import FinishReason, WorkerRole, WorkerTask
+from epd.types import FinishReason, Grammar, WorkerRole, WorkerTask
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine, StepOutput
+from workers.engine.grammar import GrammarCompiler
 from workers.engine.request import ImagePlaceholder
 from workers.engine_thread import EngineThread
 from workers.outbox import Outbox
@@ -67,7 +69,7 @@ class PrefillDecodeService:
     """Implements `workers.runtime.Service` around an engine.
 
     Args:
-        engine: not touched by anyone else from now on.
+        engine: not touched by anyone else from now on, but for compiling grammars.
         send: answers a peer.
         max_requests: running and waiting ones together; more are refused as overloaded.
         crashed: called once when the engine can't go on, after all requests were answered.
@@ -77,6 +79,10 @@ class PrefillDecodeService:
         self._send = send
         self._max_requests = max_requests
         self._crashed = crashed
+        self._grammars = engine.grammars
+        self._compile_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self._compiling: dict[str, asyncio.Task[None]] = {}
+        """Requests that the engine does not know yet, by engine id."""
         self._engine = EngineThread(engine, self._deliver, self._engine_crashed)
         self._accepted: dict[str, _Accepted] = {}
         self._engine_ids: dict[tuple[bytes, str], str] = {}
@@ -136,6 +142,9 @@ class PrefillDecodeService:
     async def stop(self) -> None:
         """End the engine's thread, and answer the requests that it leaves behind."""
         self._is_draining = True
+        for task in self._compiling.values():
+            task.cancel()
+        self._compile_thread.shutdown(wait=False, cancel_futures=True)
         await self._engine.stop()
         self._fail_all(NoWorker("The prefill-decode worker is shutting down."))
         with contextlib.suppress(TimeoutError):
@@ -182,6 +191,32 @@ class PrefillDecodeService:
         self._accepted[engine_id] = _Accepted(peer, message.request_id)
         self._engine_ids[peer, message.request_id] = engine_id
         self._idle.clear()
+        if message.sampling.grammar is None or self._grammars is None:
+            self._add(engine_id, message)
+        else:
+            task = asyncio.create_task(self._compile(self._grammars, engine_id, message, message.sampling.grammar))
+            self._compiling[engine_id] = task
+
+    async def _compile(
+        self, grammars: GrammarCompiler, engine_id: str, message: GenerateRequest, grammar: Grammar
+    ) -> None:
+        """Have the grammar compiled on a thread of its own, so that no step waits for it, then add the request."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        try:
+            await loop.run_in_executor(self._compile_thread, grammars.compile, grammar)
+        except EPDError as error:
+            self._added(engine_id, error.to_info())
+        except Exception:  # the edge of a library that reads what strangers wrote
+            log.exception("a grammar of %d characters can't be compiled", len(grammar.text))
+            self._added(engine_id, InternalError("The grammar can't be compiled.").to_info())
+        else:
+            left_s = message.timeout_s - (loop.time() - started)
+            self._add(engine_id, msgspec.structs.replace(message, timeout_s=left_s))
+        finally:
+            self._compiling.pop(engine_id, None)
+
+    def _add(self, engine_id: str, message: GenerateRequest) -> None:
         expected = {slot.content_key for slot in message.images if slot.expect_cached}
         missing: list[str] = []
 
@@ -229,7 +264,11 @@ class PrefillDecodeService:
 
     def _abort(self, engine_ids: Iterable[str]) -> None:
         for engine_id in engine_ids:
-            self._engine.submit(methodcaller("abort", engine_id))
+            if engine_id in self._compiling:  # the engine does not know it yet, and never will
+                self._compiling.pop(engine_id).cancel()
+                self._answer(TokenOutput(request_id=engine_id, finish_reason=FinishReason.ABORT))
+            else:
+                self._engine.submit(methodcaller("abort", engine_id))
 
     def _take_embeddings(self, peer: bytes, message: Embeddings, buffer: memoryview) -> None:
         self._arriving_bytes += buffer.nbytes
@@ -265,6 +304,8 @@ class PrefillDecodeService:
                     error=output.error,
                     prompt_tokens=output.prompt_tokens,
                     cached_tokens=output.cached_tokens,
+                    logprobs=output.logprobs,
+                    prompt_logprobs=output.prompt_logprobs,
                     pooled=output.pooled,
                     timings_ms=output.timings_ms,
                 )

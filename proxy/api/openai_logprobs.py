@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from epd.messages import TokenLogprobs
+from epd.types import TokenLogprobs
 from proxy.answer import ShownToken
 from proxy.api.openai_responses import (
     ChatLogprobs,

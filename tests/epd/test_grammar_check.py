@@ -22,6 +22,8 @@ LARK = 'start: greeting "!"\ngreeting: "hello" | "good" " "+ "day"'
         ("json_schema", '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'),
         ("json_schema", '{"anyOf": [{"type": "string", "format": "date"}, {"$ref": "#/$defs/x"}], "$defs": {"x": {}}}'),
         ("regex", r"^\d{3}-[a-z]+$"),
+        ("regex", ""),
+        ("regex", 'a/b\n"c"'),
         ("choice", json.dumps(["yes", "no", 'a "quoted" \\ one', "zwölf\n", "\x07"])),
         ("ebnf", GBNF),
         ("ebnf", LARK),

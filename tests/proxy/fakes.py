@@ -23,13 +23,12 @@ from epd.messages import (
     Refusal,
     StageStats,
     TokenBatch,
-    TokenLogprobs,
     TokenOutput,
     Welcome,
     WorkerInfo,
 )
 from epd.transport import PeerGone, Router, endpoint
-from epd.types import FinishReason, WorkerRole, WorkerState, WorkerTask
+from epd.types import FinishReason, TokenLogprobs, WorkerRole, WorkerState, WorkerTask
 
 
 @dataclass

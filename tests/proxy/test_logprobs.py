@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from epd.messages import TokenLogprobs
-from epd.types import FinishReason
+from epd.types import FinishReason, TokenLogprobs
 from proxy.answer import Answer, TextOptions
 from proxy.tokenizer import Tokenizer
 from proxy.work import Update

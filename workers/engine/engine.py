@@ -25,16 +25,18 @@ from epd.errors import (
     InvalidRequest,
 )
 from epd.tasks import check_task
-from epd.types import FinishReason, Pooling, PoolingKind, SamplingParams, WorkerTask
-from workers.engine import model_loader
+from epd.types import FinishReason, Pooling, PoolingKind, SamplingParams, TokenLogprobs, WorkerTask
+from workers.engine import grammar, logits_state, model_loader
 from workers.engine.config import EngineConfig
 from workers.engine.deadlines import Deadlines
 from workers.engine.embeddings import EmbeddingStore, ImageEmbeddings, expand_prompt
+from workers.engine.grammar import GrammarCompiler, GrammarMatcher
 from workers.engine.kv_cache_manager import KVCacheManager
+from workers.engine.logits_state import LogitsState
 from workers.engine.model_loader import ModelInfo
 from workers.engine.model_runner import Runner
 from workers.engine.request import Clock, EngineRequest, ImagePlaceholder, RequestStatus
-from workers.engine.sampler import SamplingRow
+from workers.engine.sampler import NOTHING, Sampled, SamplingRow
 from workers.engine.scheduler import ScheduledChunk, Scheduler
 from workers.engine.tensor_parallel import ParallelGroup
 
@@ -60,6 +62,8 @@ class StepOutput:
     error: ErrorInfo | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     pooled: tuple[float, ...] = ()
     timings_ms: dict[str, float] = field(default_factory=dict)
 
@@ -91,6 +95,7 @@ class Engine:
         scheduler: Scheduler,
         store: EmbeddingStore,
         *,
+        grammars: GrammarCompiler | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         """Put parts together; `from_checkpoint` is the usual way.
@@ -101,9 +106,12 @@ class Engine:
             kv_cache: block tables for the cache that `runner` writes to.
             scheduler: works on `kv_cache`.
             store: for image embeddings.
+            grammars: for the vocabulary of the model; None: requests with a grammar are refused.
             clock: monotonic seconds, for deadlines and stage durations.
         """
         self.info = info
+        self.grammars = grammars
+        """May be used from any thread: what is compiled there costs the engine's nothing."""
         self._runner = runner
         self._kv_cache = kv_cache
         self._scheduler = scheduler
@@ -143,7 +151,7 @@ class Engine:
             "KV cache: %d tokens in blocks of %d; %.1f requests of the full context of %d tokens fit at once",
             tokens, loaded.block_size, tokens / loaded.info.max_model_len, loaded.info.max_model_len,
         )  # fmt: skip
-        return cls(loaded.runner, loaded.info, kv_cache, scheduler, store, clock=clock)
+        return cls(loaded.runner, loaded.info, kv_cache, scheduler, store, grammars=loaded.runner.grammars, clock=clock)
 
     # -- input -----------------------------------------------------------------------------------------------------
 
@@ -171,6 +179,7 @@ class Engine:
 
         Raises:
             InvalidRequest: the id is in use, the time is NaN, or prompt, pictures or pooling cannot be for this model.
+            InvalidRequest: the grammar can't be followed.
             ContextLengthExceeded: prompt and `max_tokens` do not fit, even with pictures of one token.
             Overloaded: too many requests wait. In all these cases the request gets no output.
         """
@@ -188,6 +197,7 @@ class Engine:
             clock=self._clock,
         )
         request.ending_token_ids = self._ending_token_ids(sampling)
+        request.matcher = self._matcher(sampling)
         self._scheduler.add(request)
         self._requests[request_id] = request
         self._deadlines.add(request)
@@ -251,8 +261,8 @@ class Engine:
         self._expire()
         chunks = self._scheduler.schedule()
         if chunks:
-            for request, token in self._compute(chunks):
-                self._accept(request, token)
+            for request, sampled in self._compute(chunks):
+                self._accept(request, sampled)
             self._finish_pooled(chunks)
         outputs, self._outputs = self._outputs, []
         return outputs
@@ -284,7 +294,7 @@ class Engine:
             for start, length in ((0, 2), (2, 1)) if pooling is None else ((0, 2),):
                 chunk = ScheduledChunk(request, start, length, table)
                 rows = [_sampling_row(request)] if chunk.samples else []
-                request.token_ids += self._runner.run([chunk], rows)
+                request.token_ids += [sampled.token_id for sampled in self._runner.run([chunk], rows)]
         finally:
             self._runner.remove(_WARM_UP_ID)
             self._kv_cache.free(_WARM_UP_ID)
@@ -338,11 +348,19 @@ class Engine:
             if num_prompt_tokens > limit:
                 raise ContextLengthExceeded.of(limit=limit, prompt=num_prompt_tokens, completion=None)
             return 0
-        if sampling.max_tokens is not None and sampling.max_tokens < 1:
-            raise InvalidRequest("max_tokens must be at least 1.", param="max_tokens")
-        if num_prompt_tokens + (sampling.max_tokens or 1) > limit:
+        if sampling.max_tokens is not None and sampling.max_tokens < 0:
+            raise InvalidRequest("max_tokens must not be negative.", param="max_tokens")
+        wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
+        if num_prompt_tokens + wanted > limit:
             raise ContextLengthExceeded.of(limit=limit, prompt=num_prompt_tokens, completion=sampling.max_tokens)
-        return sampling.max_tokens or limit - num_prompt_tokens
+        return limit - num_prompt_tokens if sampling.max_tokens is None else sampling.max_tokens
+
+    def _matcher(self, sampling: SamplingParams) -> GrammarMatcher | None:
+        if sampling.grammar is None:
+            return None
+        if self.grammars is None:
+            raise grammar.unusable("the model's checkpoint has no tokenizer.json.")
+        return self.grammars.matcher(sampling.grammar)
 
     def _ending_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
         eos = frozenset() if sampling.ignore_eos else self.info.eos_token_ids
@@ -373,6 +391,7 @@ class Engine:
             spans = expand_prompt(request, embeddings)
             self._scheduler.check_atomic_spans(request)
             request.max_tokens = self._max_tokens(request.num_prompt_tokens, request.sampling, request.pooling)
+            self._add_logits_state(request)
             placed = [(span.offset, embeddings[span.content_key]) for span in spans]
             self._runner.add(request.request_id, request.token_ids, placed)
         except EPDError as error:
@@ -384,6 +403,16 @@ class Engine:
             return
         if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS:
             self._scheduler.embeddings_complete(request)
+
+    def _add_logits_state(self, request: EngineRequest) -> None:
+        if request.pooling is None and logits_state.is_needed(request.sampling):
+            request.logits_state = LogitsState(
+                request.sampling,
+                request.token_ids,
+                ending=request.ending_token_ids,
+                vocab_size=self.info.vocab_size,
+                matcher=request.matcher,
+            )
 
     def _deadline_in(self, timeout_s: float | None) -> float | None:
         if timeout_s is None:
@@ -399,13 +428,13 @@ class Engine:
             error = DeadlineExceeded(f"The request's time ran out while it waited for {waited_for}.")
             self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
 
-    def _compute(self, chunks: list[ScheduledChunk]) -> list[tuple[EngineRequest, int]]:
+    def _compute(self, chunks: list[ScheduledChunk]) -> list[tuple[EngineRequest, Sampled]]:
         """Run the step. Returns new tokens by request, without those that the model fails on, which end."""
         try:
             return self._run(chunks)
         except Exception:  # the step's edge: whatever the model throws, memory included
             log.exception("a step of %d requests failed; trying them one by one", len(chunks))
-        pairs: list[tuple[EngineRequest, int]] = []
+        pairs: list[tuple[EngineRequest, Sampled]] = []
         is_well = True
         for chunk in chunks:
             try:
@@ -420,7 +449,7 @@ class Engine:
             self.warm_up()
         return pairs
 
-    def _run(self, chunks: list[ScheduledChunk]) -> list[tuple[EngineRequest, int]]:
+    def _run(self, chunks: list[ScheduledChunk]) -> list[tuple[EngineRequest, Sampled]]:
         sampled = [chunk.request for chunk in chunks if chunk.samples]
         tokens = self._runner.run(chunks, [_sampling_row(request) for request in sampled])
         pairs = list(zip(sampled, tokens, strict=True))
@@ -435,12 +464,23 @@ class Engine:
                 pooled = self._runner.pooled(request.request_id)
                 self._finish(request, RequestStatus.FINISHED_STOPPED, pooled=pooled)
 
-    def _accept(self, request: EngineRequest, token: int) -> None:
+    def _accept(self, request: EngineRequest, sampled: Sampled) -> None:
+        token, state = sampled.token_id, request.logits_state
+        if request.max_tokens == 0:  # all that was asked for is the prompt
+            self._finish(request, RequestStatus.FINISHED_LENGTH)
+            return
+        if token == NOTHING:  # everything is masked: the answer can't go on, and there is no end to choose
+            self._stop(request, state)
+            return
         request.append(token)
+        if state is not None:
+            state.advance()
         if token in request.ending_token_ids:
-            self._finish(request, RequestStatus.FINISHED_STOPPED, token_ids=(token,), stop_token_id=token)
+            self._stop(request, state, sampled, stop_token_id=token)
+        elif state is not None and state.is_complete:  # without asking the model for an end
+            self._stop(request, state, sampled)
         elif request.num_output_tokens >= request.max_tokens:
-            self._finish(request, RequestStatus.FINISHED_LENGTH, token_ids=(token,))
+            self._finish(request, RequestStatus.FINISHED_LENGTH, sampled=sampled)
         else:
             is_first = request.num_output_tokens == 1
             self._outputs.append(
@@ -449,8 +489,32 @@ class Engine:
                     (token,),
                     prompt_tokens=request.num_prompt_tokens if is_first else 0,
                     cached_tokens=(request.num_cached_tokens or 0) if is_first else 0,
+                    logprobs=_logprobs(sampled),
+                    prompt_logprobs=self._prompt_logprobs(request),
                 )
             )
+
+    def _stop(
+        self,
+        request: EngineRequest,
+        state: LogitsState | None,
+        sampled: Sampled | None = None,
+        stop_token_id: int | None = None,
+    ) -> None:
+        """End an answer that is whole, or whose grammar failed: that looks the same to the sampler."""
+        reason = None if state is None or state.matcher is None else state.matcher.error
+        if reason is None:
+            self._finish(request, RequestStatus.FINISHED_STOPPED, sampled=sampled, stop_token_id=stop_token_id)
+        else:
+            self._finish(request, RequestStatus.FINISHED_ERROR, error=grammar.unusable(reason))
+
+    def _prompt_logprobs(self, request: EngineRequest) -> tuple[TokenLogprobs | None, ...]:
+        """With the first output of a request that asks for them; () with all others."""
+        if request.sampling.prompt_logprobs is None:
+            return ()
+        known = self._runner.prompt_logprobs(request.request_id)
+        # Less than all when the request ends before its prompt was computed.
+        return (None, *known) if known is not None and len(known) == request.num_prompt_tokens - 1 else ()
 
     def _finish(
         self,
@@ -458,11 +522,12 @@ class Engine:
         status: RequestStatus,
         *,
         error: EPDError | None = None,
-        token_ids: tuple[int, ...] = (),
+        sampled: Sampled | None = None,
         stop_token_id: int | None = None,
         pooled: tuple[float, ...] = (),
     ) -> None:
         """Free everything that a request holds and queue its terminal output: the only place where requests end."""
+        prompt_logprobs = self._prompt_logprobs(request)
         self._scheduler.finish(request, status)
         self._runner.remove(request.request_id)
         for image in request.images:
@@ -472,12 +537,14 @@ class Engine:
         self._outputs.append(
             StepOutput(
                 request.request_id,
-                token_ids,
+                () if sampled is None else (sampled.token_id,),
                 finish_reason=request.finish_reason,
                 stop_token_id=stop_token_id,
                 error=None if error is None else error.to_info(),
                 prompt_tokens=request.num_prompt_tokens,
                 cached_tokens=request.num_cached_tokens or 0,
+                logprobs=_logprobs(sampled),
+                prompt_logprobs=prompt_logprobs,
                 pooled=pooled,
                 timings_ms=request.timings_ms(),
             )
@@ -488,7 +555,9 @@ def _model_failed() -> InternalError:
     return InternalError("The model failed while it worked on this request.")
 
 
+def _logprobs(sampled: Sampled | None) -> tuple[TokenLogprobs, ...]:
+    return () if sampled is None or sampled.logprobs is None else (sampled.logprobs,)
+
+
 def _sampling_row(request: EngineRequest) -> SamplingRow:
-    too_early = request.num_output_tokens < request.sampling.min_tokens
-    forbidden = tuple(request.ending_token_ids) if too_early else ()
-    return SamplingRow(request.sampling, request.num_tokens, forbidden)
+    return SamplingRow(request.sampling, request.num_tokens, request.logits_state)

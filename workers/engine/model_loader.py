@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from workers.engine.attention import AttentionBackend
 from workers.engine.attention_sdpa import SdpaBackend
 from workers.engine.config import EngineConfig
 from workers.engine.forward import Forward, LocalForward
+from workers.engine.grammar import GrammarCompiler
 from workers.engine.language_model import LanguageModel
 from workers.engine.model_runner import ModelRunner
 from workers.engine.paged_kv import KVShape, PagedKVCache, num_blocks_for
@@ -102,7 +104,7 @@ def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedMode
     forward: Forward = LocalForward(LanguageModel(model, info.adapter), backend)
     if group is not None and group.send is not None:
         forward = LeadingForward(forward, group.send)
-    runner = ModelRunner(forward, info.adapter, device)
+    runner = ModelRunner(forward, info.adapter, device, _grammars(config, info))
     return LoadedModel(runner, forward, info, num_blocks, block_size, batched_tokens)
 
 
@@ -155,6 +157,17 @@ def _model_info(model: PreTrainedModel, config: EngineConfig, text_config: Any, 
         adapter=make_adapter(model, model.config),
         task=config.task,
     )
+
+
+def _grammars(config: EngineConfig, info: ModelInfo) -> GrammarCompiler | None:
+    tokenizer = Path(config.model) / "tokenizer.json"
+    if info.task is not WorkerTask.GENERATE or not tokenizer.is_file():
+        return None
+    try:
+        return GrammarCompiler(tokenizer, info.vocab_size, info.eos_token_ids, torch.get_num_threads())
+    except ValueError as error:
+        log.warning("requests with a grammar will be refused: %s can't be used: %s", tokenizer, error)
+        return None
 
 
 def _eos_token_ids(path: str, text_config: Any) -> frozenset[int]:

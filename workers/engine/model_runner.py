@@ -7,11 +7,14 @@ from typing import Protocol
 
 import torch
 
+from epd.types import TokenLogprobs
 from workers.engine import step_inputs
 from workers.engine.adapter import PlacedImage, PlainPositions
 from workers.engine.forward import Forward
+from workers.engine.grammar import GrammarCompiler
+from workers.engine.logprobs import PromptLogprobs
 from workers.engine.pooling import Pooler
-from workers.engine.sampler import SamplingRow, sample
+from workers.engine.sampler import Sampled, SamplingRow, sample
 from workers.engine.scheduler import ScheduledChunk
 from workers.engine.step_inputs import PlacedPrompt
 from workers.engine.transfer import to_device
@@ -26,11 +29,14 @@ class Runner(Protocol):
     def remove(self, request_id: str) -> None:
         """Forget a request, if known."""
 
-    def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[int]:
+    def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[Sampled]:
         """Compute a step: one token for each chunk that `samples`, in order; `rows` belongs to those.
 
         May raise anything. The same chunks, or some of them, may then be run again.
         """
+
+    def prompt_logprobs(self, request_id: str) -> tuple[TokenLogprobs, ...] | None:
+        """Those of tokens 1, 2, … of a request's prompt, as far as it is computed; None: not asked for, or taken."""
 
     def pooled(self, request_id: str) -> tuple[float, ...]:
         """The vector of a request with pooling, after the step that computed the last token of its prompt."""
@@ -39,12 +45,20 @@ class Runner(Protocol):
 class ModelRunner:
     """Turns what the scheduler decided into steps of a model, and their logits into tokens."""
 
-    def __init__(self, forward: Forward, adapter: PlainPositions, device: torch.device) -> None:
-        """Run steps by `forward`, on `device`; `adapter` is that of the model."""
+    def __init__(
+        self,
+        forward: Forward,
+        adapter: PlainPositions,
+        device: torch.device,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
+        """Run steps by `forward`, on `device`; `adapter` and `grammars` are those of the model."""
         self._forward = forward
         self._adapter = adapter
         self._device = device
         self._prompts: dict[str, PlacedPrompt] = {}
+        self.grammars = grammars
+        self._prompt_logprobs = PromptLogprobs(forward.logits)
         self._pooler = Pooler(forward.logits)
 
     def add(self, request_id: str, token_ids: Sequence[int], images: Sequence[PlacedImage]) -> None:
@@ -55,29 +69,27 @@ class ModelRunner:
         """See `Runner`."""
         self._prompts.pop(request_id, None)
         self._pooler.remove(request_id)
+        self._prompt_logprobs.remove(request_id)
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[int]:
+    def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[Sampled]:
         """See `Runner`."""
         inputs = step_inputs.build(chunks, self._prompts, self._adapter.num_axes)
         hidden = self._forward.hidden(inputs)
         pools = self._pooler.compute(chunks, hidden)
-        tokens: list[int] = []
+        prompts = self._prompt_logprobs.compute(chunks, hidden)
+        tokens: list[Sampled] = []
         if rows:
             (wanted,) = to_device([inputs.wanted], self._device)
-            tokens = _sample(self._forward.logits(hidden.index_select(0, wanted)), rows)
+            tokens = sample(self._forward.logits(hidden.index_select(0, wanted)), rows, self.grammars)
+        self._prompt_logprobs.keep(prompts)
         self._pooler.keep(pools)  # last: a step that fails is run again
         return tokens
+
+    def prompt_logprobs(self, request_id: str) -> tuple[TokenLogprobs, ...] | None:
+        """See `Runner`."""
+        return self._prompt_logprobs.take(request_id)
 
     def pooled(self, request_id: str) -> tuple[float, ...]:
         """See `Runner`."""
         return self._pooler.result(request_id)
-
-
-def _sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """As `sample`. Raises ArithmeticError when the model's values overflowed, instead of answering nonsense."""
-    tokens = sample(logits, rows)
-    # Looking at the chosen ones suffices: NaN compares as the largest.
-    if bool(logits[range(len(tokens)), tokens].isnan().any()):
-        raise ArithmeticError("the model computed NaN; another --dtype may help, such as bfloat16")
-    return tokens

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from epd.types import FinishReason, Pooling, PoolingKind, SamplingParams
+from workers.engine.grammar import GrammarMatcher
+from workers.engine.logits_state import LogitsState
 
 Clock = Callable[[], float]
 """Seconds of a monotonic clock."""
@@ -115,6 +117,11 @@ class EngineRequest:
         """Set by the engine once the expanded prompt's length is known."""
         self.ending_token_ids: frozenset[int] = frozenset()
         """Tokens that end the answer; set by the engine, which knows the model's."""
+
+        self.matcher: GrammarMatcher | None = None
+        """Set by the engine when the answer has a grammar."""
+        self.logits_state: LogitsState | None = None
+        """Set by the engine, with the expanded prompt, when `sampling` needs one."""
 
         self.arrival_order = 0
         """Set by the scheduler; smaller came first."""

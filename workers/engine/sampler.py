@@ -6,23 +6,34 @@ Gumbel noise to logits and taking the largest draws from their softmax ("Gumbel-
 against cumulated probabilities it survives the rounding differences between batches: those move every boundary of a
 cumulated distribution, but here only matter when the two best scores nearly tie.
 
-Filters apply in the order temperature, top-k, top-p, min-p; top-p counts the probability that top-k left.
+Filters apply in the order temperature, top-k, top-p, min-p; top-p counts the probability that top-k left. Before them
+come masks, biases and penalties, for greedy rows too (see `logits`); log probabilities are of the model's own values.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from epd.types import SamplingParams
+from epd.types import SamplingParams, TokenLogprobs
+from workers.engine.grammar import GrammarCompiler
+from workers.engine.logits import process
+from workers.engine.logits_state import LogitsState
+from workers.engine.logprobs import logprobs_of
 
 _MASK64 = (1 << 64) - 1
 _GREEDY_BELOW = 1e-5
 """Temperatures below this would only overflow."""
 _FIRST_CANDIDATES = 256
 """Rows with top-k or top-p look at this many best tokens first; sorting a whole vocabulary is slow."""
+
+
+NOTHING = -1
+"""Instead of a token: every token is masked in this row."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +43,44 @@ class SamplingRow:
     params: SamplingParams
     position: int
     """Index that the new token will have in its sequence."""
-    forbidden: tuple[int, ...] = ()
-    """Tokens that must not come now: those that end the answer, before `min_tokens`."""
+    state: LogitsState | None = None
+    """Of requests that change logits; None: these parameters do not."""
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+class Sampled(NamedTuple):
+    """What one row became."""
+
+    token_id: int
+    """Or `NOTHING`."""
+    logprobs: TokenLogprobs | None = None
+    """When asked for, and there is a token."""
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], grammars: GrammarCompiler | None = None) -> list[Sampled]:
     """Choose a token for each row.
 
     Args:
-        logits: [rows, vocabulary], any float type; modified when a row forbids tokens.
+        logits: [rows, vocabulary], any float type; modified when a row has a state.
         rows: one per row of `logits`.
+        grammars: made the matchers of the states; may be None when there are none.
 
-    Returns:
-        Token ids in the order of the rows.
+    Raises:
+        ArithmeticError: the model's values overflowed. Better than to answer nonsense.
     """
-    for index, row in enumerate(rows):
-        if row.forbidden:
-            logits[index, list(row.forbidden)] = -torch.inf
+    asking = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+    raw = logits[asking] if asking else logits
+    states = [(index, row.state) for index, row in enumerate(rows) if row.state is not None]
+    if states:
+        logits = logits.float().contiguous()
+        process(logits, states, grammars)
+    tokens = _choose(logits, rows)
+    _check(logits, tokens, states)
+    if not asking:
+        return [Sampled(token) for token in tokens]
+    return _with_logprobs(raw, tokens, rows, asking)
+
+
+def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     random = [index for index, row in enumerate(rows) if row.params.temperature >= _GREEDY_BELOW]
     if not random:
         return _ints(logits.argmax(dim=-1))
@@ -56,6 +88,28 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     picked = torch.tensor(random, device=logits.device)
     tokens[picked] = _sample_random(logits[picked].float(), [rows[index] for index in random])
     return _ints(tokens)
+
+
+def _check(logits: torch.Tensor, tokens: list[int], states: Sequence[tuple[int, LogitsState]]) -> None:
+    """Replace tokens that are masked by `NOTHING`: they were chosen for want of others. Raises as `sample`."""
+    # Looking at the chosen ones suffices: NaN compares as the largest.
+    chosen: list[float] = logits[range(len(tokens)), tokens].tolist()
+    if any(map(math.isnan, chosen)):
+        raise ArithmeticError("the model computed NaN; another --dtype may help, such as bfloat16")
+    for index, _ in states:
+        if chosen[index] == -math.inf:
+            tokens[index] = NOTHING
+
+
+def _with_logprobs(
+    raw: torch.Tensor, tokens: Sequence[int], rows: Sequence[SamplingRow], asking: Sequence[int]
+) -> list[Sampled]:
+    # A row of nothing looks token 0 up, and drops it.
+    looked_up = logprobs_of(
+        raw, [max(tokens[index], 0) for index in asking], [rows[index].params.logprobs or 0 for index in asking]
+    )
+    found = dict(zip(asking, looked_up, strict=True))
+    return [Sampled(token, found.get(index) if token != NOTHING else None) for index, token in enumerate(tokens)]
 
 
 def _ints(tokens: torch.Tensor) -> list[int]:

@@ -13,7 +13,7 @@ from workers.engine.embeddings import EmbeddingStore, ImageEmbeddings
 from workers.engine.engine import Engine
 from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.model_loader import ModelInfo
-from workers.engine.sampler import SamplingRow
+from workers.engine.sampler import Sampled, SamplingRow
 from workers.engine.scheduler import ScheduledChunk, Scheduler
 
 VOCAB = 100
@@ -41,6 +41,8 @@ class FakeRunner:
         """Prompt tokens that the model fails on, whoever is in the batch with them."""
         self.placing_failure: Exception | None = None
         self.rows: list[SamplingRow] = []
+        self.banned: list[set[int]] = []
+        """What the rows of the last step must not become."""
 
     def add(self, request_id: str, token_ids: Sequence[int], images: Sequence[PlacedImage]) -> None:
         if self.placing_failure is not None:
@@ -50,17 +52,21 @@ class FakeRunner:
     def remove(self, request_id: str) -> None:
         self.prompts.pop(request_id, None)
 
+    def prompt_logprobs(self, request_id: str) -> None:
+        return None
+
     def pooled(self, request_id: str) -> tuple[float, ...]:
         return (float(len(self.prompts[request_id])),)
 
-    def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[int]:
+    def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[Sampled]:
         if self.failure is not None:
             raise self.failure
         if any(self.poison.intersection(chunk.request.token_ids) for chunk in chunks):
             raise RuntimeError("secret detail")
         assert all(chunk.request.request_id in self.prompts for chunk in chunks)
         self.rows = list(rows)
-        return [chunk.request.num_tokens % EOS for chunk in chunks if chunk.samples]
+        self.banned = [set() if row.state is None else set(row.state.banned().tolist()) for row in rows]
+        return [Sampled(chunk.request.num_tokens % EOS) for chunk in chunks if chunk.samples]
 
 
 class FakeImages(PlainPositions):

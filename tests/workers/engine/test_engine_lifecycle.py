@@ -73,7 +73,7 @@ def test_tokens_that_end_are_forbidden_before_min_tokens() -> None:
     seen = []
     while engine.has_work():
         engine.step()
-        seen.append(set(runner.rows[0].forbidden))
+        seen.append(runner.banned[0])
     assert seen == [{EOS, 7}, {EOS, 7}, set()]
 
 
@@ -82,7 +82,7 @@ def test_ignore_eos_leaves_only_the_requests_own_stop_tokens() -> None:
     engine = fake_engine(runner)
     engine.add_request("a", [1], SamplingParams(min_tokens=1, max_tokens=1, stop_token_ids=(7,), ignore_eos=True))
     engine.step()
-    assert runner.rows[0].forbidden == (7,)
+    assert runner.banned[0] == {7}
 
 
 def test_embeddings_that_come_later_start_all_who_wait_for_them() -> None:
@@ -237,7 +237,7 @@ def test_an_end_of_the_checkpoint_outside_its_vocabulary_is_not_masked() -> None
     engine.info = replace(engine.info, eos_token_ids=frozenset({EOS, VOCAB}))
     engine.add_request("a", [1], SamplingParams(min_tokens=1, max_tokens=1))
     engine.step()
-    assert runner.rows[0].forbidden == (EOS,)
+    assert runner.banned[0] == {EOS}
 
 
 @pytest.mark.parametrize("timeout_s", [math.inf, 1e300])
@@ -294,7 +294,7 @@ def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
         ([], {}, (), InvalidRequest),
         ([VOCAB], {}, (), InvalidRequest),
         ([-1], {}, (), InvalidRequest),
-        ([1], {"max_tokens": 0}, (), InvalidRequest),
+        ([1], {"max_tokens": -1}, (), InvalidRequest),
         ([1], {"max_tokens": CONTEXT}, (), ContextLengthExceeded),
         ([1] * CONTEXT, {}, (), ContextLengthExceeded),
         ([1, 2], {}, (ImagePlaceholder("k", 2),), InvalidRequest),

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from epd.types import SamplingParams
-from workers.engine.sampler import SamplingRow, sample, uniforms
+from workers.engine.logits_state import LogitsState
+from workers.engine.sampler import SamplingRow, uniforms
+from workers.engine.sampler import sample as sample_rows
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, 0.5])
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    return [sampled.token_id for sampled in sample_rows(logits, rows)]
 
 
 def rows(count: int, seed: int = 1, **params: Any) -> list[SamplingRow]:
@@ -108,8 +115,9 @@ def test_uniforms_are_uniform_and_uncorrelated() -> None:
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0}, {"temperature": 1.0}, {"top_k": 1}, {"top_p": 1e-6}])
-def test_forbidden_tokens_never_come(params: dict[str, Any]) -> None:
-    row = SamplingRow(SamplingParams(**params), 0, forbidden=(0, 1))
+def test_ends_never_come_too_early(params: dict[str, Any]) -> None:
+    sampling = SamplingParams(min_tokens=1, **params)
+    row = SamplingRow(sampling, 0, LogitsState(sampling, [5], ending=(0, 1), vocab_size=6))
     assert sample(LOGITS[None].clone(), [row])[0] not in (0, 1)
 
 
