@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,26 @@ def read_json(model: Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: want a JSON object")
     return content
+
+
+@dataclass(frozen=True)
+class ImagePlaceholder:
+    """What stands for a picture in a prompt, before the encoder says what it expands to."""
+
+    token_id: int
+    """As the chat template writes it, one for each picture."""
+    border: str = ""
+    """Text that belongs on both sides of it. It is part of the prompt and not of the expansion, because a tokenizer
+    may join it with the text next to it."""
+
+
+def image_placeholder(model: Path) -> ImagePlaceholder | None:
+    """The placeholder of a checkpoint; None: the model reads text only."""
+    config = read_json(model, "config.json")
+    if config.get("model_type") == "gemma3" and isinstance(config.get("boi_token_index"), int):
+        return ImagePlaceholder(config["boi_token_index"], border="\n\n")
+    token_id = config.get("image_token_id", config.get("image_token_index"))
+    return ImagePlaceholder(token_id) if isinstance(token_id, int) else None
 
 
 def fingerprint(model: Path) -> str:

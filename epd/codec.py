@@ -17,8 +17,8 @@ from epd.messages import AnyMessage, Embeddings, EncodeRequest
 
 MAX_HEADER_BYTES = 16 << 20
 """A prompt of a million tokens fits; more is an attack or a bug."""
-MAX_BUFFER_BYTES = 256 << 20
-"""Largest raw frame: 16k embedding rows of 4096 × float32."""
+MAX_BUFFER_BYTES = 512 << 20
+"""Largest raw frame: 16k embedding rows of 4096 × float32, or with three levels of deepstack × bfloat16."""
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -66,8 +66,8 @@ def _check_buffers(message: AnyMessage, buffers: list[memoryview]) -> None:
 def _check_tensor(message: Embeddings, buffer: memoryview) -> None:
     if message.dtype not in _DTYPE_BYTES:
         raise ProtocolError(f"dtype {message.dtype!r} is not one of {', '.join(_DTYPE_BYTES)}")
-    if len(message.shape) != 2 or min(message.shape) < 1:
-        raise ProtocolError(f"embeddings of shape {message.shape}, want (rows, hidden size)")
+    if len(message.shape) not in (2, 3) or min(message.shape) < 1:
+        raise ProtocolError(f"embeddings of shape {message.shape}, want (rows, hidden size) or (levels, rows, …)")
     expected = prod(message.shape) * _DTYPE_BYTES[message.dtype]
     if buffer.nbytes != expected:
         raise ProtocolError(

@@ -194,10 +194,11 @@ class Embeddings(Message, frozen=True, kw_only=True):
     content_key: str
     token_ids: tuple[int, ...]
     """What the placeholder expands to. Embedding row i replaces the i-th of them that is an image token."""
-    grid_thw: tuple[int, int, int]
-    """Patches of the picture (time, height, width) before merging: what multimodal positions need."""
+    grid_thw: tuple[int, int, int] | None = None
+    """Patches of the picture (time, height, width) before merging: what multimodal positions need; None: they don't."""
     shape: tuple[int, ...]
-    """(rows, hidden size)."""
+    """(rows, hidden size), or (1 + levels, rows, hidden size): what replaces the image tokens' embeddings, then what
+    each of the first layers of the language model adds to their hidden states (https://arxiv.org/abs/2406.04334)."""
     dtype: str
 
 

@@ -28,7 +28,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from epd.checkpoint import read_json
+from epd.checkpoint import ImagePlaceholder, image_placeholder, read_json
 from epd.errors import ConfigError, InvalidRequest
 from proxy.tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ class ChatTemplate:
         source: Jinja text.
         tokenizer: of the same model.
         special_tokens: variables such as `bos_token` that the template may read.
-        image_token_id: the placeholder; None for a model that reads text only.
+        image: the placeholder of a picture; None for a model that reads text only.
 
     Raises:
         ConfigError: the template does not compile.
@@ -67,7 +67,7 @@ class ChatTemplate:
         tokenizer: Tokenizer,
         *,
         special_tokens: dict[str, str] | None = None,
-        image_token_id: int | None = None,
+        image: ImagePlaceholder | None = None,
     ) -> None:
         try:
             self._template = _environment().from_string(source)
@@ -75,7 +75,7 @@ class ChatTemplate:
             raise ConfigError(f"the chat template does not compile: {error}") from error
         self._tokenizer = tokenizer
         self._special_tokens = special_tokens or {}
-        self.image_token_id = image_token_id
+        self._image = image
         self._takes_lists = self._shows("probe", [{"type": "text", "text": "probe"}])
         self._takes_strings = self._shows("probe", "probe")
 
@@ -89,7 +89,7 @@ class ChatTemplate:
             source,
             tokenizer,
             special_tokens=_special_tokens(read_json(model, "tokenizer_config.json")),
-            image_token_id=image_token_id(model),
+            image=image_placeholder(model),
         )
 
     def render(self, messages: Sequence[Message], /, **variables: Any) -> str:
@@ -135,15 +135,22 @@ class ChatTemplate:
             pieces = self._split_safely(messages, plain, variables)
         else:
             pieces = [plain]
-        token_ids = tuple(token for piece in pieces for token in self._tokenizer.encode(piece))
+        token_ids = tuple(token for piece in pieces for token in self._tokenizer.encode(self._with_borders(piece)))
         return Prompt(token_ids, self._image_offsets(token_ids, _count_images(messages)))
 
+    def _with_borders(self, piece: str) -> str:
+        """Add what belongs around placeholders. They are the template's own: users' literals have been cut in two."""
+        if self._image is None or not self._image.border:
+            return piece
+        literal = str(self._tokenizer.backend.id_to_token(self._image.token_id))
+        return piece.replace(literal, f"{self._image.border}{literal}{self._image.border}")
+
     def _image_offsets(self, token_ids: tuple[int, ...], images: int) -> tuple[int, ...]:
-        if self.image_token_id is None:
+        if self._image is None:
             if images:
                 raise InvalidRequest("This model reads text only; remove the images.", param="messages")
             return ()
-        offsets = tuple(index for index, token in enumerate(token_ids) if token == self.image_token_id)
+        offsets = tuple(index for index, token in enumerate(token_ids) if token == self._image.token_id)
         if len(offsets) != images:
             raise InvalidRequest(
                 f"The chat template made {len(offsets)} image placeholders for {images} images; "
@@ -194,13 +201,6 @@ class ChatTemplate:
 
 
 # -- reading the checkpoint --------------------------------------------------------------------------------------
-
-
-def image_token_id(model: Path) -> int | None:
-    """The placeholder of a picture in prompts; None: the model reads text only."""
-    config = read_json(model, "config.json")
-    value = config.get("image_token_id", config.get("image_token_index"))
-    return value if isinstance(value, int) else None
 
 
 def _find_source(model: Path) -> str | None:

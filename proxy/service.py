@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from epd.checkpoint import fingerprint, read_json
+from epd.checkpoint import fingerprint, image_placeholder, read_json
 from epd.config import ProxyConfig
 from epd.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from epd.tasks import check_task
 from epd.transport import endpoints
 from epd.types import Grammar, Pooling, WorkerRole, WorkerTask
 from metastore.roster import Roster
-from proxy.chat_template import ChatTemplate, Message, Prompt, image_token_id
+from proxy.chat_template import ChatTemplate, Message, Prompt
 from proxy.dispatcher import Dispatcher
 from proxy.media import MediaLimits, MediaLoader
 from proxy.media_http import HttpFetcher, parse_networks
@@ -70,7 +70,8 @@ class Service:
         self.template = ChatTemplate.from_checkpoint(config.model, self.tokenizer)
         self.model_config = read_json(config.model, "config.json")
         self.pooling_config = read_json(config.model, "1_Pooling/config.json")
-        self.image_token_id = image_token_id(config.model)
+        placeholder = image_placeholder(config.model)
+        self.image_token_id = None if placeholder is None else placeholder.token_id
         self.sampling_defaults = SamplingDefaults.of(read_json(config.model, "generation_config.json"))
         self.media = MediaLoader(
             self.fingerprint,

@@ -9,6 +9,7 @@ itself before `max_tokens`.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,14 @@ def _multimodal_ids(tokenizer: PreTrainedTokenizerFast, tie_word_embeddings: boo
     return {**ids, "tie_word_embeddings": tie_word_embeddings}
 
 
-def _write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def _write_tokenizer(
+    folder: Path,
+    *,
+    more_special_tokens: Sequence[str] = (),
+    named_tokens: dict[str, str] | None = None,
+    chat_template: str = CHAT_TEMPLATE,
+) -> PreTrainedTokenizerFast:
+    """`named_tokens`: attribute of the tokenizer → one of the special tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -160,11 +168,15 @@ def _write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(_CORPUS, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=CONTEXT
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=CONTEXT,
+        extra_special_tokens=named_tokens or {},
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL_TOKENS, *more_special_tokens]})
     tokenizer.add_tokens(list(ADDED_TOKENS))
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = chat_template
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     return tokenizer

@@ -24,10 +24,9 @@ class EncodedImage:
 
     token_ids: tuple[int, ...]
     """What the picture's placeholder expands to."""
-    grid_thw: tuple[int, int, int]
-    """Patches (time, height, width) before merging."""
-    shape: tuple[int, int]
-    """(rows, hidden size)."""
+    grid_thw: tuple[int, int, int] | None
+    """As in `epd.messages.Embeddings`, like `shape`."""
+    shape: tuple[int, ...]
     dtype: str
     """Such as `bfloat16`."""
     data: memoryview

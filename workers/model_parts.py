@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,24 +29,10 @@ from transformers.distributed import DistributedConfig
 from epd.errors import ConfigError
 from epd.types import WorkerTask
 from workers import dummy_weights
+from workers.families import family_of
 from workers.model_tasks import architecture, is_multimodal, model_class
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Submodules of the class that `from_pretrained` builds, by owner, as dotted paths."""
-
-    vision: tuple[str, ...]
-    language: tuple[str, ...]
-
-
-_FAMILIES: dict[str, Parts] = {
-    "qwen2_vl": Parts(vision=("model.visual",), language=("model.language_model", "lm_head")),
-    "qwen2_5_vl": Parts(vision=("model.visual",), language=("model.language_model", "lm_head")),
-}
-"""`model_type` → parts. Another family needs a line here and, for its positions, in `workers.engine.adapter`."""
 
 
 def load_config(path: str) -> PretrainedConfig:
@@ -94,7 +79,7 @@ def load_language_part(
         ConfigError: the family or the task is not covered, or the checkpoint lacks weights.
     """
     config = load_config(path)
-    dropped = _parts(config).vision if is_multimodal(config) else ()
+    dropped = family_of(config).vision if is_multimodal(config) else ()
     return _load(
         path, config, model_class(config, task), dropped, dtype, device, attn_implementation, load_format, num_ranks
     )
@@ -113,24 +98,13 @@ def load_vision_part(
     Args and errors: as `load_language_part`.
 
     Returns:
-        The checkpoint's own class; `get_image_features(pixel_values, image_grid_thw)` works, forward does not.
+        The checkpoint's own class; `get_image_features` works, forward does not.
     """
     config = load_config(path)
     if not is_multimodal(config):
         raise ConfigError(f"{path}: {architecture(config)} has no vision part, so it needs no encoder")
-    return _load(
-        path, config, model_class(config), _parts(config).language, dtype, device, attn_implementation, load_format
-    )
-
-
-def _parts(config: PretrainedConfig) -> Parts:
-    if config.model_type not in _FAMILIES:
-        covered = ", ".join(sorted(_FAMILIES))
-        raise ConfigError(
-            f"{architecture(config)} (model type {config.model_type}) is not covered. "
-            f"Multimodal model types covered: {covered}; of text-only ones see the README."
-        )
-    return _FAMILIES[config.model_type]
+    dropped = family_of(config).language
+    return _load(path, config, model_class(config), dropped, dtype, device, attn_implementation, load_format)
 
 
 def _without(whole_class: type[PreTrainedModel], dropped: tuple[str, ...]) -> type[PreTrainedModel]:
@@ -144,7 +118,7 @@ def _without(whole_class: type[PreTrainedModel], dropped: tuple[str, ...]) -> ty
         for path in dropped:
             _delete(self, path)
 
-    patterns = {rf"^{path.replace('.', '[.]')}[.]" for path in dropped}
+    patterns = {rf"^{path.replace('.', '[.]')}([.]|$)" for path in dropped}
     members = {
         "__init__": __init__,
         "__module__": whole_class.__module__,

@@ -1,25 +1,24 @@
 """The vision side of a model: its image processor, its vision tower, and what a placeholder expands to.
 
 Everything is the checkpoint's own: transformers' image processor makes the patches, transformers' model class runs
-the tower, and the processor class says which tokens stand for a picture. Covered are the families whose pictures are
-a (time, height, width) grid of patches, packed along one axis: the Qwen-VL line.
+the tower, and the processor class says which tokens stand for a picture (`workers.image_inputs`).
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
-from epd.errors import ConfigError, InternalError, InvalidImage
+from epd.checkpoint import image_placeholder
+from epd.errors import ConfigError, InternalError
 from workers.embedding_cache import EncodedImage
+from workers.families import Family, family_of
+from workers.image_inputs import ImageInputs, load_processor
 from workers.model_parts import load_vision_part
 
 
@@ -27,22 +26,25 @@ from workers.model_parts import load_vision_part
 class PreparedImage:
     """A picture as the vision tower takes it."""
 
-    pixel_values: torch.Tensor
-    """(patches, channels × patch volume), float32, on the CPU."""
-    grid_thw: tuple[int, int, int]
-    """Patches (time, height, width)."""
+    inputs: dict[str, torch.Tensor]
+    """Arguments of `get_image_features`, on the CPU; the first axis counts pictures, tiles or patches."""
     token_ids: tuple[int, ...]
     """What one placeholder expands to."""
+    num_patches: int
+    """What the tower sees, in its patches."""
 
     @property
-    def num_patches(self) -> int:
-        """Rows of `pixel_values`."""
-        return int(self.pixel_values.shape[0])
+    def grid_thw(self) -> tuple[int, int, int] | None:
+        """Patches (time, height, width) before merging, where positions depend on them."""
+        if "image_grid_thw" not in self.inputs:
+            return None
+        time, height, width = self.inputs["image_grid_thw"][0].tolist()
+        return time, height, width
 
     @property
     def nbytes(self) -> int:
-        """Memory of the patches."""
-        return self.pixel_values.nbytes
+        """Memory of the inputs."""
+        return sum(tensor.nbytes for tensor in self.inputs.values())
 
 
 class Tower(Protocol):
@@ -53,8 +55,8 @@ class Tower(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]: ...  # noqa: D102
 
-    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> Any:
-        """`pooler_output` of what is returned: one tensor (rows, hidden size) for each picture."""
+    def get_image_features(self, **inputs: torch.Tensor) -> Any:
+        """`pooler_output` of what is returned: [rows, hidden size] for each picture or for each tile."""
 
 
 class VisionModel:
@@ -63,13 +65,11 @@ class VisionModel:
     `preprocess` may be called from several threads at once; `encode` from one.
     """
 
-    def __init__(self, tower: Tower, processor: Any, device: torch.device) -> None:
+    def __init__(self, tower: Tower, family: Family, inputs: ImageInputs, device: torch.device) -> None:
         self._tower = tower
-        self._processor = processor
-        self._image_processor = processor.image_processor
+        self._family = family
+        self._inputs = inputs
         self._device = device
-        # The tokenizers library raises "Already borrowed" when two threads are inside one tokenizer.
-        self._tokenizer_lock = threading.Lock()
 
     @classmethod
     def load(cls, path: Path, *, dtype: str = "auto", device: str = "cpu", load_format: str = "auto") -> VisionModel:
@@ -86,7 +86,11 @@ class VisionModel:
         """
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         tower = load_vision_part(str(path), wanted, device, load_format=load_format)
-        return cls(tower, _load_processor(path, tower.config.model_type), torch.device(device))
+        family = family_of(tower.config)
+        placeholder = image_placeholder(path)
+        border = "" if placeholder is None else placeholder.border
+        inputs = ImageInputs(load_processor(path, tower.config.model_type), family, border)
+        return cls(tower, family, inputs, torch.device(device))
 
     @property
     def dtype(self) -> str:
@@ -103,46 +107,58 @@ class VisionModel:
         return sum(parameter.numel() for _, parameter in self.named_parameters())
 
     def preprocess(self, image: Image.Image, max_pixels: int | None = None) -> PreparedImage:
-        """Resize, normalise and cut a picture into patches.
+        """Resize, normalise and cut a picture into patches; arguments and errors: see `ImageInputs.make`."""
+        inputs, token_ids = self._inputs.make(image, max_pixels)
+        return PreparedImage(inputs, token_ids, self._count_patches(inputs["pixel_values"]))
 
-        Args:
-            image: mode RGB.
-            max_pixels: upper bound of the resized picture, width × height; None: the checkpoint's own.
-
-        Raises:
-            InvalidImage: the image processor refuses the picture's shape.
-        """
-        try:
-            inputs = self._image_processor(images=[image], return_tensors="np", **self._size(max_pixels))
-        except ValueError as error:
-            raise InvalidImage(f"The image processor refuses the picture: {error}") from error
-        time, height, width = (int(n) for n in inputs["image_grid_thw"][0])
-        return PreparedImage(
-            pixel_values=torch.from_numpy(inputs["pixel_values"]),
-            grid_thw=(time, height, width),
-            token_ids=self._expand(inputs),
-        )
+    def _count_patches(self, pixels: torch.Tensor) -> int:
+        if pixels.ndim == 2:  # [patches, channels × patch volume]
+            return len(pixels)
+        patch = self._tower.config.vision_config.patch_size
+        down, across = (patch, patch) if isinstance(patch, int) else patch
+        return len(pixels) * (pixels.shape[-2] // down) * (pixels.shape[-1] // across)
 
     @torch.inference_mode()
-    def encode(self, images: list[PreparedImage]) -> list[torch.Tensor]:
-        """Run the vision tower once over all pictures, whatever their sizes.
+    def encode(self, images: Sequence[PreparedImage]) -> list[torch.Tensor]:
+        """Run the vision tower over all pictures: at once, as far as their inputs have the same form.
 
         Returns:
-            For each picture (rows, hidden size) on the CPU, with storage of its own: a slice would keep the whole
-            batch alive in the cache.
+            For each picture [rows, hidden size], or [1 + levels, rows, hidden size] with deepstack, on the CPU, with
+            storage of its own: a slice would keep the whole batch alive in the cache.
 
         Raises:
             InternalError: the tower's rows don't match the tokens that they are to replace.
         """
-        pixel_values = torch.cat([image.pixel_values for image in images]).to(self._device)
-        grid = torch.tensor([image.grid_thw for image in images], device=self._device)
-        rows = self._tower.get_image_features(pixel_values, grid).pooler_output
-        for image, own in zip(images, rows, strict=True):
-            wanted = image.token_ids.count(self._tower.config.image_token_id)
-            if own.shape[0] != wanted:
-                raise InternalError(f"The vision tower made {own.shape[0]} rows for {wanted} image tokens.")
-        packed = torch.cat(list(rows)).cpu()
-        return [own.clone() for own in torch.split(packed, [len(own) for own in rows])]
+        batches: dict[tuple[torch.Size, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            batches.setdefault(tuple(tensor.shape[1:] for tensor in image.inputs.values()), []).append(index)
+        encoded: dict[int, torch.Tensor] = {}
+        for indices in batches.values():
+            encoded.update(zip(indices, self._encode_batch([images[index] for index in indices]), strict=True))
+        return [encoded[index] for index in range(len(images))]
+
+    def _encode_batch(self, images: list[PreparedImage]) -> list[torch.Tensor]:
+        names = self._family.image_inputs
+        output = self._tower.get_image_features(
+            **{name: torch.cat([image.inputs[name] for image in images]).to(self._device) for name in names}
+        )
+        levels = [output.pooler_output, *(output.deepstack_features if self._family.deepstack else ())]
+        parts = list(zip(*levels, strict=True))  # one for each picture or tile, of all levels
+        counts = [1 if len(parts) == len(images) else len(image.inputs["pixel_values"]) for image in images]
+        if sum(counts) != len(parts):
+            raise InternalError(f"The vision tower made features of {len(parts)} pictures for {len(images)}.")
+        rows, first = [], 0
+        for image, count in zip(images, counts, strict=True):
+            own = [torch.cat(level) for level in zip(*parts[first : first + count], strict=True)]
+            first += count
+            rows.append((torch.stack(own) if self._family.deepstack else own[0]).cpu())
+            self._check(image, rows[-1])
+        return rows
+
+    def _check(self, image: PreparedImage, rows: torch.Tensor) -> None:
+        wanted = image.token_ids.count(self._tower.config.image_token_id)
+        if rows.shape[-2] != wanted or rows.ndim != 2 + self._family.deepstack:
+            raise InternalError(f"The vision tower made {rows.shape[-2]} rows for {wanted} image tokens.")
 
     def encode_for_wire(self, images: list[PreparedImage]) -> list[EncodedImage]:
         """As `encode`, in the form that travels."""
@@ -154,50 +170,18 @@ class VisionModel:
         Raises:
             ConfigError: the checkpoint makes features that can't be shipped.
         """
-        prepared = self.preprocess(Image.new("RGB", (64, 64), "white"))
-        (rows,) = self.encode([prepared])
-        if rows.ndim != 2:
-            raise ConfigError(f"the vision tower makes features of shape {tuple(rows.shape)}, want (rows, hidden size)")
-
-    def _size(self, max_pixels: int | None) -> dict[str, Any]:
-        """The Qwen processors bound the picture's area, under names that elsewhere mean the lengths of its sides."""
-        if max_pixels is None:
-            return {}
-        size = self._image_processor.size
-        # Both: a bound under the usual minimum would otherwise be exceeded when a small picture is enlarged.
-        bounds = {name: min(size[name], max_pixels) for name in ("shortest_edge", "longest_edge")}
-        return {"size": bounds}
-
-    def _expand(self, inputs: Any) -> tuple[int, ...]:
-        replacement = self._processor.replace_image_token(inputs, 0)
-        with self._tokenizer_lock:
-            return tuple(self._processor.tokenizer.encode(replacement, add_special_tokens=False))
+        try:
+            self.encode([self.preprocess(Image.new("RGB", (64, 64), "white"))])
+        except InternalError as error:
+            raise ConfigError(f"processor and weights of the checkpoint don't fit together: {error}") from error
 
 
 def to_encoded_image(prepared: PreparedImage, rows: torch.Tensor) -> EncodedImage:
     """The wire form of a picture's embeddings; shares the memory of `rows`, which is contiguous and on the CPU."""
-    height, width = rows.shape
     # numpy has no bfloat16, bytes it has.
     data = rows.view(torch.uint8).reshape(-1).numpy().data
     dtype = str(rows.dtype).removeprefix("torch.")
-    return EncodedImage(prepared.token_ids, prepared.grid_thw, (height, width), dtype, data)
-
-
-def _load_processor(path: Path, model_type: str) -> Any:
-    """The checkpoint's processor class around its image processor and tokenizer, without a video processor.
-
-    `AutoProcessor` would need torchvision, for videos only, so the class is built past its check of argument types.
-    """
-    try:
-        image_processor = AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil")
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: no readable image processor or tokenizer: {error}") from error
-    if not hasattr(image_processor, "merge_size"):
-        raise ConfigError(f"{path}: image processor {type(image_processor).__name__} makes no packed patches")
-    original = processor_class_from_name(PROCESSOR_MAPPING_NAMES[model_type])
-    unchecked = type(original.__name__, (original,), {"check_argument_for_proper_class": lambda *_: None})
-    return unchecked(image_processor=image_processor, tokenizer=tokenizer, video_processor=None)
+    return EncodedImage(prepared.token_ids, prepared.grid_thw, tuple(rows.shape), dtype, data)
 
 
 def pick_device(name: str) -> str:

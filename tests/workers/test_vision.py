@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ SIZES = [(1, 1), (64, 64), (300, 200), (31, 170), (28, 28), (3, 100), (100, 3), 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
     return Image.frombytes("RGB", size, random.Random(seed).randbytes(3 * size[0] * size[1]))
+
+
+def grid(prepared: PreparedImage) -> tuple[int, int, int]:
+    assert prepared.grid_thw is not None
+    return prepared.grid_thw
 
 
 PICTURES = [picture(size, seed) for seed, size in enumerate(SIZES)]
@@ -83,17 +89,17 @@ def test_the_placeholder_expands_to_one_image_token_for_each_row(checkpoint: Pat
     image_token = AutoTokenizer.from_pretrained(checkpoint).convert_tokens_to_ids("<|image_pad|>")
     for image in PICTURES:
         prepared = vision.preprocess(image)
-        time, height, width = prepared.grid_thw
+        time, height, width = grid(prepared)
         assert prepared.token_ids == (image_token,) * (time * height * width // 4)
         assert prepared.num_patches == time * height * width
-        assert prepared.nbytes == prepared.num_patches * 1176 * 4
+        assert prepared.nbytes == prepared.num_patches * 1176 * 4 + 3 * 8
 
 
 def test_max_pixels_bounds_the_resized_picture(vision: VisionModel) -> None:
     image = picture((400, 400))
     assert vision.preprocess(image).grid_thw == (1, 16, 16)  # the checkpoint's own bound: 64 × 28 × 28 pixels
     for max_pixels in (28 * 28 * 16 + 1, 28 * 28 * 4 + 1, 28 * 28 + 1):
-        _, height, width = vision.preprocess(image, max_pixels).grid_thw
+        _, height, width = grid(vision.preprocess(image, max_pixels))
         assert height * width * 14 * 14 <= max_pixels
     assert vision.preprocess(image, 10**9).grid_thw == (1, 16, 16), "a client can't raise the bound"
     assert vision.preprocess(picture((28, 28)), 28 * 28).grid_thw == (1, 2, 2), "nor does the minimum exceed it"
@@ -109,7 +115,7 @@ def test_preprocessing_in_threads_gives_the_same(vision: VisionModel) -> None:
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(vision.preprocess, PICTURES * 5))
     for prepared, wanted in zip(together, alone * 5, strict=True):
-        assert torch.equal(prepared.pixel_values, wanted.pixel_values)
+        assert torch.equal(prepared.inputs["pixel_values"], wanted.inputs["pixel_values"])
         assert (prepared.token_ids, prepared.grid_thw) == (wanted.token_ids, wanted.grid_thw)
 
 
@@ -147,7 +153,7 @@ def test_the_wire_form_is_the_raw_tensor(vision: VisionModel) -> None:
 
 def test_rows_that_do_not_match_the_tokens_are_refused(vision: VisionModel) -> None:
     prepared = vision.preprocess(PICTURES[1])
-    wrong = PreparedImage(prepared.pixel_values, prepared.grid_thw, prepared.token_ids[1:])
+    wrong = replace(prepared, token_ids=prepared.token_ids[1:])
     with pytest.raises(InternalError, match="rows for"):
         vision.encode([wrong])
 

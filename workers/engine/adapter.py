@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from epd.errors import InvalidRequest, WorkerFailed
 from workers.engine.embeddings import ImageEmbeddings
+from workers.families import Family, family_of
 from workers.model_tasks import is_multimodal
 
 PlacedImage = tuple[int, ImageEmbeddings]
@@ -21,6 +22,10 @@ class PlainPositions:
 
     num_axes = 1
     image_token_id: int | None = None
+    deepstack_levels = 0
+    """How many of the first layers add something to the hidden states of image tokens."""
+    bidirectional_images = False
+    """Whether the tokens of a picture also see those behind them."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Adapt to `model`."""
@@ -46,23 +51,43 @@ class PlainPositions:
         """Packed positions [num_axes, tokens] as the model's `position_ids`."""
         return positions
 
+    def atomic_spans(self, images: Sequence[PlacedImage]) -> tuple[tuple[int, int], ...]:
+        """Half-open token ranges of a prompt whose tokens see one another, so that one step must compute each."""
+        if not self.bidirectional_images:
+            return ()
+        return tuple((offset + start, offset + end) for offset, image in images for start, end in image.runs())
 
-class MRopePositions(PlainPositions):
+
+class ImagePositions(PlainPositions):
+    """Image tokens are counted like others."""
+
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+        """Adapt to `model`, which need not have its vision tower."""
+        super().__init__(model)
+        self.image_token_id = self.model.config.image_token_id
+        self.bidirectional_images = family.bidirectional_images
+        if family.deepstack:
+            self.deepstack_levels = len(self.model.config.vision_config.deepstack_visual_indexes)
+
+    def check_grid(self, embeddings: ImageEmbeddings) -> None:
+        """Take any: positions don't depend on it."""
+
+
+class MRopePositions(ImagePositions):
     """Positions on three axes (time, height, width), as of Qwen2-VL: https://arxiv.org/abs/2409.12191, section 2.1."""
 
     num_axes = 3
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
         """Adapt to `model`, which need not have its vision tower."""
-        super().__init__(model)
-        self.image_token_id = self.model.config.image_token_id
+        super().__init__(model, family)
         self._merge = self.model.config.vision_config.spatial_merge_size
 
     def check_grid(self, embeddings: ImageEmbeddings) -> None:
         """Refuse a picture whose patches do not merge to as many rows as it has, in one run of tokens."""
-        time, height, width = embeddings.grid_thw
+        time, height, width = grid = embeddings.grid_thw or (0, 0, 0)
         count = embeddings.rows.shape[0]
-        whole = min(embeddings.grid_thw) > 0 and height % self._merge == width % self._merge == 0
+        whole = min(grid) > 0 and height % self._merge == width % self._merge == 0
         if not whole or time * height * width != count * self._merge**2:
             raise WorkerFailed(f"The encoder sent {count} rows for {time} x {height} x {width} patches.")
         # `get_rope_index` takes each run of image tokens for a picture.
@@ -97,4 +122,7 @@ class MRopePositions(PlainPositions):
 
 def make_adapter(model: PreTrainedModel, config: PretrainedConfig) -> PlainPositions:
     """The adapter for a model that `load_language_part` returned."""
-    return MRopePositions(model) if is_multimodal(config) else PlainPositions(model)
+    if not is_multimodal(config):
+        return PlainPositions(model)
+    family = family_of(config)
+    return MRopePositions(model, family) if family.has_grid else ImagePositions(model, family)

@@ -37,7 +37,8 @@ class PackedChunk:
     block_table: tuple[int, ...]
     """Covers at least tokens [0, start + length)."""
     bidirectional: tuple[tuple[int, int], ...] = ()
-    """Half-open token ranges within [start, start + length) whose tokens also see what follows them in their range."""
+    """Half-open token ranges within [start, start + length) whose tokens also see what follows them in their range.
+    `SdpaBackend` alone heeds them."""
 
     @property
     def end(self) -> int:
@@ -52,9 +53,6 @@ class PackedChunk:
 
 class AttentionBackend(ABC):
     """One way to compute attention over a `PagedKVCache`."""
-
-    takes_bidirectional = False
-    """Whether `PackedChunk.bidirectional` is heeded; chunks given to others must have none."""
 
     def __init__(self, cache: PagedKVCache, device: torch.device) -> None:
         """Work on `cache`, whose tensors are on `device`."""

@@ -71,7 +71,6 @@ class _Prefill:
 class SdpaBackend(AttentionBackend):
     """Gathers blocks, then calls SDPA."""
 
-    takes_bidirectional = True
     _groups: list[_DecodeGroup]
     _prefills: list[_Prefill]
     _unwritten: torch.Tensor

@@ -19,35 +19,39 @@ class ImageEmbeddings:
     """What a picture's placeholder becomes. Row i of `rows` stands at expanded index `row_indices[i]`."""
 
     token_ids: tuple[int, ...]
-    grid_thw: tuple[int, int, int]
+    grid_thw: tuple[int, int, int] | None
     rows: torch.Tensor
     """[number of image tokens, hidden size], on the CPU, in the model's dtype."""
     row_indices: tuple[int, ...]
     """Rising indices into `token_ids`."""
+    deepstack: torch.Tensor | None = None
+    """[levels, number of image tokens, hidden size]: what the first layers add to the hidden states there."""
 
     @classmethod
     def checked(
         cls,
         token_ids: Sequence[int],
-        grid_thw: tuple[int, int, int],
+        grid_thw: tuple[int, int, int] | None,
         rows: torch.Tensor,
         *,
         image_token_id: int,
         vocab_size: int,
         hidden_size: int,
         dtype: torch.dtype,
+        deepstack_levels: int = 0,
     ) -> ImageEmbeddings:
-        """Take an encoder's answer.
+        """Take an encoder's answer: `rows` [image tokens, hidden size], or [1 + levels, …] with deepstack.
 
         Raises:
             WorkerFailed: shape, values or tokens are not what this model can take. The picture itself may be fine, so
                 that another encoder can be asked.
         """
         row_indices = tuple(index for index, token in enumerate(token_ids) if token == image_token_id)
-        if tuple(rows.shape) != (len(row_indices), hidden_size) or not row_indices:
+        levels = (1 + deepstack_levels,) if deepstack_levels else ()
+        if tuple(rows.shape) != (*levels, len(row_indices), hidden_size) or not row_indices:
             raise WorkerFailed(
                 f"The encoder sent embeddings of shape {tuple(rows.shape)} for {len(row_indices)} image tokens of "
-                f"hidden size {hidden_size}."
+                f"hidden size {hidden_size}" + (f" in {levels[0]} levels." if levels else ".")
             )
         if not all(0 <= token < vocab_size for token in token_ids):
             raise WorkerFailed("The encoder sent token ids outside the vocabulary.")
@@ -56,18 +60,27 @@ class ImageEmbeddings:
         converted = rows.to(device="cpu", dtype=dtype)
         if not bool(torch.isfinite(converted).all()):
             raise WorkerFailed("The encoder sent embeddings that are not finite.")
-        return cls(tuple(token_ids), grid_thw, converted, row_indices)
+        first, deepstack = (converted[0], converted[1:]) if deepstack_levels else (converted, None)
+        return cls(tuple(token_ids), grid_thw, first, row_indices, deepstack)
 
     @property
     def num_bytes(self) -> int:
-        """Size of the rows in memory."""
-        return self.rows.nbytes
+        """Size of the rows in memory, of all levels."""
+        return self.rows.nbytes + (0 if self.deepstack is None else self.deepstack.nbytes)
 
-    def rows_between(self, start: int, end: int) -> tuple[Sequence[int], torch.Tensor]:
-        """Rows whose expanded index lies in [start, end), and those indices."""
-        first = bisect.bisect_left(self.row_indices, start)
-        last = bisect.bisect_left(self.row_indices, end)
-        return self.row_indices[first:last], self.rows[first:last]
+    def rows_between(self, start: int, end: int) -> slice:
+        """Which rows have their expanded index in [start, end)."""
+        return slice(bisect.bisect_left(self.row_indices, start), bisect.bisect_left(self.row_indices, end))
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Half-open ranges of neighbouring image tokens, as indices into `token_ids`."""
+        runs: list[tuple[int, int]] = []
+        for index in self.row_indices:
+            if runs and runs[-1][1] == index:
+                runs[-1] = (runs[-1][0], index + 1)
+            else:
+                runs.append((index, index + 1))
+        return runs
 
 
 @dataclass

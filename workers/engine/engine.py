@@ -209,15 +209,16 @@ class Engine:
             self._place_prompt(request)
 
     def provide_embeddings(
-        self, content_key: str, token_ids: Sequence[int], grid_thw: tuple[int, int, int], rows: torch.Tensor
+        self, content_key: str, token_ids: Sequence[int], grid_thw: tuple[int, int, int] | None, rows: torch.Tensor
     ) -> None:
         """Take a picture's embeddings, for all requests that wait for them and for those to come.
 
         Args:
             content_key: what requests call the picture.
             token_ids: what its placeholder expands to.
-            grid_thw: patches (time, height, width) before merging.
-            rows: [image tokens among `token_ids`, hidden size]. Kept, not copied, if the dtype is the model's.
+            grid_thw: patches (time, height, width) before merging; None where positions don't depend on them.
+            rows: [image tokens among `token_ids`, hidden size], or [1 + levels, image tokens, hidden size] for a model
+                with deepstack. Kept, not copied, if the dtype is the model's.
 
         Raises:
             InvalidRequest: the model takes no pictures.
@@ -367,7 +368,9 @@ class Engine:
         # A checkpoint may name an end outside its own vocabulary: masking that one would fail the whole step.
         return frozenset(token for token in eos.union(sampling.stop_token_ids) if 0 <= token < self.info.vocab_size)
 
-    def _checked(self, token_ids: Sequence[int], grid_thw: tuple[int, int, int], rows: torch.Tensor) -> ImageEmbeddings:
+    def _checked(
+        self, token_ids: Sequence[int], grid_thw: tuple[int, int, int] | None, rows: torch.Tensor
+    ) -> ImageEmbeddings:
         image_token_id = self.info.adapter.image_token_id
         if image_token_id is None:
             raise InvalidRequest("This model takes no images.")
@@ -379,6 +382,7 @@ class Engine:
             vocab_size=self.info.vocab_size,
             hidden_size=self.info.hidden_size,
             dtype=self.info.dtype,
+            deepstack_levels=self.info.adapter.deepstack_levels,
         )
         self.info.adapter.check_grid(embeddings)
         return embeddings
@@ -389,10 +393,11 @@ class Engine:
                       for image in request.images}  # fmt: skip
         try:
             spans = expand_prompt(request, embeddings)
+            placed = [(span.offset, embeddings[span.content_key]) for span in spans]
+            request.atomic_spans = self.info.adapter.atomic_spans(placed)
             self._scheduler.check_atomic_spans(request)
             request.max_tokens = self._max_tokens(request.num_prompt_tokens, request.sampling, request.pooling)
             self._add_logits_state(request)
-            placed = [(span.offset, embeddings[span.content_key]) for span in spans]
             self._runner.add(request.request_id, request.token_ids, placed)
         except EPDError as error:
             self._finish(request, RequestStatus.FINISHED_ERROR, error=error)

@@ -42,7 +42,7 @@ class LocalForward:
         self._backend.prepare(inputs.chunks)
         there = inputs.to(self._backend.device)
         with attention.use_backend(self._backend):
-            return self._model.hidden(self._model.embed(there), there.positions)
+            return self._model.hidden(self._model.embed(there), there.positions, **self._model.deepstack(there))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Forward`."""

@@ -6,6 +6,7 @@ seam for what runs a step faster than Python calls it: a compiled graph replaces
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from workers.engine.adapter import PlainPositions
 from workers.engine.step_inputs import StepInputs
 from workers.model_tasks import score_head
+
+
+@dataclass
+class _BodyOutput(MoeModelOutputWithPast):  # type: ignore[misc]  # untyped in transformers
+    """With all that any head hands on: how tokens were routed to experts, and the fields of multimodal models."""
+
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+    rope_deltas: torch.Tensor | None = None
 
 
 class LanguageModel:
@@ -38,18 +48,32 @@ class LanguageModel:
             embeds.index_copy_(0, image.targets, image.rows)
         return embeds
 
-    def hidden(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def deepstack(self, inputs: StepInputs) -> dict[str, Any]:
+        """What the first layers add to the hidden states of a step's pictures, for `hidden`; empty: nothing."""
+        parts = [(image.targets, image.deepstack) for image in inputs.images if image.deepstack is not None]
+        if not parts:
+            return {}
+        mask = torch.zeros(1, len(inputs.token_ids), dtype=torch.bool, device=inputs.token_ids.device)
+        mask[0, torch.cat([targets for targets, _ in parts])] = True
+        features = torch.cat([features for _, features in parts], dim=1)
+        return {"visual_pos_masks": mask, "deepstack_visual_embeds": list(features)}
+
+    def hidden(self, embeds: torch.Tensor, positions: torch.Tensor, **deepstack: Any) -> torch.Tensor:
         """Final hidden states, normalised as the head takes them.
 
         Args:
             embeds: [tokens, hidden size].
             positions: [axes, tokens].
+            deepstack: what the method of that name returns.
 
         Returns:
             [tokens, hidden size].
         """
         output = self._decoder(
-            inputs_embeds=embeds[None], position_ids=self.adapter.model_positions(positions), use_cache=False
+            inputs_embeds=embeds[None],
+            position_ids=self.adapter.model_positions(positions),
+            use_cache=False,
+            **deepstack,
         )
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
@@ -62,8 +86,7 @@ class LanguageModel:
     def _whole_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Everything that the model's own forward does behind its body: some families scale or cap their logits."""
         body = self._model.base_model
-        # A mixture of experts also asks its body's output for how tokens were routed; others leave that field alone.
-        body.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden[None])
+        body.forward = lambda *_, **__: _BodyOutput(last_hidden_state=hidden[None])
         try:
             logits: torch.Tensor = self._model(inputs_embeds=hidden[None], use_cache=False).logits[0]
         finally:

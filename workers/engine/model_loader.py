@@ -81,12 +81,14 @@ def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedMode
     text_config = model.config.get_text_config()
     on_gpu = device.type == "cuda"
     batched_tokens = config.max_num_batched_tokens or max(4096 if on_gpu else 512, config.max_num_seqs)
-    paged_kernel = attention_varlen.is_available(device)
-    block_size = config.block_size or (attention_varlen.PAGE_SIZE_MULTIPLE if paged_kernel else 16)
+    adapter = make_adapter(model, model.config)
+    backend_class = _backend_class(device, adapter)
+    is_varlen = backend_class is attention_varlen.VarlenBackend
+    block_size = config.block_size or (attention_varlen.PAGE_SIZE_MULTIPLE if is_varlen else 16)
     context = config.max_model_len or text_config.max_position_embeddings
     coverage.check_context(model.config, context)
     shape = KVShape.of(text_config, model.dtype).share_of(num_ranks)
-    coverage.check_layers(model, make_adapter(model, model.config), shape)
+    coverage.check_layers(model, adapter, shape)
     num_blocks = num_blocks_for(
         shape,
         block_size,
@@ -99,13 +101,19 @@ def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedMode
     if group is not None:
         num_blocks = group.agree_on_smallest(num_blocks)
     info = _model_info(model, config, text_config, _fitting_context(config, context, num_blocks * block_size))
-    backend_class: type[AttentionBackend] = attention_varlen.VarlenBackend if paged_kernel else SdpaBackend
     backend = backend_class(PagedKVCache(shape, num_blocks, block_size, device), device)
     forward: Forward = LocalForward(LanguageModel(model, info.adapter), backend)
     if group is not None and group.send is not None:
         forward = LeadingForward(forward, group.send)
     runner = ModelRunner(forward, info.adapter, device, _grammars(config, info))
     return LoadedModel(runner, forward, info, num_blocks, block_size, batched_tokens)
+
+
+def _backend_class(device: torch.device, adapter: PlainPositions) -> type[AttentionBackend]:
+    """The fastest one that can do what the model needs: the kernel for CUDA knows no tokens that see later ones."""
+    if attention_varlen.is_available(device) and not adapter.bidirectional_images:
+        return attention_varlen.VarlenBackend
+    return SdpaBackend
 
 
 def _device(name: str) -> torch.device:

@@ -28,12 +28,14 @@ class PlacedPrompt:
     delta: int
     """Position minus index of every token behind the prompt, the same on all axes."""
     images: tuple[PlacedImage, ...]
+    bidirectional: tuple[tuple[int, int], ...] = ()
+    """Half-open token ranges whose tokens see one another in both directions; no chunk has a part of one."""
 
     @classmethod
     def of(cls, adapter: PlainPositions, token_ids: Sequence[int], images: Sequence[PlacedImage]) -> PlacedPrompt:
         """Ask the adapter. Raises EPDError when the prompt cannot be positioned."""
         positions, delta = adapter.prompt_positions(token_ids, images)
-        return cls(positions, delta, tuple(images))
+        return cls(positions, delta, tuple(images), adapter.atomic_spans(images))
 
     @property
     def length(self) -> int:
@@ -60,6 +62,8 @@ class ImageRows:
     """int64 [rows], rows of the packed batch."""
     rows: torch.Tensor
     """[rows, hidden size]."""
+    deepstack: torch.Tensor | None = None
+    """[levels, rows, hidden size]: added to the hidden states behind each of the first layers."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,12 @@ class StepInputs:
             [self.token_ids, self.positions, *(image.targets for image in self.images)], device
         )
         images = tuple(
-            replace(image, targets=moved, rows=rows_to_device(image.rows, device))
+            replace(
+                image,
+                targets=moved,
+                rows=rows_to_device(image.rows, device),
+                deepstack=None if image.deepstack is None else rows_to_device(image.deepstack, device),
+            )
             for image, moved in zip(self.images, targets, strict=True)
         )
         return replace(self, token_ids=token_ids, positions=positions, images=images)
@@ -106,7 +115,7 @@ def build(
         prompts: request id → prompt, for each of them.
         num_axes: of positions.
     """
-    places = _pack(chunks)
+    places = [_with_spans(chunk, place, prompts[chunk.request.request_id]) for chunk, place in _pack(chunks)]
     token_ids = [token for chunk, _ in places for token in chunk.request.token_ids[chunk.start : chunk.end]]
     return StepInputs(
         chunks=tuple(place for _, place in places),
@@ -139,6 +148,13 @@ def _pack(chunks: Sequence[ScheduledChunk]) -> list[Place]:
     return places
 
 
+def _with_spans(chunk: ScheduledChunk, place: PackedChunk, prompt: PlacedPrompt) -> Place:
+    if not prompt.bidirectional or chunk.start >= prompt.length:
+        return chunk, place
+    spans = tuple(span for span in prompt.bidirectional if chunk.start <= span[0] and span[1] <= chunk.end)
+    return chunk, replace(place, bidirectional=spans)
+
+
 def _wanted(chunks: Sequence[ScheduledChunk], places: Sequence[Place]) -> list[int]:
     first_rows = {chunk.request.request_id: place.first_row for chunk, place in places}
     return [first_rows[chunk.request.request_id] + offset for chunk in chunks for offset in wanted_offsets(chunk)]
@@ -165,8 +181,11 @@ def _positions(
 def _images(chunk: ScheduledChunk, place: PackedChunk, prompt: PlacedPrompt) -> list[ImageRows]:
     found = []
     for offset, image in prompt.images_after(chunk.start):
-        indices, rows = image.rows_between(chunk.start - offset, chunk.end - offset)
-        if indices:
-            shift = offset - chunk.start + place.first_row
-            found.append(ImageRows(torch.tensor(indices) + shift, rows))
+        rows = image.rows_between(chunk.start - offset, chunk.end - offset)
+        if rows.start == rows.stop:
+            continue
+        targets = torch.tensor(image.row_indices[rows]) + (offset - chunk.start + place.first_row)
+        found.append(
+            ImageRows(targets, image.rows[rows], None if image.deepstack is None else image.deepstack[:, rows])
+        )
     return found

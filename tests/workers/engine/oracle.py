@@ -36,7 +36,7 @@ class Encoded:
 
     key: str
     token_ids: tuple[int, ...]
-    grid_thw: tuple[int, int, int]
+    grid_thw: tuple[int, int, int] | None
     rows: torch.Tensor
 
 

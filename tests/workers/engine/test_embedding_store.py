@@ -77,12 +77,15 @@ def test_putting_again_keeps_the_first() -> None:
 
 
 def test_rows_between_skips_tokens_that_are_no_image_tokens() -> None:
-    rows = torch.arange(8.0).reshape(2, 4)
-    image = ImageEmbeddings((1, 9, 1, 9, 1), (1, 2, 2), rows, (1, 3))
-    indices, found = image.rows_between(2, 5)
-    assert list(indices) == [3]
-    assert torch.equal(found, rows[1:])
-    assert list(image.rows_between(-7, 1)[0]) == []
+    image = ImageEmbeddings((1, 9, 1, 9, 1), (1, 2, 2), torch.zeros(2, 4), (1, 3))
+    assert image.rows_between(2, 5) == slice(1, 2)
+    assert image.rows_between(-7, 9) == slice(0, 2)
+    assert image.rows_between(-7, 1) == slice(0, 0)
+
+
+def test_runs_are_neighbouring_image_tokens() -> None:
+    image = ImageEmbeddings((9, 9, 1, 9, 1, 9), None, torch.zeros(4, 4), (0, 1, 3, 5))
+    assert image.runs() == [(0, 2), (3, 4), (5, 6)]
 
 
 def test_what_is_sent_again_is_kept_for_the_request_that_is_on_its_way() -> None:
