@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers.modeling_utils
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, LlavaConfig
+from transformers import AutoImageProcessor, LlavaConfig, PaliGemmaConfig
 
 from epd.errors import ConfigError
 from tests import checkpoints
@@ -146,9 +146,18 @@ def test_missing_weights_are_an_error_for_their_owner_only(tmp_path: Path, lost:
 
 
 def test_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
-    LlavaConfig(architectures=["LlavaForConditionalGeneration"]).save_pretrained(tmp_path)
+    PaliGemmaConfig(architectures=["PaliGemmaForConditionalGeneration"]).save_pretrained(tmp_path)
     for load in (model_parts.load_vision_part, model_parts.load_language_part):
-        with pytest.raises(ConfigError, match=r"LlavaForConditionalGeneration.*qwen2_5_vl, qwen2_vl"):
+        with pytest.raises(ConfigError, match=r"PaliGemmaForConditionalGeneration.*qwen2_5_vl, qwen2_vl"):
+            load(str(tmp_path), "auto", "cpu")
+
+
+def test_unknown_vision_tower_of_a_known_family_is_refused_by_name(tmp_path: Path) -> None:
+    """Pixtral checkpoints call themselves LLaVA."""
+    architectures = ["LlavaForConditionalGeneration"]
+    LlavaConfig(architectures=architectures, vision_config={"model_type": "pixtral"}).save_pretrained(tmp_path)
+    for load in (model_parts.load_vision_part, model_parts.load_language_part):
+        with pytest.raises(ConfigError, match=r"LlavaForConditionalGeneration with .* pixtral is not covered"):
             load(str(tmp_path), "auto", "cpu")
 
 
