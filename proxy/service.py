@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,6 +14,7 @@ import msgspec
 from epd.checkpoint import fingerprint, image_placeholder, read_json
 from epd.config import ProxyConfig
 from epd.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
+from epd.grammar_check import validate
 from epd.tasks import check_task
 from epd.transport import endpoints
 from epd.types import Grammar, Pooling, WorkerRole, WorkerTask
@@ -173,12 +175,13 @@ class Service:
             raise ContextLengthExceeded.of(limit=limit, prompt=prompt_tokens, completion=max_tokens)
 
     async def check_grammar(self, field: str, grammar: Grammar) -> None:
-        """Check that workers can follow a grammar; compiling one takes a while, so another thread does it.
+        """Check that workers can follow a grammar, which may take a while: not on the event loop.
 
         Raises:
             InvalidRequest: they can't; it names `field` and the reason.
         """
-        raise InvalidRequest(f"{field} is not supported by this server yet ({grammar.kind}).", param=field)
+        check = partial(validate, grammar, param=field)
+        await asyncio.get_running_loop().run_in_executor(self._threads, check)
 
     # -- text --------------------------------------------------------------------------------------------------------
 
