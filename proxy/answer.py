@@ -23,6 +23,8 @@ class TextOptions:
     skip_special_tokens: bool = True
     include_stop: bool = False
     """Show the stop string or token that ended the answer."""
+    continues_prompt: bool = False
+    """The answer goes on with the prompt's text, as opposed to a turn of its own."""
     with_token_ids: bool = False
     """Whether the client wants the tokens beside the text."""
 
@@ -60,7 +62,7 @@ class _Unshown:
 class Answer:
     """Text of one sample as it grows; the first of model, limit and stop string ends it."""
 
-    def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
+    def __init__(self, tokenizer: Tokenizer, options: TextOptions, prompt: Sequence[int] = ()) -> None:
         self.text = ""
         """All that was given out so far."""
         self.token_ids: list[int] | UnsetType = [] if options.with_token_ids else UNSET
@@ -72,7 +74,11 @@ class Answer:
         self.total_logprob = 0.0
         """Of all tokens counted, when log probabilities came with them."""
         self.finish_reason: FinishReason | None = None
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=options.skip_special_tokens)
+        self._detokenizer = Detokenizer(
+            tokenizer,
+            skip_special_tokens=options.skip_special_tokens,
+            context=prompt if options.continues_prompt else (),
+        )
         self._stops = StopChecker(options.stop, include=options.include_stop)
         self._options = options
         self._unshown = _Unshown()

@@ -16,6 +16,8 @@ from epd.errors import ConfigError
 
 REPLACEMENT = "\ufffd"
 """What a decoder prints for bytes that are no whole character."""
+_CONTEXT = 8
+"""Tokens that decide how the next one is read: more than a character has bytes."""
 
 
 class Tokenizer:
@@ -127,12 +129,17 @@ class Detokenizer:
     Args:
         tokenizer: of the model.
         skip_special_tokens: leave special tokens out of the text.
+        context: tokens that stand before the answer, when it goes on with their text: some decoders strip the blank
+            at the beginning of a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        known = list(context[-_CONTEXT:])
+        if tokenizer.decode(known, skip_special_tokens=skip_special_tokens).endswith(REPLACEMENT):
+            known = []  # a character that the answer may complete: its text would come twice
+        self._stream = DecodeStream(ids=known, skip_special_tokens=skip_special_tokens)
         self._held: list[int] = []
 
     def push(self, token_ids: Sequence[int]) -> str:

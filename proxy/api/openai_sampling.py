@@ -129,6 +129,7 @@ def text_options_of(request: SamplingRequest) -> TextOptions:
         min_tokens=request.min_tokens or 0,
         skip_special_tokens=request.skip_special_tokens is not False,
         include_stop=bool(request.include_stop_str_in_output),
+        continues_prompt=isinstance(request, CompletionRequest),
         with_token_ids=bool(request.return_token_ids),
     )
 

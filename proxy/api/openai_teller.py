@@ -55,7 +55,8 @@ class Teller:
     ) -> None:
         self._generation = generation
         self._dialect = dialect
-        self._answers = [Answer(tokenizer, options) for _ in range(generation.num_samples)]
+        work = generation.work
+        self._answers = [Answer(tokenizer, options, prompt) for prompt in work.prompts for _ in range(work.n)]
         self._with_timings = with_timings
         self._told = [_Told() for _ in range(generation.num_samples)]
 

@@ -126,3 +126,24 @@ def test_literals_that_normalisation_makes(tmp_path: Path, text: str, hidden: bo
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     assert tokenizer.hides_added_token(text) is hidden
     assert not hidden or tokenizer.token_id("<Tool>") in tokenizer.encode(text)
+
+
+def test_an_answer_that_goes_on_keeps_its_blank(tmp_path: Path) -> None:
+    tokenizer = byte_fallback(tmp_path)
+    assert Detokenizer(tokenizer).push([258, 257]) == "aa"
+    assert Detokenizer(tokenizer, context=[257]).push([258, 257]) == " aa"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_context_gives_the_rest_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    """One that ends within a character does no harm."""
+    token_ids = tokenizer.encode(text)
+    for cut in range(1, len(token_ids)):
+        stream = Detokenizer(tokenizer, context=token_ids[:cut])
+        rest = stream.push(token_ids[cut:]) + stream.flush()
+        before = tokenizer.decode(token_ids[:cut])
+        if before.endswith("\ufffd"):
+            fresh = Detokenizer(tokenizer)
+            assert rest == fresh.push(token_ids[cut:]) + fresh.flush()
+        else:
+            assert before + rest == text
