@@ -53,8 +53,8 @@ class Reference:
         self.model: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
 
     @torch.inference_mode()
-    def answer(self, messages: list[dict[str, Any]], max_tokens: int) -> list[int]:
-        """Greedy tokens, the end-of-sequence token included when there is one."""
+    def answer(self, messages: list[dict[str, Any]], max_tokens: int, **options: Any) -> list[int]:
+        """Greedy tokens, the end-of-sequence token included when there is one. `options`: of `generate`."""
         images = _images(messages)
         text = self.tokenizer.apply_chat_template(_for_template(messages), tokenize=False, add_generation_prompt=True)
         inputs: dict[str, Any] = {}
@@ -65,7 +65,12 @@ class Reference:
         if images:
             inputs["mm_token_type_ids"] = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)).int()
         output = self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, **inputs
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            **inputs,
+            **options,
         )
         return [int(token) for token in output[0, ids.shape[1] :]]
 
