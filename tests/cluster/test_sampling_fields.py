@@ -14,6 +14,8 @@ from tests.cluster.harness import Cluster
 from tests.cluster.reference import Reference, picture, user
 
 MAX_TOKENS = 24
+LONG = 800
+"""Enough for JSON with as many blanks as a hot model likes."""
 TEXT = [{"role": "user", "content": "Who are you?"}]
 SHOWN = [user(picture(3), "What is this?")]
 SCHEMA = {
@@ -64,9 +66,10 @@ def complete(cluster: Cluster, prompt: Any, **fields: Any) -> Any:
 
 @pytest.mark.parametrize("messages", [TEXT, SHOWN], ids=["text", "picture"])
 def test_repetition_penalty_as_transformers_has_it(demo: Cluster, reference: Reference, messages: Any) -> None:
-    wanted = reference.answer(messages, MAX_TOKENS, repetition_penalty=1.8)
-    assert token_ids(chat(demo, messages, repetition_penalty=1.8)) == wanted
-    assert wanted != reference.answer(messages, MAX_TOKENS)
+    options = {"min_new_tokens": MAX_TOKENS}
+    wanted = reference.answer(messages, MAX_TOKENS, repetition_penalty=3.0, **options)
+    assert token_ids(chat(demo, messages, repetition_penalty=3, min_tokens=MAX_TOKENS)) == wanted
+    assert wanted != reference.answer(messages, MAX_TOKENS, **options)
 
 
 def test_min_tokens_as_transformers_has_it(demo: Cluster, reference: Reference) -> None:
@@ -181,13 +184,15 @@ def check_shape(text: str) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_json_schema_in_a_stream(demo: Cluster, seed: int) -> None:
-    chunks = chat(demo, SHOWN, stream=True, response_format=schema_format(), temperature=1.5, seed=seed, max_tokens=200)
+    chunks = chat(
+        demo, SHOWN, stream=True, response_format=schema_format(), temperature=1.5, seed=seed, max_tokens=LONG
+    )
     assert chunks[-1].choices[0].finish_reason == "stop"
     check_shape("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
 
 
 def test_all_of_several_samples_follow_the_schema(demo: Cluster) -> None:
-    answer = chat(demo, TEXT, n=3, response_format=schema_format(), temperature=1.5, seed=5, max_tokens=200)
+    answer = chat(demo, TEXT, n=3, response_format=schema_format(), temperature=1.5, seed=5, max_tokens=LONG)
     for choice in answer.choices:
         check_shape(choice.message.content)
 
