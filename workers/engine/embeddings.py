@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -185,25 +185,30 @@ class EmbeddingStore:
             self._num_bytes -= self._entries.pop(key).embeddings.num_bytes
 
 
-def expand_prompt(request: EngineRequest, embeddings: dict[str, ImageEmbeddings]) -> tuple[ImageSpan, ...]:
-    """Replace each placeholder of the request's prompt by its picture's tokens.
+def expand_prompt(request: EngineRequest, embeddings: Mapping[str, ImageEmbeddings]) -> tuple[ImageSpan, ...]:
+    """Replace placeholders of the request's prompt by their pictures' tokens, up to the first picture that is missing.
 
     Args:
         request: modified.
-        embeddings: by content key, for every picture of the request.
+        embeddings: by content key, for pictures of the request.
 
     Returns:
         Where the pictures stand now, as also kept in the request.
     """
-    prompt = request.token_ids
+    prompt = request.sent_token_ids
     expanded: list[int] = []
     spans: list[ImageSpan] = []
+    num_expanded = None
     done = 0
     for image in request.images:
         expanded += prompt[done : image.offset]
+        done = image.offset
+        if image.content_key not in embeddings:
+            num_expanded = len(expanded)
+            break
         tokens = embeddings[image.content_key].token_ids
         spans.append(ImageSpan(image.content_key, len(expanded), len(tokens)))
         expanded += tokens
-        done = image.offset + 1
-    request.set_expanded_prompt(expanded + prompt[done:], spans)
+        done += 1
+    request.set_expanded_prompt([*expanded, *prompt[done:]], spans, num_expanded=num_expanded)
     return request.image_spans

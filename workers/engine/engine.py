@@ -205,8 +205,7 @@ class Engine:
         self._missing[request_id] = {key for key in keys if key not in self._store}
         for key in keys - self._missing[request_id]:
             self._store.claim(key, request_id)
-        if not self._missing[request_id]:
-            self._place_prompt(request)
+        self._place_prompt(request)
 
     def provide_embeddings(
         self, content_key: str, token_ids: Sequence[int], grid_thw: tuple[int, int, int] | None, rows: torch.Tensor
@@ -233,8 +232,7 @@ class Engine:
             if content_key in missing:
                 missing.remove(content_key)
                 self._store.claim(content_key, request_id)
-                if not missing:
-                    self._place_prompt(self._requests[request_id])
+                self._place_prompt(self._requests[request_id])
 
     def has_embeddings(self, content_key: str) -> bool:
         """Whether a request with this picture would find its embeddings here."""
@@ -388,9 +386,12 @@ class Engine:
         return embeddings
 
     def _place_prompt(self, request: EngineRequest) -> None:
-        """Expand the prompt, now that all embeddings are here, and let the request compete for steps."""
+        """Expand the prompt as far as embeddings are here, and let the request compete for steps with that."""
+        missing = self._missing[request.request_id]
+        if missing and not self._scheduler.computes_early(request):
+            return
         embeddings = {image.content_key: self._store.claim(image.content_key, request.request_id)
-                      for image in request.images}  # fmt: skip
+                      for image in request.images if image.content_key not in missing}  # fmt: skip
         try:
             spans = expand_prompt(request, embeddings)
             placed = [(span.offset, embeddings[span.content_key]) for span in spans]
@@ -398,7 +399,8 @@ class Engine:
             self._scheduler.check_atomic_spans(request)
             request.max_tokens = self._max_tokens(request.num_prompt_tokens, request.sampling, request.pooling)
             self._add_logits_state(request)
-            self._runner.add(request.request_id, request.token_ids, placed)
+            known = request.token_ids[: request.num_known_tokens] if missing else request.token_ids
+            self._runner.add(request.request_id, known, placed)
         except EPDError as error:
             self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
             return
@@ -406,7 +408,9 @@ class Engine:
             log.exception("request %s can't be placed", request.request_id)
             self._finish(request, RequestStatus.FINISHED_ERROR, error=_model_failed())
             return
-        if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS:
+        if missing:
+            self._scheduler.embeddings_arrived(request)
+        elif request.status is RequestStatus.WAITING_FOR_EMBEDDINGS:
             self._scheduler.embeddings_complete(request)
 
     def _add_logits_state(self, request: EngineRequest) -> None:

@@ -92,6 +92,10 @@ class KVCacheManager:
         """The request's blocks in token order. Read only."""
         return self._tables[request_id]
 
+    def has_table(self, request_id: str) -> bool:
+        """Whether the request holds blocks."""
+        return request_id in self._tables
+
     def free(self, request_id: str) -> None:
         """Give the request's blocks back; a request without any is fine."""
         table = self._tables.pop(request_id, None)

@@ -100,7 +100,10 @@ class EngineRequest:
         self.pooling = pooling
         self.deadline = deadline
 
+        self.sent_token_ids = tuple(prompt_token_ids)
+        """The prompt as it came, with placeholders."""
         self.num_prompt_tokens = len(self.token_ids)
+        self._num_expanded_tokens: int | None = None
         self.num_computed_tokens = 0
         self.image_spans: tuple[ImageSpan, ...] = ()
         self.atomic_spans: tuple[tuple[int, int], ...] = ()
@@ -112,7 +115,11 @@ class EngineRequest:
         self.reads_prefix_cache = sampling.prompt_logprobs is None and not takes_mean
         """Whether it may skip what others computed. Not if something is wanted of every prompt token."""
         self.num_cached_tokens: int | None = None
-        """Prompt tokens that it had not to compute; None before its first step."""
+        """Prompt tokens that others had computed; None before its first step."""
+        self.early_end = 0
+        """Tokens before this were computed while it waited for embeddings, or found in the cache then."""
+        self.num_early_tokens = 0
+        """Tokens that it computed while it waited for embeddings."""
         self.max_tokens = sampling.max_tokens or 0
         """Set by the engine once the expanded prompt's length is known."""
         self.ending_token_ids: frozenset[int] = frozenset()
@@ -156,8 +163,10 @@ class EngineRequest:
 
     @property
     def num_known_tokens(self) -> int:
-        """Leading tokens that will not change any more."""
-        return self.num_tokens
+        """Leading tokens that will not change any more: all, unless embeddings are missing."""
+        if self.status is not RequestStatus.WAITING_FOR_EMBEDDINGS:
+            return self.num_tokens
+        return self._num_expanded_tokens or 0
 
     @property
     def num_output_tokens(self) -> int:
@@ -184,12 +193,22 @@ class EngineRequest:
         token_ids: Sequence[int],
         spans: Sequence[ImageSpan],
         atomic_spans: Sequence[tuple[int, int]] = (),
+        *,
+        num_expanded: int | None = None,
     ) -> None:
-        """Replace the prompt by the one with pictures expanded. Only before the first step of the request."""
+        """Replace the prompt by the one with pictures expanded. Only before it runs.
+
+        Args:
+            token_ids: the prompt.
+            spans: where pictures stand in it.
+            atomic_spans: see the attribute.
+            num_expanded: leading tokens before the first picture that is still missing; None: none is missing.
+        """
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.image_spans = tuple(spans)
         self.atomic_spans = tuple(atomic_spans)
+        self._num_expanded_tokens = num_expanded
 
     def atomic_span_around(self, index: int) -> tuple[int, int] | None:
         """The atomic span that a cut before token `index` would divide; None: none."""

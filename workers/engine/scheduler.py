@@ -11,7 +11,10 @@ Policy:
 5. A request is admitted when blocks for its whole prompt are free, beside one for each that runs, and takes them all.
    It takes over what is cached of its beginning, and only the rest is computed. If another request computes the next
    block of it in this very step, it waits for that one, and those behind it may go first.
-6. A decoding request without a free block preempts the last in rank: it loses its blocks, waits, and is computed again.
+6. What is left of step and memory then computes, early, what stands before the first missing picture of requests that
+   wait for embeddings: whole blocks of it, which stay behind in the prefix cache. The request itself keeps nothing, is
+   admitted as in 5 when its pictures are here, and gives up blocks of a prompt under way to everybody above.
+7. A decoding request without a free block preempts the last in rank: it loses its blocks, waits, and is computed again.
 """
 
 from __future__ import annotations
@@ -78,6 +81,8 @@ class Scheduler:
         self._waiting_for_embeddings: dict[str, EngineRequest] = {}
         self._waiting: list[EngineRequest] = []
         self._running: list[EngineRequest] = []
+        self._early: list[EngineRequest] = []
+        """Those that wait for embeddings and have something to compute meanwhile."""
         self._arrivals = 0
         self.num_preemptions = 0
         self.num_queried_tokens = 0
@@ -103,7 +108,7 @@ class Scheduler:
 
     def can_step(self) -> bool:
         """Whether `schedule` would find something to compute."""
-        return bool(self._running or self._waiting)
+        return bool(self._running or self._waiting or self._early)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a new request, by its status for embeddings or for computation.
@@ -134,9 +139,19 @@ class Scheduler:
                 param="messages",
             )
 
+    def computes_early(self, request: EngineRequest) -> bool:
+        """Whether it is of use to know a prompt in part: what is computed early can only be found in the cache."""
+        return self._kv_cache.prefix_caching and request.reads_prefix_cache
+
+    def embeddings_arrived(self, request: EngineRequest) -> None:
+        """Note that more is known of the prompt of a request that goes on waiting for embeddings."""
+        if request not in self._early and self._early_end(request) > request.early_end:
+            bisect.insort(self._early, request, key=_rank)
+
     def embeddings_complete(self, request: EngineRequest) -> None:
         """Move a request that waited for embeddings to the queue for computation, at the place of its rank."""
         del self._waiting_for_embeddings[request.request_id]
+        self._end_early(request)
         request.status = RequestStatus.WAITING
         self._enqueue(request)
 
@@ -150,18 +165,27 @@ class Scheduler:
         budget = self._max_num_batched_tokens - len(chunks)
         budget = self._schedule_prefills(chunks, budget)
         if self.num_preemptions == preemptions:  # else a newcomer would take the blocks just freed
-            self._admit(chunks, budget)
+            in_flight = {name for chunk in chunks if not chunk.request.is_decoding for name in self._names(chunk)}
+            budget = self._admit(chunks, budget, in_flight)
+            self._compute_early(chunks, budget, in_flight)
         return chunks
 
     def advance(self, chunk: ScheduledChunk) -> None:
         """Record that a chunk's keys and values are in the cache now."""
-        chunk.request.num_computed_tokens = chunk.end
-        self._kv_cache.record(chunk.request, chunk.start)
+        request = chunk.request
+        request.num_computed_tokens = chunk.end
+        self._kv_cache.record(request, chunk.start)
+        if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS:
+            request.num_early_tokens += chunk.length
+            if chunk.end >= self._early_end(request):
+                request.early_end = chunk.end
+                self._end_early(request)
 
     def finish(self, request: EngineRequest, status: RequestStatus) -> None:
         """Take an unfinished request out, wherever it is, and free its blocks at once."""
         if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS:
             del self._waiting_for_embeddings[request.request_id]
+            self._end_early(request)
         elif request.status is RequestStatus.RUNNING:
             self._running.remove(request)
         else:
@@ -173,13 +197,17 @@ class Scheduler:
         """Recount blocks and queues; raises AssertionError on a leak or a misplaced request."""
         self._kv_cache.check_integrity()
         running = {request.request_id for request in self._running}
-        if self._kv_cache.owners() != running:
-            raise AssertionError(f"blocks of {self._kv_cache.owners()}, but running are {running}")
-        for queue in (self._running, self._waiting):
+        early = {request.request_id for request in self._early}
+        if not running <= self._kv_cache.owners() <= running | early:
+            raise AssertionError(f"blocks of {self._kv_cache.owners()}, but running are {running}, early {early}")
+        if not early <= set(self._waiting_for_embeddings):
+            raise AssertionError(f"{early} are computed early, but {set(self._waiting_for_embeddings)} wait")
+        for queue in (self._running, self._waiting, self._early):
             if sorted(queue, key=_rank) != queue:
                 raise AssertionError("a queue is not in the order of ranks")
-        for request in self._running:
-            self._kv_cache.check_contents(request)
+        for request in self.requests():
+            if request.request_id in self._kv_cache.owners():
+                self._kv_cache.check_contents(request)
         for request in self.requests():
             if request.status.is_finished:
                 raise AssertionError(f"{request} is finished but queued")
@@ -192,7 +220,8 @@ class Scheduler:
         for request in [r for r in self._running if r.is_decoding]:
             # The last goes first, and we go from first to last, so whoever loses its blocks has no chunk yet.
             while request.status is RequestStatus.RUNNING and not self._grow(request):
-                self._preempt(self._running[-1])
+                if not self._take_from_early():
+                    self._preempt(self._running[-1])
             if request.status is RequestStatus.RUNNING:
                 chunks.append(self._chunk(request, 1))
         return chunks
@@ -202,26 +231,28 @@ class Scheduler:
             if budget <= 0:
                 break
             if not request.is_decoding:
-                budget -= self._add_prefill(chunks, request, budget)
+                budget -= self._add_prefill(chunks, request, budget, request.num_tokens)
         return budget
 
-    def _admit(self, chunks: list[ScheduledChunk], budget: int) -> None:
-        in_flight = {name for chunk in chunks if not chunk.request.is_decoding for name in self._names(chunk)}
+    def _admit(self, chunks: list[ScheduledChunk], budget: int, in_flight: set[bytes]) -> int:
+        """Start waiting requests. Returns what is left of the budget for those who stand behind all of them."""
         for request in list(self._waiting):
             if budget <= 0 or len(self._running) >= self._max_num_seqs:
-                break
+                return 0
             prefix = self._kv_cache.cached_prefix(request)
             if self._kv_cache.first_missing(request, prefix) in in_flight:
                 continue
             # The spare blocks keep a newcomer from being preempted again by the next tokens of those before it.
-            if not self._kv_cache.admit(request, request.num_tokens, prefix, spare=len(self._running)):
-                break  # strictly first come, first served: a smaller one behind it does not overtake
+            while not self._kv_cache.admit(request, request.num_tokens, prefix, spare=len(self._running)):
+                if not self._take_from_early():
+                    return 0  # strictly first come, first served: a smaller one behind it does not overtake
             self._start(request, len(prefix) * self._kv_cache.block_size)
-            length = self._add_prefill(chunks, request, budget)
+            length = self._add_prefill(chunks, request, budget, request.num_tokens)
             if length == 0:  # an atomic span, for which the next step has room
-                break
+                return 0
             in_flight.update(self._names(chunks[-1]))
             budget -= length
+        return budget
 
     def _start(self, request: EngineRequest, num_cached_tokens: int) -> None:
         self._waiting.remove(request)
@@ -229,32 +260,73 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = num_cached_tokens
         if request.num_cached_tokens is None:
-            request.num_cached_tokens = num_cached_tokens
+            request.num_cached_tokens = max(0, num_cached_tokens - request.num_early_tokens)
             if request.reads_prefix_cache:
                 self.num_queried_tokens += request.num_tokens
-                self.num_cached_tokens += num_cached_tokens
+                self.num_cached_tokens += request.num_cached_tokens
 
     def _names(self, chunk: ScheduledChunk) -> list[bytes]:
         """What a chunk computes that other requests could use."""
         return self._kv_cache.names_between(chunk.request, chunk.start, chunk.end)
 
-    def _add_prefill(self, chunks: list[ScheduledChunk], request: EngineRequest, budget: int) -> int:
-        length = self._prefill_length(chunks, request, budget)
-        if length > 0:
-            chunks.append(self._chunk(request, length))
-        return length
+    def _compute_early(self, chunks: list[ScheduledChunk], budget: int, in_flight: set[bytes]) -> None:
+        for request in list(self._early):
+            if budget <= 0 or len(chunks) >= self._max_num_seqs:
+                break
+            end = self._early_end(request)
+            if not self._kv_cache.has_table(request.request_id):
+                prefix = self._kv_cache.cached_prefix(request)
+                if len(prefix) * self._kv_cache.block_size >= end:
+                    request.early_end = end
+                    self._early.remove(request)
+                    continue
+                if self._kv_cache.first_missing(request, prefix) in in_flight:
+                    continue
+                if not self._kv_cache.admit(request, end, prefix, spare=len(self._running)):
+                    continue
+                request.num_computed_tokens = len(prefix) * self._kv_cache.block_size
+            length = self._add_prefill(chunks, request, budget, end)
+            if length > 0:
+                in_flight.update(self._names(chunks[-1]))
+            budget -= length
 
-    def _prefill_length(self, chunks: list[ScheduledChunk], request: EngineRequest, budget: int) -> int:
-        """Tokens of the request's next chunk; 0 when an atomic span has to wait for another step."""
+    def _early_end(self, request: EngineRequest) -> int:
+        """How far a prompt is computed early: to the end of its last full block, but not into an atomic span."""
+        block_size = self._kv_cache.block_size
+        end = request.num_known_tokens // block_size * block_size
+        while (span := request.atomic_span_around(end)) is not None:
+            end = span[0] // block_size * block_size
+        return end
+
+    def _end_early(self, request: EngineRequest) -> None:
+        """Leave what was computed early, if anything, to the cache."""
+        if request in self._early:
+            self._early.remove(request)
+            self._drop_early(request)
+
+    def _take_from_early(self) -> bool:
+        """Have the last in rank of those that are computed early give up its blocks; False: none has any."""
+        for request in reversed(self._early):
+            if self._kv_cache.has_table(request.request_id):
+                self._drop_early(request)
+                return True
+        return False
+
+    def _drop_early(self, request: EngineRequest) -> None:
+        self._kv_cache.free(request.request_id)
+        request.num_computed_tokens = 0
+
+    def _add_prefill(self, chunks: list[ScheduledChunk], request: EngineRequest, budget: int, until: int) -> int:
+        """Add a chunk of tokens before `until`. Returns its length: 0 if an atomic span must wait for another step."""
         start = request.num_computed_tokens
-        end = start + min(request.num_uncomputed_tokens, budget)
+        end = min(until, start + budget)
         divided = request.atomic_span_around(end)
-        if divided is None:
-            return end - start
-        if divided[0] > start:
-            return divided[0] - start
-        is_first = all(chunk.request.is_decoding for chunk in chunks)
-        return divided[1] - start if is_first else 0
+        if divided is not None:
+            is_first = all(chunk.request.is_decoding for chunk in chunks)
+            end = divided[1] if divided[0] <= start and is_first else max(divided[0], start)
+        if end > start:
+            chunks.append(self._chunk(request, end - start))
+        return end - start
 
     def _chunk(self, request: EngineRequest, length: int) -> ScheduledChunk:
         table = tuple(self._kv_cache.block_table(request.request_id))

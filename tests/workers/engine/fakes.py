@@ -43,6 +43,8 @@ class FakeRunner:
         self.rows: list[SamplingRow] = []
         self.banned: list[set[int]] = []
         """What the rows of the last step must not become."""
+        self.chunks: list[ScheduledChunk] = []
+        """All that were computed."""
 
     def add(self, request_id: str, token_ids: Sequence[int], images: Sequence[PlacedImage]) -> None:
         if self.placing_failure is not None:
@@ -65,6 +67,7 @@ class FakeRunner:
             raise RuntimeError("secret detail")
         assert all(chunk.request.request_id in self.prompts for chunk in chunks)
         self.rows = list(rows)
+        self.chunks += chunks
         self.banned = [set() if row.state is None else set(row.state.banned().tolist()) for row in rows]
         return [Sampled(chunk.request.num_tokens % EOS) for chunk in chunks if chunk.samples]
 
@@ -86,6 +89,8 @@ def fake_engine(
     max_waiting: int = 8,
     store_bytes: int = 1 << 20,
     images: bool = True,
+    caching: bool = True,
+    batched_tokens: int = 16,
 ) -> Engine:
     clock = clock or FakeClock()
     adapter_class = FakeImages if images else PlainPositions
@@ -97,7 +102,7 @@ def fake_engine(
         eos_token_ids=frozenset({EOS}),
         adapter=adapter_class(cast("Any", SimpleNamespace())),
     )
-    kv_cache = KVCacheManager(num_blocks, block_size=4)
-    scheduler = Scheduler(kv_cache, max_num_seqs=4, max_num_batched_tokens=16, max_waiting=max_waiting)
+    kv_cache = KVCacheManager(num_blocks, block_size=4, prefix_caching=caching)
+    scheduler = Scheduler(kv_cache, max_num_seqs=4, max_num_batched_tokens=batched_tokens, max_waiting=max_waiting)
     store = EmbeddingStore(store_bytes, unclaimed_ttl_s=60, clock=clock)
     return Engine(runner, info, kv_cache, scheduler, store, clock=clock)
