@@ -48,7 +48,7 @@ class Watched:
 
     def steps(self) -> list[tuple[str, int, int]]:
         """All until nothing is left to compute."""
-        chunks = []
+        chunks: list[tuple[str, int, int]] = []
         for _ in range(100):
             if not self.engine.has_work():
                 return chunks
