@@ -398,7 +398,8 @@ class Engine:
             request.atomic_spans = self.info.adapter.atomic_spans(placed)
             self._scheduler.check_atomic_spans(request)
             request.max_tokens = self._max_tokens(request.num_prompt_tokens, request.sampling, request.pooling)
-            self._add_logits_state(request)
+            if not missing:
+                self._add_logits_state(request)
             known = request.token_ids[: request.num_known_tokens] if missing else request.token_ids
             self._runner.add(request.request_id, known, placed)
         except EPDError as error:
