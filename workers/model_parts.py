@@ -28,7 +28,7 @@ from transformers.distributed import DistributedConfig
 
 from epd.errors import ConfigError
 from epd.types import WorkerTask
-from workers import dummy_weights
+from workers import dummy_weights, quantization
 from workers.families import family_of
 from workers.model_tasks import architecture, is_multimodal, model_class
 
@@ -151,6 +151,7 @@ def _load(
     load_format: str,
     num_ranks: int = 1,
 ) -> PreTrainedModel:
+    device = torch.device(device)
     partial_class = _without(whole_class, dropped)
     if load_format == "dummy" and num_ranks > 1:
         raise ConfigError("--load-format dummy makes the weights of one process; leave out --tp")
@@ -158,7 +159,10 @@ def _load(
         log.warning("random weights for %s: answers mean nothing", architecture(config))
         dummy = dummy_weights.build(partial_class, config, dtype, device, attn_implementation)
         return dummy.eval().requires_grad_(False)
-    kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    quantization.check(config, dtype, device, num_ranks=num_ranks)
+    kwargs = quantization.placement(config, device)
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
     if num_ranks > 1:
         kwargs["distributed_config"] = DistributedConfig(tp_size=num_ranks)
     try:
@@ -168,7 +172,8 @@ def _load(
     except OSError as error:
         raise ConfigError(f"{path}: the weights cannot be read: {error}") from error
     _refuse_missing(path, info["missing_keys"])
-    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    placed = model if "device_map" in kwargs else model.to(device)
+    loaded: PreTrainedModel = placed.eval().requires_grad_(False)
     log.info("loaded %s without %s", architecture(config), ", ".join(dropped) or "nothing")
     return loaded
 
