@@ -21,6 +21,7 @@ import torch
 from transformers import AttentionInterface
 
 from workers.engine.paged_kv import PagedKVCache
+from workers.engine.transfer import to_device
 
 ATTENTION_NAME = "epd_paged"
 
@@ -62,7 +63,8 @@ class AttentionBackend(ABC):
 
     def prepare(self, chunks: Sequence[PackedChunk]) -> None:
         """Compute what all layers of the next forward call share. Chunks of one token come first, short before long."""
-        self._slots = torch.tensor(slot_mapping(chunks, self.cache.block_size), device=self.device)
+        slots = torch.tensor(slot_mapping(chunks, self.cache.block_size), dtype=torch.int64)
+        (self._slots,) = to_device([slots], self.device)
         self._prepare(chunks)
 
     def forward(

@@ -82,12 +82,11 @@ def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedMode
     on_gpu = device.type == "cuda"
     batched_tokens = config.max_num_batched_tokens or max(4096 if on_gpu else 512, config.max_num_seqs)
     adapter = make_adapter(model, model.config)
-    backend_class = _backend_class(device, adapter)
-    is_varlen = backend_class is attention_varlen.VarlenBackend
-    block_size = config.block_size or (attention_varlen.PAGE_SIZE_MULTIPLE if is_varlen else 16)
     context = config.max_model_len or text_config.max_position_embeddings
     coverage.check_context(model.config, context)
     shape = KVShape.of(text_config, model.dtype).share_of(num_ranks)
+    backend_class = _backend_class(shape, text_config.num_attention_heads // num_ranks, device, adapter)
+    block_size = _block_size(config.block_size, issubclass(backend_class, attention_varlen.VarlenBackend))
     coverage.check_layers(model, adapter, shape)
     num_blocks = num_blocks_for(
         shape,
@@ -109,11 +108,13 @@ def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedMode
     return LoadedModel(runner, forward, info, num_blocks, block_size, batched_tokens)
 
 
-def _backend_class(device: torch.device, adapter: PlainPositions) -> type[AttentionBackend]:
+def _backend_class(
+    shape: KVShape, num_heads: int, device: torch.device, adapter: PlainPositions
+) -> type[AttentionBackend]:
     """The fastest one that can do what the model needs: the kernel for CUDA knows no tokens that see later ones."""
-    if attention_varlen.is_available(device) and not adapter.bidirectional_images:
-        return attention_varlen.VarlenBackend
-    return SdpaBackend
+    if adapter.bidirectional_images:
+        return SdpaBackend
+    return attention_varlen.find(shape, num_heads, device) or SdpaBackend
 
 
 def _device(name: str) -> torch.device:
@@ -123,6 +124,15 @@ def _device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"unknown device {name!r}") from error
+
+
+def _block_size(chosen: int | None, has_paged_kernel: bool) -> int:
+    if not has_paged_kernel:
+        return chosen or 16
+    multiple = attention_varlen.PAGE_SIZE_MULTIPLE
+    if chosen is not None and chosen % multiple:
+        raise ConfigError(f"block_size {chosen}: on this GPU it must be a multiple of {multiple}")
+    return chosen or multiple
 
 
 def _dtype(name: str) -> str | torch.dtype:
