@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
 from epd.messages import TokenBatch, TokenOutput
+from epd.types import TokenLogprobs
+
+MAX_LOGPROBS = 1 << 19
+"""Log probabilities in one batch, at about 15 bytes each: half of what a message may hold."""
 
 
 class Outbox:
@@ -21,7 +25,7 @@ class Outbox:
         self._send = send
         self._pending: dict[str, TokenOutput] = {}
         self._ended: list[TokenOutput] = []
-        """Terminal outputs whose request id was used again before they left."""
+        """What goes first: terminal outputs whose request id was used again, and large ones that took no more."""
         self._wake = asyncio.Event()
         self._is_flushed = asyncio.Event()
         self._is_flushed.set()
@@ -31,7 +35,7 @@ class Outbox:
         """Queue one output; outputs of one request keep their order."""
         earlier = self._pending.get(output.request_id)
         # A terminal output is never followed by another of the same request, unless its id is used again.
-        if earlier is not None and earlier.finish_reason is None:
+        if earlier is not None and earlier.finish_reason is None and num_logprobs(earlier) < MAX_LOGPROBS:
             output = merge(earlier, output)
         elif earlier is not None:
             self._ended.append(self._pending.pop(output.request_id))
@@ -55,11 +59,43 @@ class Outbox:
             outputs = (*self._ended, *self._pending.values())
             self._ended.clear()
             self._pending.clear()
-            if not await self._send(TokenBatch(outputs=outputs)):
+            if not await self._send_in_batches(outputs):
                 break
             if not self._pending:
                 self._is_flushed.set()
         self._is_flushed.set()
+
+    async def _send_in_batches(self, outputs: Iterable[TokenOutput]) -> bool:
+        for batch in batches(outputs):
+            if not await self._send(TokenBatch(outputs=tuple(batch))):
+                return False
+        return True
+
+
+def batches(outputs: Iterable[TokenOutput]) -> Iterator[list[TokenOutput]]:
+    """All outputs in their order, in parts that a message can hold."""
+    batch: list[TokenOutput] = []
+    size = 0
+    for output in outputs:
+        added = num_logprobs(output)
+        if batch and size + added > MAX_LOGPROBS:
+            yield batch
+            batch, size = [], 0
+        batch.append(output)
+        size += added
+    if batch:
+        yield batch
+
+
+def num_logprobs(output: TokenOutput) -> int:
+    """How many log probabilities an output holds."""
+    return _count(output.logprobs) + _count(output.prompt_logprobs)
+
+
+def _count(positions: Sequence[TokenLogprobs | None]) -> int:
+    """All positions of a request have as many as its last one."""
+    last = positions[-1] if positions else None
+    return len(positions) * (1 + len(last.top)) if last is not None else len(positions)
 
 
 def merge(earlier: TokenOutput, later: TokenOutput) -> TokenOutput:

@@ -18,7 +18,14 @@ from proxy.api.openai_answer import ChatDialect, Dialect, Head, TextDialect, Wan
 from proxy.api.openai_logprobs import Echo
 from proxy.api.openai_prompt import count_parts, messages_of, prompts_of, template_variables
 from proxy.api.openai_responses import ChatCompletion, TextCompletion
-from proxy.api.openai_sampling import check_supported, samples_of, sampling_of, shown_logprobs, text_options_of
+from proxy.api.openai_sampling import (
+    check_prompt_logprobs,
+    check_supported,
+    samples_of,
+    sampling_of,
+    shown_logprobs,
+    text_options_of,
+)
 from proxy.api.openai_schema import ChatRequest, CompletionRequest, SamplingRequest
 from proxy.api.openai_structured import grammar_of
 from proxy.api.openai_teller import Teller
@@ -66,6 +73,7 @@ async def _chat(client: Client, service: Service, body: ChatRequest, arrived: fl
             sampling = await _with_grammar(service, body, sampling)
             prompt = await service.encode_chat(messages, template_variables(body))
             service.check_context(len(prompt.token_ids), sampling.max_tokens)
+            check_prompt_logprobs(sampling, len(prompt.token_ids))
             images = await service.media.load(sources)
         head = Head.new("chatcmpl", service.config.model_name)
         work = Work(
@@ -94,6 +102,7 @@ async def _complete(client: Client, service: Service, body: CompletionRequest, a
             prompts = await prompts_of(body, service)
             for prompt in prompts:
                 service.check_context(len(prompt), sampling.max_tokens)
+                check_prompt_logprobs(sampling, len(prompt))
             echoes = await _echoes(service, body, prompts)
         head, samples = Head.new("cmpl", service.config.model_name), samples_of(body)
         work = Work(

@@ -225,6 +225,14 @@ async def test_prompt_logprobs(cluster: Cluster, tokenizer: Tokenizer, path: str
         assert len(entry) == 2
 
 
+async def test_more_than_a_message_holds_are_refused(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(max_model_len=1 << 20)
+    body = {"prompt": [5] * 13_000, "prompt_logprobs": 20, "max_tokens": 1}
+    response = await cluster.http.post("/v1/completions", json=body)
+    assert (response.status_code, response.json()["param"]) == (400, "prompt_logprobs")
+    assert (await cluster.http.post("/v1/completions", json=body | {"prompt_logprobs": 1})).status_code == 200
+
+
 async def test_prompt_logprobs_are_not_there_unasked(cluster: Cluster) -> None:
     assert "prompt_logprobs" not in (await cluster.chat("hi")).json()
     assert "prompt_logprobs" not in (await complete(cluster, "hi"))["choices"][0]

@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from epd.codec import MAX_HEADER_BYTES, encode
 from epd.messages import TokenBatch, TokenOutput
-from epd.types import FinishReason
-from workers.outbox import Outbox
+from epd.types import FinishReason, TokenLogprobs
+from workers.outbox import MAX_LOGPROBS, Outbox, batches, num_logprobs
 
 
 class Connection:
@@ -98,3 +99,36 @@ async def test_a_peer_that_has_gone_stops_nothing_else() -> None:
         await box.flushed()
         box.put(output("a", 2))
     assert connection.batches == []
+
+
+def scored(request_id: str, positions: int, top: int) -> TokenOutput:
+    known = TokenLogprobs(1 << 17, -1.2345678, 300, tuple((1 << 17, -12.3456789) for _ in range(top)))
+    return TokenOutput(
+        request_id=request_id, prompt_logprobs=(None, *[known] * (positions - 1)), prompt_tokens=positions
+    )
+
+
+def test_log_probabilities_fill_no_message() -> None:
+    outputs = [scored(f"r{i}", 12_000, 20) for i in range(5)] + [output("small", 1)]
+    parts = list(batches(outputs))
+    assert [one for part in parts for one in part] == outputs
+    assert [len(part) for part in parts] == [2, 2, 2]
+    for part in parts:
+        [header] = encode(TokenBatch(outputs=tuple(part)))
+        assert memoryview(header).nbytes < MAX_HEADER_BYTES
+
+
+async def test_large_outputs_of_a_slow_reader_are_not_merged_for_ever() -> None:
+    connection = Connection()
+    connection.is_open.clear()
+    large = tuple(TokenLogprobs(1, -1.0, 1, ((1, -1.0),) * 20) for _ in range(MAX_LOGPROBS // 21))
+    async with outbox(connection) as box:
+        box.put(output("first", 1))
+        await connection.is_sending.wait()
+        for token in range(3):
+            box.put(TokenOutput(request_id="r", token_ids=(token,) * len(large), logprobs=large))
+        connection.is_open.set()
+        await box.flushed()
+    told = [one for batch in connection.batches for one in batch.outputs if one.request_id == "r"]
+    assert [token for one in told for token in one.token_ids] == [i for i in range(3) for _ in large]
+    assert max(num_logprobs(one) for one in told) <= 2 * MAX_LOGPROBS
