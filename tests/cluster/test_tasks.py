@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests import checkpoints_text
 from tests.cluster.harness import Cluster, running
@@ -35,14 +36,28 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.fixture(scope="module", params=["embed", "generate"])
-def embedding(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A checkpoint without a head, and one that generates."""
-    folder = tmp_path_factory.mktemp(request.param)
-    build = checkpoints_text.build_embedding if request.param == "embed" else checkpoints_text.build
-    model = build(folder / "model", "qwen3")
-    with running(Cluster(folder, model, encoders=0, pd_flags=["--task", request.param, *CHUNKS])) as cluster:
+@pytest.fixture(scope="module")
+def headless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A checkpoint that gives embeddings and nothing else."""
+    folder = tmp_path_factory.mktemp("embed")
+    model = checkpoints_text.build_embedding(folder / "model", "qwen3")
+    with running(Cluster(folder, model, encoders=0, pd_flags=["--task", "embed", *CHUNKS])) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="module")
+def generating(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A mixture of experts that gives tokens, and embeddings as well."""
+    folder = tmp_path_factory.mktemp("generate")
+    model = checkpoints_text.build(folder / "model", "qwen3_moe")
+    with running(Cluster(folder, model, encoders=0, pd_flags=CHUNKS)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["headless", "generating"])
+def embedding(request: pytest.FixtureRequest) -> Cluster:
+    cluster: Cluster = request.getfixturevalue(request.param)
+    return cluster
 
 
 def test_scores(reward: Cluster) -> None:
@@ -80,3 +95,21 @@ def test_an_embedding_cluster_after_its_requests(embedding: Cluster) -> None:
     pong = embedding.ping(embedding.pd_addresses[0])
     assert pong.load.kv_used_blocks == 0
     assert pong.counters["integrity_failures"] == 0
+
+
+def test_tokens_beside_embeddings(generating: Cluster) -> None:
+    """All at once, in the same steps."""
+    model: Any = AutoModelForCausalLM.from_pretrained(generating.model, dtype=torch.float32).eval()
+    prompts = [token_ids(generating.model, text) for text in TEXTS]
+    expected = [model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :] for prompt in prompts]
+
+    async def ask() -> tuple[Any, Any]:
+        async with generating.async_client() as client:
+            texts = client.completions.create(
+                model="test-model", prompt=TEXTS, max_tokens=12, temperature=0, extra_body={"return_token_ids": True}
+            )
+            return await asyncio.gather(texts, client.embeddings.create(model="test-model", input=TEXTS * 8))
+
+    completion, vectors = asyncio.run(ask())
+    assert [choice.token_ids for choice in completion.choices] == [tokens.tolist() for tokens in expected]
+    assert len(vectors.data) == 8 * len(TEXTS)

@@ -67,6 +67,16 @@ def check_context(config: PretrainedConfig, context: int) -> None:
         )
 
 
+def fix_rotation(model: PreTrainedModel) -> None:
+    """Stop dynamic rotary embeddings from looking at each step's positions, which within `check_context` is in vain.
+
+    It would wait for the device in every step, and no graph could be made of it.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
+            module.rope_type = "default"  # that is: use the frequencies that are there
+
+
 def check_layers(model: PreTrainedModel, adapter: PlainPositions, shape: KVShape) -> None:
     """Refuse a model whose layers do not fill the cache as `shape` says, by running two tokens through them.
 

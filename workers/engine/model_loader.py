@@ -84,6 +84,7 @@ def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedMode
     adapter = make_adapter(model, model.config)
     context = config.max_model_len or text_config.max_position_embeddings
     coverage.check_context(model.config, context)
+    coverage.fix_rotation(model)
     shape = KVShape.of(text_config, model.dtype).share_of(num_ranks)
     backend_class = _backend_class(shape, text_config.num_attention_heads // num_ranks, device, adapter)
     block_size = _block_size(config.block_size, issubclass(backend_class, attention_varlen.VarlenBackend))

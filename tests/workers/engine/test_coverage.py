@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -16,6 +17,7 @@ from transformers import (
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
     FalconConfig,
+    LlamaForCausalLM,
     MambaConfig,
     Phi3Config,
     Phi3ForCausalLM,
@@ -25,6 +27,7 @@ from transformers import (
 from epd.errors import ConfigError
 from tests import checkpoints_text
 from tests.workers.engine.oracle import make_engine
+from workers.engine import coverage
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -78,6 +81,29 @@ def test_dynamic_rotation_ends_with_the_trained_context(tmp_path: Path) -> None:
     assert make_engine(path, kv_cache_memory_bytes=16 << 20).info.max_model_len == 2048
     with pytest.raises(ConfigError, match=r"dynamic rotary.*max_model_len to 2048"):
         make_engine(path, max_model_len=2049, kv_cache_memory_bytes=16 << 20)
+
+
+LONGROPE = {"short_factor": [1.5] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "rope"),
+    [(LlamaForCausalLM, {"rope_type": "dynamic"}), (Phi3ForCausalLM, {"rope_type": "longrope", **LONGROPE})],
+    ids=["dynamic", "longrope"],
+)
+def test_rotation_within_the_limit_never_looks_at_positions(model_class: Any, rope: dict[str, Any]) -> None:
+    """Nor is it another one: the frequencies are those that the model had."""
+    parameters = {"rope_theta": 10000.0, "factor": 6.0, **rope}
+    config = model_class.config_class(**SHAPE, max_position_embeddings=64, rope_parameters=parameters)
+    model = model_class(config).eval()
+    ids = torch.arange(64)[None]
+    with torch.inference_mode():
+        before = model(input_ids=ids).logits
+        coverage.fix_rotation(model)
+        frequencies = model.model.rotary_emb.inv_freq.clone()
+        assert torch.equal(model(input_ids=ids).logits, before)
+        model(input_ids=ids, position_ids=ids + 1000)
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
 
 
 def test_longrope_is_served_with_its_short_factors_only(tmp_path: Path) -> None:
