@@ -119,10 +119,12 @@ class Answers:
     def __init__(self) -> None:
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, StepOutput] = {}
+        self.outputs: dict[str, list[StepOutput]] = {}
 
     def take(self, outputs: Sequence[StepOutput]) -> None:
         for output in outputs:
             assert output.request_id not in self.ends, "output after the end"
+            self.outputs.setdefault(output.request_id, []).append(output)
             self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
             if output.finish_reason is not None:
                 self.ends[output.request_id] = output
