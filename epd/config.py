@@ -152,6 +152,9 @@ class PrefillDecodeConfig(WorkerConfig):
     enable_prefix_caching: bool = option(
         True, "keep computed prompts and answers in free KV memory for requests that begin with the same"
     )
+    enable_cuda_graphs: bool = option(
+        True, "on a GPU, replay decode steps as CUDA graphs; without, a start is faster and a step slower"
+    )
     embedding_store_bytes: int = option(256 << 20, "memory for embeddings that arrived, in bytes", minimum=0)
     max_waiting: int = option(1024, "requests waiting at most; more are refused as overloaded")
 

@@ -416,6 +416,7 @@ def _engine_config(config: PrefillDecodeConfig) -> EngineConfig:
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
+        enable_cuda_graphs=config.enable_cuda_graphs,
         gpu_memory_utilization=config.gpu_memory_utilization,
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         embedding_store_bytes=config.embedding_store_bytes,

@@ -37,6 +37,8 @@ class EngineConfig:
     """Share of the GPU's memory for weights, activations and KV cache together."""
     enable_prefix_caching: bool = True
     """Keep what was computed in free KV blocks, and use it again for requests that begin with the same content."""
+    enable_cuda_graphs: bool = True
+    """On a GPU, replay decode steps as CUDA graphs. Capturing them takes some seconds and some memory at start."""
     embedding_store_bytes: int = 1 << 30
     """For image embeddings in main memory: those in use, those early, and a cache of the rest."""
     embedding_unclaimed_ttl_s: float = 120.0

@@ -17,7 +17,9 @@ from workers.engine import attention, attention_varlen, coverage
 from workers.engine.adapter import PlainPositions, make_adapter
 from workers.engine.attention import AttentionBackend
 from workers.engine.attention_sdpa import SdpaBackend
+from workers.engine.attention_varlen import VarlenBackend
 from workers.engine.config import EngineConfig
+from workers.engine.decode_graphs import Capture, DecodeGraphs, capture_on_cuda, padded_sizes
 from workers.engine.forward import Forward, LocalForward
 from workers.engine.grammar import GrammarCompiler
 from workers.engine.language_model import LanguageModel
@@ -87,7 +89,7 @@ def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedMode
     coverage.fix_rotation(model)
     shape = KVShape.of(text_config, model.dtype).share_of(num_ranks)
     backend_class = _backend_class(shape, text_config.num_attention_heads // num_ranks, device, adapter)
-    block_size = _block_size(config.block_size, issubclass(backend_class, attention_varlen.VarlenBackend))
+    block_size = _block_size(config.block_size, issubclass(backend_class, VarlenBackend))
     coverage.check_layers(model, adapter, shape)
     num_blocks = num_blocks_for(
         shape,
@@ -101,12 +103,41 @@ def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedMode
     if group is not None:
         num_blocks = group.agree_on_smallest(num_blocks)
     info = _model_info(model, config, text_config, _fitting_context(config, context, num_blocks * block_size))
-    backend = backend_class(PagedKVCache(shape, num_blocks, block_size, device), device)
-    forward: Forward = LocalForward(LanguageModel(model, info.adapter), backend)
-    if group is not None and group.send is not None:
-        forward = LeadingForward(forward, group.send)
+    # One block more than requests can have, for the padding of graphs.
+    backend = backend_class(PagedKVCache(shape, num_blocks + 1, block_size, device), device)
+    forward = _forward(LanguageModel(model, info.adapter), backend, config, info.max_model_len, group)
     runner = ModelRunner(forward, info.adapter, device, _grammars(config, info))
     return LoadedModel(runner, forward, info, num_blocks, block_size, batched_tokens)
+
+
+def _forward(
+    model: LanguageModel, backend: AttentionBackend, config: EngineConfig, context: int, group: ParallelGroup | None
+) -> Forward:
+    """What runs steps; the last block of the backend's cache is nobody's."""
+    local = LocalForward(model, backend)
+    if group is not None:
+        return local if group.send is None else LeadingForward(local, group.send)
+    capture = _capture(config, backend.device)
+    if capture is None or not isinstance(backend, VarlenBackend):
+        return local
+    try:
+        return DecodeGraphs(
+            model,
+            backend,
+            sizes=padded_sizes(config.max_num_seqs),
+            table_width=-(-context // backend.cache.block_size),
+            scratch_block=backend.cache.num_blocks - 1,
+            capture=capture,
+        )
+    except RuntimeError as error:  # what a family does in its forward call is known only by trying
+        log.warning("decode steps run without CUDA graphs: %s", error)
+        return local
+
+
+def _capture(config: EngineConfig, device: torch.device) -> Capture | None:
+    if device.type != "cuda" or not config.enable_cuda_graphs:
+        return None
+    return capture_on_cuda(device)
 
 
 def _backend_class(

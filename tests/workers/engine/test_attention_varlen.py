@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from epd.errors import ConfigError
+from tests.workers.engine.varlen_reference import kernel
 from workers.engine import attention_varlen, model_loader
 from workers.engine.attention_varlen import PAGE_SIZE_MULTIPLE, VarlenBackend, VarlenBackendWithKeyBoundaries
 from workers.engine.paged_kv import KVShape
@@ -16,26 +17,6 @@ from workers.engine.paged_kv import KVShape
 SHAPE = KVShape(num_layers=4, num_kv_heads=2, head_dim=16, dtype=torch.bfloat16)
 HEADS = 4
 CPU = torch.device("cpu")
-
-
-def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *places: Any, **options: Any) -> torch.Tensor:
-    """What `varlen_attn` documents for pages, in float32."""
-    cu_seq_q, _, max_q, max_k = places
-    used, table, window = options["seqused_k"].tolist(), options["block_table"], options["window_size"][0]
-    assert max_k >= max(used)
-    outputs = []
-    for index, length in enumerate(used):
-        rows = query[cu_seq_q[index] : cu_seq_q[index + 1]].float()
-        assert len(rows) <= max_q
-        k, v = (side[table[index]].flatten(0, 1)[:length].float() for side in (key, value))
-        k, v = (side.repeat_interleave(query.shape[1] // key.shape[2], 1) for side in (k, v))
-        last = torch.arange(length - len(rows), length)[:, None]
-        seen = torch.arange(length) <= last
-        if window >= 0:
-            seen &= torch.arange(length) >= last - window
-        scores = torch.einsum("qhd,khd->hqk", rows, k) * options["scale"]
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
-    return torch.cat(outputs).to(query.dtype)
 
 
 def wrong_window(*arguments: Any, **options: Any) -> torch.Tensor:

@@ -1,0 +1,130 @@
+"""Everything about decode graphs but CUDA's part: a graph that computes its function anew stands in for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.workers.engine.oracle import IMAGE, Answers, Oracle, add, greedy, make_engine, picture, provide
+from tests.workers.engine.varlen_reference import kernel
+from workers.engine import attention_varlen, model_loader
+from workers.engine.attention import PackedChunk
+from workers.engine.attention_varlen import VarlenBackend
+from workers.engine.decode_graphs import Compute, DecodeGraphs, Layout, StaticInputs, padded_size, padded_sizes
+from workers.engine.engine import Engine
+from workers.engine.forward import LocalForward
+from workers.engine.step_inputs import StepInputs
+
+CPU = torch.device("cpu")
+SCRATCH = 9
+LAYOUT = Layout(num_axes=3, block_size=4, table_width=5, scratch_block=SCRATCH)
+
+
+def test_sizes_are_powers_of_two_up_to_the_largest_batch() -> None:
+    assert padded_sizes(1) == (1,)
+    assert padded_sizes(8) == (1, 2, 4, 8)
+    assert padded_sizes(48) == (1, 2, 4, 8, 16, 32, 48)
+
+
+def test_a_step_takes_the_smallest_size_that_holds_it() -> None:
+    sizes = (1, 2, 4, 8, 12)
+    assert [padded_size(n, sizes) for n in (1, 2, 3, 4, 5, 9, 12, 13)] == [1, 2, 4, 4, 8, 12, 12, None]
+
+
+def step(*rows: tuple[int, tuple[int, ...]]) -> StepInputs:
+    """A decode step: (tokens so far, block table) of each row; token ids 100, 101, …"""
+    chunks = tuple(PackedChunk(index, 1, start, table) for index, (start, table) in enumerate(rows))
+    starts = torch.tensor([start for start, _ in rows])
+    return StepInputs(chunks, torch.arange(100, 100 + len(rows)), starts.expand(3, -1), (), torch.arange(len(rows)))
+
+
+def test_padding_goes_to_the_scratch_block_and_nowhere_else() -> None:
+    static = StaticInputs(4, LAYOUT, CPU)
+    steps = [
+        step((5, (3, 1)), (0, (2,)), (18, (4, 5, 6, 7, 8))),
+        step((6, (3, 1))),  # rows that were used become padding again
+        step((7, (3, 1)), (1, (2,)), (3, (0,)), (4, (6, 7))),
+    ]
+    for inputs in steps:
+        static.load(inputs)
+        count, rows = len(inputs.chunks), static.rows
+        assert rows.token_ids.tolist() == [*inputs.token_ids.tolist(), *[0] * (4 - count)]
+        assert rows.positions[:, :count].equal(inputs.positions)
+        own = [c.block_table[c.start // 4] * 4 + c.start % 4 for c in inputs.chunks]
+        assert rows.slots.tolist() == [*own, *[SCRATCH * 4] * (4 - count)]
+        assert rows.lengths.tolist() == [*(c.start + 1 for c in inputs.chunks), *[1] * (4 - count)]
+        for index in range(4):
+            table = inputs.chunks[index].block_table if index < count else ()
+            assert rows.block_table[index].tolist() == [*table, *[SCRATCH] * (5 - len(table))]
+
+
+def test_static_tensors_stay_where_they_are() -> None:
+    static = StaticInputs(2, LAYOUT, CPU)
+    before = [getattr(static.rows, name).data_ptr() for name in vars(static.rows)]
+    static.load(step((5, (3, 1))))
+    assert [getattr(static.rows, name).data_ptr() for name in vars(static.rows)] == before
+
+
+def static_result(compute: Compute) -> Compute:
+    """Like a graph, gives the same tensor each time."""
+    result = compute().clone()
+    return lambda: result.copy_(compute())
+
+
+def graphed_engine(oracle: Oracle, monkeypatch: pytest.MonkeyPatch, capture: Any = static_result) -> Engine:
+    monkeypatch.setattr(attention_varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(model_loader, "_backend_class", lambda *_: VarlenBackend)
+    monkeypatch.setattr(model_loader, "_capture", lambda *_: capture)
+    return make_engine(oracle.path, max_num_seqs=6, max_num_batched_tokens=32, max_model_len=600)
+
+
+def forward_of(engine: Engine) -> Any:
+    runner: Any = engine._runner
+    return runner._forward
+
+
+def test_answers_are_the_same_with_graphs(any_oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = graphed_engine(any_oracle, monkeypatch)
+    graphs = forward_of(engine)
+    assert isinstance(graphs, DecodeGraphs)
+    answers, expected = Answers(), {}
+    for index in range(6):
+        pictures = [picture(index)] * (any_oracle.multimodal and index % 2)
+        encoded = [any_oracle.encode(image, f"{index}") for image in pictures]
+        prompt = any_oracle.prompt(f"number {index} " * (1 + 12 * index) + IMAGE * len(pictures) + " what?", encoded)
+        expected[f"r{index}"] = any_oracle.generate(prompt, pictures, max_tokens=4 + 3 * index)
+        for one in encoded:
+            provide(engine, one)
+        add(engine, f"r{index}", prompt, greedy(4 + 3 * index))
+        answers.take(engine.step())
+    steps_before = graphs.num_replays
+    assert answers.drain(engine).tokens == expected
+    assert graphs.num_replays > steps_before + 5  # the batch shrank from six rows to one
+
+
+def test_padding_leaves_the_blocks_of_requests_alone(qwen2: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = graphed_engine(qwen2, monkeypatch)
+    cache = forward_of(engine)._backend.cache
+    for index in range(3):  # padded to four
+        add(engine, f"r{index}", qwen2.prompt("what is it?"))
+    Answers().drain(engine)
+    written = cache.keys[0].flatten(1).any(dim=1)
+    scratch = cache.num_blocks - 1
+    assert engine.load().kv_total_blocks == scratch  # the engine never gives it away
+    assert written[scratch]
+    used = cache.keys[0][:scratch].flatten(2).any(dim=2).sum(dim=1)  # tokens in each block
+    assert used.max() <= len(qwen2.prompt("what is it?").token_ids) + 12 - 1
+
+
+def test_a_model_that_cannot_be_captured_runs_without(qwen2: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Callable[[], torch.Tensor]) -> Compute:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    engine = graphed_engine(qwen2, monkeypatch, fails)
+    assert isinstance(forward_of(engine), LocalForward)
+    prompt = qwen2.prompt("what is it?")
+    add(engine, "r", prompt)
+    assert Answers().drain(engine).tokens["r"] == qwen2.generate(prompt)
