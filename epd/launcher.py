@@ -115,6 +115,10 @@ class Cluster:
         host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::") else self.config.host
         return [f"http://{host}:{self.config.port + i}/v1" for i in range(self.config.proxies)]
 
+    def worker_address(self, name: str) -> str:
+        """Where the worker `encoder_0` or `prefill_decode_0`, and so on, listens."""
+        return str(Path(self._folder.name) / name)
+
     async def __aenter__(self) -> Self:
         self.failure = asyncio.get_running_loop().create_future()
         for spec in plan_cluster(self.config, Path(self._folder.name)):

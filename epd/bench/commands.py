@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ def add_bench(commands: Any) -> None:
     _add_checkpoint(benches)
     _add_serve(benches)
     _add_compare(benches)
+    _add_engine(benches)
+    _add_soak(benches)
 
 
 def _add(benches: Any, name: str, command: Command, summary: str) -> argparse.ArgumentParser:
@@ -58,6 +62,7 @@ def _add_checkpoint(benches: Any) -> None:
 
 
 def _checkpoint(arguments: argparse.Namespace) -> int:
+    _require_worker_packages()
     from epd.bench.checkpoint import write_checkpoint
 
     write_checkpoint(arguments.size, arguments.out, seed=arguments.seed)
@@ -145,7 +150,7 @@ def _serve_bench(arguments: argparse.Namespace) -> ServeBench:
         workload=Workload(**{name: getattr(arguments, name) for name in names}, image_size=_size(arguments.image_size)),
         slo=Slo(ttft_ms=arguments.slo_ttft_ms, tpot_ms=arguments.slo_tpot_ms),
         ignore_eos=not arguments.no_ignore_eos,
-        extra_body=_object(arguments.extra_body),
+        extra_body=_object(arguments.extra_body, "--extra-body"),
         timeout_s=arguments.timeout,
     )
 
@@ -158,13 +163,13 @@ def _size(text: str) -> tuple[int, int]:
         raise ConfigError(f"--image-size {text}: want WIDTHxHEIGHT, such as 448x448") from error
 
 
-def _object(text: str) -> dict[str, Any]:
+def _object(text: str, flag: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"--extra-body is not JSON: {error}") from error
+        raise ConfigError(f"{flag} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError("--extra-body: want a JSON object")
+        raise ConfigError(f"{flag}: want a JSON object")
     return value
 
 
@@ -182,3 +187,100 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     print(compare([read_report(path) for path in arguments.reports], by_kind=arguments.by_kind))
     return 0
+
+
+# -- engine ----------------------------------------------------------------------------------------------------------
+
+
+def _add_engine(benches: Any) -> None:
+    parser = _add(
+        benches,
+        "engine",
+        _engine,
+        "time steps of the engine without a network, against transformers alone and the machine's floors",
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=_default("precision")
+    )
+    parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help=_default("dummy: no weights"))
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of both sides (default: torch's choice)")
+    parser.add_argument("--batch", default="1,4,16", metavar="N,N", help=_default("requests that decode together"))
+    parser.add_argument("--context", type=int, default=192, metavar="N", help=_default("tokens of each before"))
+    parser.add_argument("--prefill", type=int, default=512, metavar="N", help=_default("tokens of the measured prompt"))
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help=_default("turns of each side"))
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help=_default("decode steps in a turn"))
+    parser.add_argument(
+        "--settle",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help=_default("seconds of steps beforehand, for a step that is compiled in the background"),
+    )
+    parser.add_argument("--engine", default="{}", metavar="JSON", help="further settings of the engine, by their names")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+
+
+def _engine(arguments: argparse.Namespace) -> int:
+    import msgspec
+
+    from epd.bench.output import write_file
+
+    _require_worker_packages()
+    from epd.bench.engine import EngineBench, format_engine_figures, run_engine_bench
+
+    try:
+        batches = tuple(int(word) for word in arguments.batch.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--batch {arguments.batch}: want numbers with commas between them") from error
+    names = ("model", "dtype", "load_format", "threads", "context", "prefill", "rounds", "steps")
+    bench = EngineBench(
+        **{name: getattr(arguments, name) for name in names},
+        batches=batches,
+        settle_s=arguments.settle,
+        engine=_object(arguments.engine, "--engine"),
+    )
+    figures = run_engine_bench(bench, lambda line: print(line, file=sys.stderr))
+    print(format_engine_figures(figures))
+    if arguments.json is not None:
+        write_file(arguments.json, msgspec.json.format(msgspec.json.encode(figures)), "--json")
+    return 0
+
+
+def _require_worker_packages() -> None:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"this needs {' and '.join(missing)}: pip install 'epd[worker]'")
+
+
+# -- soak ------------------------------------------------------------------------------------------------------------
+
+
+def _add_soak(benches: Any) -> None:
+    parser = _add(
+        benches,
+        "soak",
+        _soak,
+        "ask a cluster of its own thousands of mixed questions with far too little memory, and check every answer",
+    )
+    parser.add_argument("--requests", type=int, default=2000, metavar="N", help=_default("requests in all"))
+    parser.add_argument("--concurrency", type=int, default=24, metavar="N", help=_default("requests at once"))
+    parser.add_argument("--pool", type=int, default=42, metavar="N", help=_default("distinct requests"))
+    parser.add_argument(
+        "--abort-share", type=float, default=0.15, metavar="X", help=_default("requests whose client hangs up")
+    )
+    parser.add_argument(
+        "--kv-cache-memory-bytes", type=int, default=2 << 20, metavar="N", help=_default("of each PD, small on purpose")
+    )
+    parser.add_argument("--encoders", type=int, default=1, metavar="N", help=_default("encoder workers"))
+    parser.add_argument("--pds", type=int, default=1, metavar="N", help=_default("prefill-decode workers"))
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help=_default("of questions and their order"))
+
+
+def _soak(arguments: argparse.Namespace) -> int:
+    from epd.bench.soak import SoakBench, soak_and_print
+    from epd.observability import setup_logging
+
+    setup_logging("soak", "warning")
+    names = ("requests", "concurrency", "pool", "abort_share", "kv_cache_memory_bytes", "encoders", "pds", "seed")
+    return soak_and_print(SoakBench(**{name: getattr(arguments, name) for name in names}))

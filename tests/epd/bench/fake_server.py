@@ -113,13 +113,14 @@ class FakeServer:
         text = " ".join(part if isinstance(part, str) else "" for part in [body["messages"][0]["content"]])
         usage = {"prompt_tokens": 10 + 2 * len(text.split()), "completion_tokens": count}
         if not body.get("stream"):
-            answer: Body = {"choices": [{"message": {"content": "x" * count}, "finish_reason": "length"}]}
+            choice = {"index": 0, "message": {"content": "x" * count}, "token_ids": [], "finish_reason": "length"}
+            answer: Body = {"choices": [choice]}
             _write_json(writer, 200, answer | ({"usage": usage} if self.usage else {}))
             return
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
-        events: list[Body] = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}]
-        events += [{"choices": [{"delta": {"content": "x"}}]} for _ in range(count)]
-        events += [{"choices": [{"delta": {}, "finish_reason": "length"}]}]
+        events: list[Body] = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}]
+        events += [{"choices": [{"index": 0, "delta": {"content": "x"}}]} for _ in range(count)]
+        events += [{"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}]
         if self.usage and body.get("stream_options"):
             events += [{"choices": [], "usage": usage}]
         for event in events:
