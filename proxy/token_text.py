@@ -33,9 +33,27 @@ class TokenTexts:
         kinds = {one.get("type") for one in decoders}
         self._is_byte_level = "ByteLevel" in kinds
         self._falls_back_to_bytes = "ByteFallback" in kinds
+        self._known: dict[int, tuple[bytes, str]] = {}
+        """What was asked for before: no more than the vocabulary has."""
 
     def raw(self, token_id: int) -> bytes:
         """The token's bytes, perhaps part of a character; none for an id that has no token."""
+        return self._both(token_id)[0]
+
+    def text(self, token_id: int) -> str:
+        """The token as text, with U+FFFD for bytes that are no whole character."""
+        return self._both(token_id)[1]
+
+    def _both(self, token_id: int) -> tuple[bytes, str]:
+        known = self._known.get(token_id)
+        if known is None:
+            raw = self._make(token_id)
+            known = raw, raw.decode(errors="replace")
+            if raw:
+                self._known[token_id] = known
+        return known
+
+    def _make(self, token_id: int) -> bytes:
         literal = self._literals.get(token_id)
         if literal is not None:
             return literal.encode()
@@ -50,10 +68,6 @@ class TokenTexts:
         for step in self._steps:
             piece = step(piece)
         return piece.encode()
-
-    def text(self, token_id: int) -> str:
-        """The token as text, with U+FFFD for bytes that are no whole character."""
-        return self.raw(token_id).decode(errors="replace")
 
 
 def _flat(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:

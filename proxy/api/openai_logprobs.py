@@ -16,7 +16,7 @@ from proxy.api.openai_responses import (
     TopLogprob,
 )
 from proxy.token_text import TokenTexts
-from proxy.tokenizer import Detokenizer, Tokenizer
+from proxy.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
 
 VERY_UNLIKELY = -9999.0
 """Stands for minus infinity, which JSON has no number for."""
@@ -31,8 +31,8 @@ def _chat_token(known: TokenLogprobs, texts: TokenTexts, top: int) -> TokenLogpr
     best = [
         TopLogprob(texts.text(token), _finite(logprob), list(texts.raw(token))) for token, logprob in known.top[:top]
     ]
-    raw = list(texts.raw(known.token_id))
-    return TokenLogprob(texts.text(known.token_id), _finite(known.logprob), raw, best)
+    token = known.token_id
+    return TokenLogprob(texts.text(token), _finite(known.logprob), list(texts.raw(token)), best)
 
 
 def text_logprobs(tokens: Sequence[ShownToken], texts: TokenTexts, top: int, begins_at: int = 0) -> TextLogprobs:
@@ -62,11 +62,9 @@ def _top_of_text(known: TokenLogprobs, texts: TokenTexts, top: int) -> dict[str,
 
 def _key(token_id: int, texts: TokenTexts) -> str:
     """A token's text; bytes that are no whole character are spelt out, as all of them look the same as text."""
-    raw = texts.raw(token_id)
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+    text, raw = texts.text(token_id), texts.raw(token_id)
+    is_whole = REPLACEMENT not in text or text.encode() == raw
+    return text if is_whole else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def prompt_logprobs(positions: Sequence[TokenLogprobs | None], texts: TokenTexts, top: int) -> PromptLogprobs:

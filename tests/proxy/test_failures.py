@@ -260,7 +260,8 @@ async def test_slow_reader_costs_one_slot(cluster: Cluster) -> None:
     cluster.pd.script = flood
     host, port = cluster.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port), limit=2**16)
-    body = json.dumps({"messages": ask("x"), "stream": True, "stream_options": {"include_usage": True}}).encode()
+    fields = {"messages": ask("x"), "stream": True, "stream_options": {"include_usage": True}, "logprobs": True}
+    body = json.dumps(fields).encode()
     writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     async with asyncio.timeout(10):
         await sent.wait()
@@ -270,6 +271,7 @@ async def test_slow_reader_costs_one_slot(cluster: Cluster) -> None:
     writer.close()
     await writer.wait_closed()
     assert f'"completion_tokens":{total}'.encode() in received
+    assert received.count(b'"top_logprobs"') == total
 
 
 async def test_too_many_requests(start_cluster: ClusterFactory) -> None:
