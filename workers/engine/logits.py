@@ -12,6 +12,7 @@ A row in which every token is masked stays so: `sampler` reports it instead of a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -54,16 +55,29 @@ def process(logits: torch.Tensor, states: Numbered, grammars: GrammarCompiler | 
 def _mask_by_grammar(logits: torch.Tensor, states: Numbered, grammars: GrammarCompiler) -> None:
     matchers = [state.matcher for _, state in states if state.matcher is not None]
     bits = grammars.masks(matchers, [state.ending if state.may_end else state.ending[:0] for _, state in states])
+    upper = _upper_bounds(bits, logits.shape[1], logits.device)
+    if len(states) == len(logits):
+        torch.minimum(logits, upper, out=logits)
+        return
     rows = _there(np.array([row for row, _ in states], dtype=np.int64), logits)
-    may_come = _unpack(bits, logits.shape[1], logits.device)
-    logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(~may_come, -torch.inf))
+    logits.index_copy_(0, rows, torch.minimum(logits.index_select(0, rows), upper))
 
 
-def _unpack(bits: Bits, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Bool [rows, vocab_size]. The bits travel packed."""
+def _upper_bounds(bits: Bits, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """What logits may be at most: infinity where a bit is set, else minus infinity; [rows, vocab_size].
+
+    The bits travel packed; eight at a time are looked up. Minima are several times faster than filling by a mask.
+    """
     packed = torch.from_numpy(bits.view(np.uint8)).to(device)
-    shifts = torch.arange(8, dtype=torch.uint8, device=device)
-    return ((packed[:, :, None] >> shifts) & 1).view(len(packed), -1)[:, :vocab_size].bool()
+    found = _byte_bounds(device).index_select(0, packed.view(-1).int())
+    return found.view(len(bits), -1)[:, :vocab_size]
+
+
+@lru_cache
+def _byte_bounds(device: torch.device) -> torch.Tensor:
+    """Row b is for the eight bits of byte b, the lowest first: float32 [256, 8]."""
+    of_bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return torch.from_numpy(np.where(of_bits, np.float32(np.inf), np.float32(-np.inf))).to(device)
 
 
 def _keep_allowed(logits: torch.Tensor, states: Numbered) -> None:

@@ -28,6 +28,8 @@ from workers.engine.logprobs import logprobs_of
 _MASK64 = (1 << 64) - 1
 _GREEDY_BELOW = 1e-5
 """Temperatures below this would only overflow."""
+_BLOCK_ELEMENTS = 1 << 16
+"""On a CPU noise is made in blocks that stay in the cache: fresh memory costs more than the arithmetic."""
 _FIRST_CANDIDATES = 256
 """Rows with top-k or top-p look at this many best tokens first; sorting a whole vocabulary is slow."""
 
@@ -83,11 +85,16 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], grammars: GrammarC
 def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     random = [index for index, row in enumerate(rows) if row.params.temperature >= _GREEDY_BELOW]
     if not random:
-        return _ints(logits.argmax(dim=-1))
-    tokens = logits.argmax(dim=-1) if len(random) < len(rows) else logits.new_zeros(len(rows), dtype=torch.int64)
+        return _ints(_greedy(logits))
+    tokens = _greedy(logits) if len(random) < len(rows) else logits.new_zeros(len(rows), dtype=torch.int64)
     picked = torch.tensor(random, device=logits.device)
     tokens[picked] = _sample_random(logits[picked].float(), [rows[index] for index in random])
     return _ints(tokens)
+
+
+def _greedy(logits: torch.Tensor) -> torch.Tensor:
+    # On a CPU, finding the largest of bfloat16 values takes several times as long as converting them first.
+    return logits.float().argmax(dim=-1)
 
 
 def _check(logits: torch.Tensor, tokens: list[int], states: Sequence[tuple[int, LogitsState]]) -> None:
@@ -154,7 +161,7 @@ def _sample_filtered(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch
         decided = (_column(top_k, ranks) <= count) | (before[:, -1:] + probabilities[:, -1:] >= top_p)
         if count == vocab_size or bool(decided.all()):
             break
-        count = vocab_size
+        count = min(vocab_size, 64 * count)  # sorting all takes several times as long
     keep = within_k & ((before < top_p) | (ranks == 0))  # the best token always stays
     return _draw(_apply_min_p(scores.masked_fill(~keep, -torch.inf), rows), ids, rows)
 
@@ -169,10 +176,23 @@ def _apply_min_p(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Ten
 
 def _draw(scores: torch.Tensor, ids: torch.Tensor | None, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """Gumbel-max over `scores`; column j stands for token `ids[:, j]`, or j when `ids` is None."""
-    tokens = torch.arange(scores.shape[1], device=scores.device)[None] if ids is None else ids
-    noise = -(-uniforms(tokens, rows).log()).log()
-    best = (scores + noise).argmax(dim=-1, keepdim=True)
-    return best.squeeze(1) if ids is None else ids.gather(1, best).squeeze(1)
+    keys = _keys(rows, scores.device)
+    if ids is not None:
+        best = (scores + _gumbel(ids, keys)).argmax(dim=-1, keepdim=True)
+        return ids.gather(1, best).squeeze(1)
+    num_rows, vocab_size = scores.shape
+    width = vocab_size if scores.is_cuda else max(1, _BLOCK_ELEMENTS // num_rows)
+    blocks = []
+    for start in range(0, vocab_size, width):
+        tokens = torch.arange(start, min(start + width, vocab_size), device=scores.device)[None]
+        blocks.append((scores[:, start : start + width] + _gumbel(tokens, keys)).max(dim=-1))
+    best_block = torch.stack([block.values for block in blocks]).argmax(dim=0)
+    best = torch.stack([block.indices for block in blocks]).gather(0, best_block[None]).squeeze(0)
+    return best + best_block * width
+
+
+def _gumbel(tokens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return _uniforms(tokens, keys).log_().neg_().log_().neg_()
 
 
 def uniforms(tokens: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -185,13 +205,22 @@ def uniforms(tokens: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     Returns:
         float32 [rows, n].
     """
+    return _uniforms(tokens, _keys(rows, tokens.device))
+
+
+def _keys(rows: Sequence[SamplingRow], device: torch.device) -> torch.Tensor:
+    """One hash of seed and position a row, int64 [rows, 1]."""
     keys = [_signed(_mix(_mix(row.params.seed & _MASK64) ^ row.position)) for row in rows]
+    return torch.tensor(keys, dtype=torch.int64, device=device)[:, None]
+
+
+def _uniforms(tokens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     # Two multiply-xorshift rounds in wrapping int64 arithmetic. `>>` keeps the sign, hence the masks.
-    x = tokens * _signed(0x9E3779B97F4A7C15) ^ _column(keys, tokens)
-    x = (x ^ ((x >> 32) & 0xFFFFFFFF)) * _signed(0xD6E8FEB86659FD93)
-    x = (x ^ ((x >> 32) & 0xFFFFFFFF)) * _signed(0xD6E8FEB86659FD93)
+    x = tokens * _signed(0x9E3779B97F4A7C15) ^ keys
+    for _ in range(2):
+        x = x.bitwise_xor_((x >> 32).bitwise_and_(0xFFFFFFFF)).mul_(_signed(0xD6E8FEB86659FD93))
     # 23 bits and a half: both ends stay strictly inside (0, 1) in float32, so that no noise is infinite.
-    return (((x >> 41) & 0x7FFFFF).float() + 0.5) * 2.0**-23
+    return (x >> 41).bitwise_and_(0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
 
 
 def _mix(value: int) -> int:

@@ -123,3 +123,19 @@ def test_ends_never_come_too_early(params: dict[str, Any]) -> None:
 
 def test_bfloat16_logits_are_sampled_in_float32() -> None:
     assert close(frequencies(LOGITS.bfloat16()), LOGITS.softmax(0))
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 70_000, 200_001])
+def test_a_large_vocabulary_is_drawn_from_as_a_whole(vocab_size: int) -> None:
+    logits = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(0))
+    batch = rows(3)
+    noise = -(-uniforms(torch.arange(vocab_size)[None], batch).log()).log()
+    expected = (logits + noise).argmax(dim=-1).tolist()
+    assert sample(logits, batch) == expected
+    assert [sample(logits[index : index + 1], [batch[index]])[0] for index in range(3)] == expected
+
+
+def test_greedy_takes_the_first_of_equals_in_bfloat16_too() -> None:
+    logits = torch.randint(0, 4, (20, 500), generator=torch.Generator().manual_seed(0)).bfloat16()
+    first = [row.index(max(row)) for row in logits.tolist()]
+    assert sample(logits, rows(20, temperature=0)) == first
