@@ -94,3 +94,6 @@ def setup_logging(process: str, level: str = "info") -> None:
     # They tell each request or each file at info; ours say what matters.
     for noisy in ("httpx", "httpcore", "httpx2", "transformers", "urllib3", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # transformers imports torchao wherever it is installed, which then warns of parts that only some GPUs have.
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)

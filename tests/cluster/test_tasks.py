@@ -95,6 +95,7 @@ def test_an_embedding_cluster_after_its_requests(embedding: Cluster) -> None:
     pong = embedding.ping(embedding.pd_addresses[0])
     assert pong.load.kv_used_blocks == 0
     assert pong.counters["integrity_failures"] == 0
+    assert "WARNING" not in embedding.processes["pd_0"].log_text()
 
 
 def test_tokens_beside_embeddings(generating: Cluster) -> None:

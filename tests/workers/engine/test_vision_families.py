@@ -38,20 +38,24 @@ class Whole:
         self.literal: str = self.tokenizer.convert_ids_to_tokens(placeholder.token_id)
         # Templates of this family never let a prompt end with the picture's own tokens, after which transformers'
         # `generate` would count positions in another way than `get_rope_index` does.
-        self.before, self.after = ("<|vision_start|>", "<|vision_end|>") if name == "qwen3_vl" else ("", "")
+        self.before, self.after = ("<|vision_start|>", "<|vision_end|>") if name.startswith("qwen") else ("", "")
 
     @torch.inference_mode()
     def generate(self, text: str, pictures: Sequence[Image.Image] = (), max_tokens: int = 12) -> list[int]:
         """Greedy answer by transformers alone. In `text`, `*` stands for a picture."""
-        text = text.replace("*", f"{self.before}{self.literal}{self.after}")
-        if pictures:
-            inputs = self.processor(text=[text], images=list(pictures), return_tensors="pt")
-        else:
-            inputs = self.tokenizer(text, return_tensors="pt")
-        inputs.pop("token_type_ids" if not pictures else "", None)
+        inputs = self.inputs(text, pictures)
         output = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
         answer: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
         return answer
+
+    def inputs(self, text: str, pictures: Sequence[Image.Image] = ()) -> dict[str, torch.Tensor]:
+        """What transformers' own processor makes of them."""
+        text = text.replace("*", f"{self.before}{self.literal}{self.after}")
+        if pictures:
+            return dict(self.processor(text=[text], images=list(pictures), return_tensors="pt"))
+        inputs = dict(self.tokenizer(text, return_tensors="pt"))
+        inputs.pop("token_type_ids", None)
+        return inputs
 
     def encode(self, pictures: Sequence[Image.Image], keys: Sequence[str]) -> list[Encoded]:
         """All pictures in one batch of the encoder."""
