@@ -68,7 +68,8 @@ class Answer:
         self.token_ids: list[int] | UnsetType = [] if options.with_token_ids else UNSET
         """All tokens so far, that which ended the answer included."""
         self.logprobs: list[ShownToken] = []
-        """Tokens of `text`, when log probabilities came with them: none behind a stop string, nor a stop token."""
+        """Tokens of `text`, when log probabilities came with them: none behind a stop string. The token that ended an
+        answer is among them if it is shown, or if the answer went on with the prompt's text."""
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
         self.completion_tokens = 0
         self.total_logprob = 0.0
@@ -97,6 +98,7 @@ class Answer:
         text = self._push_tokens(update.token_ids[:shown], update.logprobs[:shown])
         if self._stops.matched is None:
             self._count(update.token_ids[shown:], update.logprobs[shown:])
+            self._tell_end(update.logprobs[shown:])
             if update.finish_reason is not None:
                 text += self._flush()
                 self.finish_reason = update.finish_reason
@@ -126,6 +128,12 @@ class Answer:
         self.total_logprob += sum(one.logprob for one in logprobs)
         if self.token_ids is not UNSET:
             self.token_ids.extend(token_ids)
+
+    def _tell_end(self, logprobs: Sequence[TokenLogprobs]) -> None:
+        """Evaluation harnesses score texts with one token behind and drop that one, so it must be there."""
+        if self._options.continues_prompt:
+            for one in logprobs:
+                self._unshown.add(one, "")
 
     def _flush(self) -> str:
         return self._stops.push(self._detokenizer.flush()) + self._stops.flush()

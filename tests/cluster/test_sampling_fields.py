@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from epd.demo import CHECKPOINT_DIR
 from tests.cluster.harness import Cluster
@@ -189,6 +190,27 @@ def test_json_schema_in_a_stream(demo: Cluster, seed: int) -> None:
     )
     assert chunks[-1].choices[0].finish_reason == "stop"
     check_shape("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
+
+
+class Shape(BaseModel):
+    """What openai-python makes a schema of."""
+
+    name: Literal["square", "circle"]
+    sides: int = Field(ge=0, le=9)
+    corners: list[bool] | None = Field(max_length=3)
+
+
+def test_openai_python_parses_into_a_model(demo: Cluster) -> None:
+    with demo.client() as client:
+        answer = client.chat.completions.parse(
+            model="test-model",
+            messages=[{"role": "user", "content": "Who are you?"}],
+            response_format=Shape,
+            max_tokens=LONG,
+            temperature=1.2,
+            seed=1,
+        )
+    assert isinstance(answer.choices[0].message.parsed, Shape)
 
 
 def test_all_of_several_samples_follow_the_schema(demo: Cluster) -> None:

@@ -175,6 +175,27 @@ async def test_completion_with_zero_gives_the_token_itself(cluster: Cluster) -> 
 
 
 @pytest.mark.parametrize("stream", [False, True])
+async def test_completion_tells_the_token_that_ended_it(cluster: Cluster, tokenizer: Tokenizer, stream: bool) -> None:
+    """As harnesses score a text: `echo` and one token more, of which they drop the entry, whatever it is."""
+    end = tokenizer.token_id("<|im_end|>")
+    assert end is not None
+    token: int = end
+
+    async def end_at_once(received: Received) -> None:
+        await received.send(token, finish=FinishReason.STOP, stop_token_id=token)
+
+    cluster.pd.script = end_at_once
+    fields = {"prompt": "hello you", "echo": True, "logprobs": 1, "max_tokens": 1, "stream": stream}
+    response = await cluster.http.post("/v1/completions", json=fields)
+    choices = [chunk["choices"][0] for chunk in (events(response) if stream else [response.json()])]
+    assert "".join(choice["text"] for choice in choices) == "hello you"
+    tokens = [one for choice in choices if choice["logprobs"] for one in choice["logprobs"]["tokens"]]
+    offsets = [one for choice in choices if choice["logprobs"] for one in choice["logprobs"]["text_offset"]]
+    assert tokens == [*(tokenizer.decode([one]) for one in tokenizer.encode("hello you")), "<|im_end|>"]
+    assert offsets[-1] == len("hello you")
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_echo_has_the_prompt_first(cluster: Cluster, tokenizer: Tokenizer, stream: bool) -> None:
     fields = {"echo": True, "logprobs": 1, "n": 2, "max_tokens": 100}
     prompts = ["what is", "you"]

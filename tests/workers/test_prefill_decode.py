@@ -162,6 +162,19 @@ async def test_a_picture_that_should_be_here_and_is_not_is_asked_for(setup: Setu
     assert (counters["pd_embedding_cache_hits"], counters["pd_embedding_cache_misses"]) == (1, 1)
 
 
+async def test_a_picture_that_is_on_its_way_for_another_request_will_do(setup: Setup) -> None:
+    """The encoder's answer to what was missing comes later, and does no harm."""
+    setup.generate("first", keys=("k",))
+    setup.generate("second", keys=("k",), expect_cached=True)
+    setup.embed("k")
+    for name in ("first", "second"):
+        assert (await setup.peers.end_of(name)).finish_reason is FinishReason.LENGTH
+    assert setup.peers.outputs[PROXY, "second"][0].missing_keys == ("k",)
+    setup.embed("k")
+    await setup.peers.until(lambda: len(setup.peers.replies) == 2)
+    assert [reply.error for reply in setup.peers.replies] == [None, None]
+
+
 async def test_a_picture_that_is_here_needs_no_encoder(setup: Setup) -> None:
     setup.embed("k")
     for name in ("first", "second"):
