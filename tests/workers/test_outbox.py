@@ -132,3 +132,22 @@ async def test_large_outputs_of_a_slow_reader_are_not_merged_for_ever() -> None:
     told = [one for batch in connection.batches for one in batch.outputs if one.request_id == "r"]
     assert [token for one in told for token in one.token_ids] == [i for i in range(3) for _ in large]
     assert max(num_logprobs(one) for one in told) <= 2 * MAX_LOGPROBS
+
+
+async def test_log_probabilities_stay_with_their_tokens_and_those_of_the_prompt_come_once() -> None:
+    known = [TokenLogprobs(token, -1.0, 1) for token in range(4)]
+    connection = Connection()
+    async with outbox(connection) as box:
+        connection.is_open.clear()
+        box.put(output("other", 1))
+        await connection.is_sending.wait()
+        prompt = (None, known[3])
+        box.put(TokenOutput(request_id="a", token_ids=(0,), logprobs=(known[0],), prompt_logprobs=prompt))
+        box.put(TokenOutput(request_id="a", token_ids=(1,), logprobs=(known[1],)))
+        box.put(TokenOutput(request_id="a", token_ids=(2,), logprobs=(known[2],), finish_reason=FinishReason.STOP))
+        connection.is_open.set()
+        await box.flushed()
+    (merged,) = connection.batches[1].outputs
+    assert merged.token_ids == (0, 1, 2)
+    assert merged.logprobs == tuple(known[:3])
+    assert merged.prompt_logprobs == prompt

@@ -154,4 +154,4 @@ class _BadWords:
 
 
 def _ids(tokens: Iterable[int], vocab_size: int) -> Ids:
-    return np.array(sorted({token for token in tokens if 0 <= token < vocab_size}), dtype=np.int64)
+    return np.unique(np.fromiter((token for token in tokens if 0 <= token < vocab_size), dtype=np.int64))
