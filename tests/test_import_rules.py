@@ -31,6 +31,10 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "epd.demo": ("torch", "transformers"),
     # The engine is measured as a library, next to transformers.
     "epd.bench.engine": ("torch", "transformers", "workers"),
+    # The encoder's own code ships the embeddings that are measured.
+    "epd.bench.transfer": ("workers",),
+    # What the HTTP front is compared with.
+    "epd.bench.echo": ("fastapi",),
     # Random weights need the model's class.
     "epd.bench.checkpoint": ("torch", "transformers"),
     "metastore.redis_store": ("redis",),

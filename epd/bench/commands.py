@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epd.bench.sizes import SIZES
+from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 from epd.flags import HelpFormatter
 
@@ -29,6 +30,8 @@ def add_bench(commands: Any) -> None:
     _add_serve(benches)
     _add_compare(benches)
     _add_engine(benches)
+    _add_transfer(benches)
+    _add_proxy(benches)
     _add_soak(benches)
 
 
@@ -240,7 +243,7 @@ def _engine(arguments: argparse.Namespace) -> int:
         settle_s=arguments.settle,
         engine=_object(arguments.engine, "--engine"),
     )
-    figures = run_engine_bench(bench, lambda line: print(line, file=sys.stderr))
+    figures = run_engine_bench(bench, _tell)
     print(format_engine_figures(figures))
     if arguments.json is not None:
         write_file(arguments.json, msgspec.json.format(msgspec.json.encode(figures)), "--json")
@@ -251,6 +254,52 @@ def _require_worker_packages() -> None:
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"this needs {' and '.join(missing)}: pip install 'epd[worker]'")
+
+
+# -- transfer and proxy ------------------------------------------------------------------------------------------------
+
+
+def _add_transfer(benches: Any) -> None:
+    parser = _add(benches, "transfer", _transfer, "time embeddings on their way to another process, against memcpy")
+    parser.add_argument("--sizes", metavar="KiB,KiB", help="of the embeddings (default: 64 to 65536, times four each)")
+
+
+def _transfer(arguments: argparse.Namespace) -> int:
+    import uvloop
+
+    from epd.bench.transfer import SIZES, format_transfer_figures, run_transfer_bench
+
+    try:
+        sizes = [int(word) << 10 for word in arguments.sizes.split(",")] if arguments.sizes else SIZES
+    except ValueError as error:
+        raise ConfigError(f"--sizes {arguments.sizes}: want numbers with commas between them") from error
+    print(format_transfer_figures(uvloop.run(run_transfer_bench(sizes, _tell))))
+    return 0
+
+
+def _add_proxy(benches: Any) -> None:
+    parser = _add(benches, "proxy", _proxy, "time the HTTP front before a worker that answers at once, against FastAPI")
+    parser.add_argument(
+        "--model", type=Path, default=CHECKPOINT_DIR, metavar="DIR", help="its tokenizer is used (default: the demo's)"
+    )
+    parser.add_argument("--requests", type=int, default=200, metavar="N", help=_default("of each side, for each row"))
+    parser.add_argument("--concurrency", type=int, default=16, metavar="N", help=_default("requests at once"))
+    parser.add_argument("--output-tokens", type=int, default=64, metavar="N", help=_default("tokens of a stream"))
+
+
+def _proxy(arguments: argparse.Namespace) -> int:
+    import uvloop
+
+    from epd.bench.proxy import ProxyBench, format_proxy_figures, run_proxy_bench
+
+    names = ("model", "requests", "concurrency", "output_tokens")
+    bench = ProxyBench(**{name: getattr(arguments, name) for name in names})
+    print(format_proxy_figures(uvloop.run(run_proxy_bench(bench, _tell))))
+    return 0
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 # -- soak ------------------------------------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import socket
 import statistics
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from epd.bench.children import free_port
 from epd.bench.http_client import HttpClient, ServerGone
 from epd.bench.output import progress
 from epd.bench.soak_requests import Answer, RequestFailed, SoakRequest, ask, check_pool, make_pool
@@ -92,7 +92,7 @@ async def run_soak(bench: SoakBench) -> SoakResult:
         served_model_name=_MODEL_NAME,
         encoders=bench.encoders,
         pds=bench.pds,
-        port=_free_port(),
+        port=free_port(),
         dtype="float32",
         kv_cache_memory_bytes=bench.kv_cache_memory_bytes,
         log_level="warning",
@@ -290,9 +290,3 @@ def soak_and_print(bench: SoakBench) -> int:
     result = asyncio.run(run_soak(bench))
     print(format_soak(result), file=sys.stdout)
     return 1 if result.violations else 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
