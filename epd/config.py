@@ -141,7 +141,13 @@ class PrefillDecodeConfig(WorkerConfig):
     max_num_seqs: int = option(64, "requests that run at once")
     max_num_batched_tokens: int | None = option(
         None,
-        "tokens in one step: what bounds the pause that a long prompt makes; default: 512 on a CPU, 4096 on a GPU",
+        "tokens in one step at most; default: 512 on a CPU, 4096 on a GPU",
+    )
+    target_step_ms: float | None = option(
+        None,
+        "milliseconds that a step should take while answers run: prompts beside them go in chunks that keep to it; "
+        "0: no limit; default: 60 on a CPU, 0 on a GPU",
+        minimum=0,
     )
     max_model_len: int | None = option(None, "context in tokens; default: the model's")
     gpu_memory_utilization: float = option(0.9, "share of the device's memory to use, weights and KV cache together")

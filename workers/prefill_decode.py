@@ -413,6 +413,7 @@ def _engine_config(config: PrefillDecodeConfig) -> EngineConfig:
         dtype=config.dtype,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        target_step_ms=config.target_step_ms,
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,

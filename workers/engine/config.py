@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from epd.errors import ConfigError
@@ -27,6 +28,9 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     """Tokens computed in one step. More is faster for prompts, less lets running answers stutter less.
     None: 512 on a CPU, 4096 on a GPU."""
+    target_step_ms: float | None = None
+    """Milliseconds that a step should take while answers run: prompts beside them go in chunks that keep to it.
+    0: no limit. None: 60 on a CPU, 0 on a GPU."""
     max_model_len: int | None = None
     """Context in tokens, prompt and answer; None: the model's, or what fits into the KV cache."""
     block_size: int | None = None
@@ -52,6 +56,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.target_step_ms is not None and not 0 <= self.target_step_ms < math.inf:
+            raise ConfigError(f"target_step_ms must be a finite number of at least 0, got {self.target_step_ms}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:

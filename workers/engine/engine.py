@@ -144,6 +144,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=loaded.max_num_batched_tokens,
             max_waiting=config.max_waiting,
+            target_step_s=loaded.target_step_s,
         )
         store = EmbeddingStore(config.embedding_store_bytes, config.embedding_unclaimed_ttl_s, clock)
         tokens = loaded.num_blocks * loaded.block_size
@@ -461,7 +462,9 @@ class Engine:
 
     def _run(self, chunks: list[ScheduledChunk]) -> list[tuple[EngineRequest, Sampled]]:
         sampled = [chunk.request for chunk in chunks if chunk.samples]
+        started_at = self._clock()
         tokens = self._runner.run(chunks, [_sampling_row(request) for request in sampled])
+        self._scheduler.note_duration(chunks, self._clock() - started_at)
         pairs = list(zip(sampled, tokens, strict=True))
         for chunk in chunks:
             self._scheduler.advance(chunk)

@@ -54,6 +54,8 @@ class LoadedModel:
     num_blocks: int
     block_size: int
     max_num_batched_tokens: int
+    target_step_s: float
+    """See `EngineConfig.target_step_ms`."""
 
 
 def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedModel:
@@ -107,7 +109,8 @@ def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedMode
     backend = backend_class(PagedKVCache(shape, num_blocks + 1, block_size, device), device)
     forward = _forward(LanguageModel(model, info.adapter), backend, config, info.max_model_len, group)
     runner = ModelRunner(forward, info.adapter, device, _grammars(config, info))
-    return LoadedModel(runner, forward, info, num_blocks, block_size, batched_tokens)
+    target_step_ms = (0 if on_gpu else 60) if config.target_step_ms is None else config.target_step_ms
+    return LoadedModel(runner, forward, info, num_blocks, block_size, batched_tokens, target_step_ms / 1000)
 
 
 def _forward(

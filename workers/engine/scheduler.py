@@ -5,7 +5,8 @@ Policy:
 2. Requests that decode come first, one token each; then prompts under way; then waiting requests. Each of these in the
    order of their ranks: by arrival, but each level of priority counts as `PRIORITY_STEP_S` of waiting. So a smaller
    priority goes first, and no stream of others keeps a request from its turn for longer than that.
-3. A prompt that exceeds what is left of the step is computed in chunks, over several steps.
+3. A prompt that exceeds what is left of the step is computed in chunks, over several steps. While answers run, prompts
+   get no more of a step than keeps it near its target duration (`prefill_pace`).
 4. A chunk never ends inside an atomic span. The first prompt of a step may exceed what the decodes have left of the
    step, by as much as its atomic span needs, so that it can't be put off for ever.
 5. A request is admitted when blocks for its whole prompt are free, beside one for each that runs, and takes them all.
@@ -21,11 +22,12 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from epd.errors import InvalidRequest, Overloaded
 from workers.engine.kv_cache_manager import KVCacheManager
+from workers.engine.prefill_pace import PrefillPace
 from workers.engine.request import EngineRequest, RequestStatus
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,13 @@ class Scheduler:
     """Keeps the queues and the block tables consistent with each other."""
 
     def __init__(
-        self, kv_cache: KVCacheManager, *, max_num_seqs: int, max_num_batched_tokens: int, max_waiting: int
+        self,
+        kv_cache: KVCacheManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_waiting: int,
+        target_step_s: float = 0,
     ) -> None:
         """Make an idle scheduler; see `EngineConfig` for the limits. A step has room for one token of each sequence."""
         if max_num_batched_tokens < max_num_seqs:
@@ -78,6 +86,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_waiting = max_waiting
+        self._pace = PrefillPace(target_step_s)
         self._waiting_for_embeddings: dict[str, EngineRequest] = {}
         self._waiting: list[EngineRequest] = []
         self._running: list[EngineRequest] = []
@@ -163,12 +172,19 @@ class Scheduler:
         preemptions = self.num_preemptions
         chunks = self._schedule_decodes()
         budget = self._max_num_batched_tokens - len(chunks)
+        limit = self._pace.limit() if chunks else None
+        budget = budget if limit is None else min(budget, limit)
         budget = self._schedule_prefills(chunks, budget)
         if self.num_preemptions == preemptions:  # else a newcomer would take the blocks just freed
             in_flight = {name for chunk in chunks if not chunk.request.is_decoding for name in self._names(chunk)}
             budget = self._admit(chunks, budget, in_flight)
             self._compute_early(chunks, budget, in_flight)
         return chunks
+
+    def note_duration(self, chunks: Sequence[ScheduledChunk], duration_s: float) -> None:
+        """Learn how long a step took. Before `advance`."""
+        decode_tokens = sum(chunk.request.is_decoding for chunk in chunks)
+        self._pace.observe(sum(chunk.length for chunk in chunks) - decode_tokens, decode_tokens, duration_s)
 
     def advance(self, chunk: ScheduledChunk) -> None:
         """Record that a chunk's keys and values are in the cache now."""

@@ -15,13 +15,20 @@ BLOCK_SIZE = 4
 
 
 def make_scheduler(
-    num_blocks: int = 64, *, seqs: int = 4, tokens: int = 16, waiting: int = 100, caching: bool = True
+    num_blocks: int = 64,
+    *,
+    seqs: int = 4,
+    tokens: int = 16,
+    waiting: int = 100,
+    caching: bool = True,
+    target_s: float = 0,
 ) -> Scheduler:
     return Scheduler(
         KVCacheManager(num_blocks, BLOCK_SIZE, prefix_caching=caching),
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         max_waiting=waiting,
+        target_step_s=target_s,
     )
 
 
@@ -147,6 +154,20 @@ def test_the_queue_is_bounded_and_counts_those_that_wait_for_embeddings() -> Non
     with pytest.raises(Overloaded):
         scheduler.add(make_request("c", 2))
     scheduler.check_integrity()
+
+
+@pytest.mark.parametrize(("target_s", "limited"), [(0.06, 60), (0, 99)])
+def test_prompts_beside_decodes_keep_to_the_target_duration(target_s: float, limited: int) -> None:
+    scheduler = make_scheduler(num_blocks=200, tokens=100, target_s=target_s)
+    scheduler.add(make_request("first", 100))
+    chunks = scheduler.schedule()
+    scheduler.note_duration(chunks, 0.1)
+    scheduler.advance(chunks[0])
+    chunks[0].request.append(1)
+    scheduler.add(make_request("second", 200))
+    assert step(scheduler) == [("first", 100, 101), ("second", 0, limited)]
+    scheduler.finish(chunks[0].request, RequestStatus.FINISHED_LENGTH)
+    assert step(scheduler) == [("second", limited, limited + 100)]  # nobody is kept waiting
 
 
 def test_smaller_priorities_go_first_and_equal_ones_by_arrival() -> None:
