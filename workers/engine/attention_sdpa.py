@@ -134,13 +134,26 @@ class SdpaBackend(AttentionBackend):
         output = torch.empty_like(queries)
         for group in self._groups:
             output[group.rows] = self._attend_decode(layer, group, queries[group.rows], scale, window)
+        self._attend_prefills(layer, queries, keys, values, scale, window, output)
+        return output
+
+    def _attend_prefills(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        window: int | None,
+        output: torch.Tensor,
+    ) -> None:
+        """Write what the rows of prompt chunks attend to into `output`; the cache holds their keys and values."""
         for prefill in self._prefills:
             rows = prefill.chunk.rows
             k, v = keys[rows], values[rows]
             if prefill.blocks is not None:
                 k, v = (side[: prefill.chunk.end] for side in self._gather(layer, prefill.blocks))
             output[rows] = _attend_prefill(queries[rows], k, v, prefill.mask(window), scale)
-        return output
 
     def _attend_decode(
         self, layer: int, group: _DecodeGroup, queries: torch.Tensor, scale: float, window: int | None

@@ -96,5 +96,5 @@ class LanguageModel:
     @torch.inference_mode()
     def _is_all(self, head: Any) -> bool:
         """Whether logits are the output of `head` and nothing more. Calling it alone is faster."""
-        hidden = torch.linspace(-1, 1, 2 * head.weight.shape[1]).view(2, -1).to(head.weight)
+        hidden = torch.linspace(-1, 1, 2 * head.weight.shape[1]).view(2, -1).to(head.weight.device, head.weight.dtype)
         return torch.equal(head(hidden), self._whole_head(hidden))

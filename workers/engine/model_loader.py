@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from epd.errors import ConfigError
 from epd.types import WorkerTask
 from workers import model_parts, model_tasks
-from workers.engine import attention, attention_varlen, coverage
+from workers.engine import attention, attention_cpu, attention_varlen, coverage, packed_linear
 from workers.engine.adapter import PlainPositions, make_adapter
 from workers.engine.attention import AttentionBackend
 from workers.engine.attention_sdpa import SdpaBackend
@@ -93,6 +93,8 @@ def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedMode
     backend_class = _backend_class(shape, text_config.num_attention_heads // num_ranks, device, adapter)
     block_size = _block_size(config.block_size, issubclass(backend_class, VarlenBackend))
     coverage.check_layers(model, adapter, shape)
+    if num_ranks == 1 and packed_linear.is_available(model.dtype, device):
+        packed_linear.pack(model)
     num_blocks = num_blocks_for(
         shape,
         block_size,
@@ -147,6 +149,8 @@ def _backend_class(
     shape: KVShape, num_heads: int, device: torch.device, adapter: PlainPositions
 ) -> type[AttentionBackend]:
     """The fastest one that can do what the model needs: the kernel for CUDA knows no tokens that see later ones."""
+    if device.type == "cpu" and attention_cpu.is_available(shape.dtype):
+        return attention_cpu.CpuBackend
     if adapter.bidirectional_images:
         return SdpaBackend
     return attention_varlen.find(shape, num_heads, device) or SdpaBackend

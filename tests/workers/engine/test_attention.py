@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 
-from workers.engine import attention_varlen
+from workers.engine import attention_cpu, attention_varlen
 from workers.engine.attention import AttentionBackend, PackedChunk, slot_mapping
+from workers.engine.attention_cpu import CpuBackend
 from workers.engine.attention_sdpa import SdpaBackend
 from workers.engine.attention_varlen import VarlenBackend
 from workers.engine.paged_kv import KVShape, PagedKVCache
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 4, 2, 8, 4
 CPU = torch.device("cpu")
+# The kernel needs a compiler; where there is none, nothing uses it.
+CPU_BACKENDS: list[type[SdpaBackend]] = [SdpaBackend, *[CpuBackend] * attention_cpu.is_available(torch.float32)]
 
 
 Span = tuple[int, int]
@@ -114,7 +117,7 @@ def check(
         torch.testing.assert_close(backend.forward(layer, q, k, v, 0.3, window), torch.cat(expected))
 
 
-@pytest.mark.parametrize("backend_class", [SdpaBackend, VarlenBackend])
+@pytest.mark.parametrize("backend_class", [*CPU_BACKENDS, VarlenBackend])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_matches_plain_attention(
     layout: list[tuple[int, int]], backend_class: type[AttentionBackend], monkeypatch: pytest.MonkeyPatch
@@ -124,7 +127,7 @@ def test_matches_plain_attention(
     check(backend_class, layout, [None])
 
 
-@pytest.mark.parametrize("backend_class", [SdpaBackend, VarlenBackend])
+@pytest.mark.parametrize("backend_class", [*CPU_BACKENDS, VarlenBackend])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layers_with_sliding_windows_beside_full_ones(
     layout: list[tuple[int, int]], backend_class: type[AttentionBackend], monkeypatch: pytest.MonkeyPatch
@@ -141,12 +144,13 @@ def test_tokens_of_a_bidirectional_span_see_what_follows(windows: list[int | Non
     check(SdpaBackend, layout, windows, spans)
 
 
-def test_what_others_left_in_the_cache_does_not_spread() -> None:
+@pytest.mark.parametrize("backend_class", CPU_BACKENDS)
+def test_what_others_left_in_the_cache_does_not_spread(backend_class: type[SdpaBackend]) -> None:
     """NaN of a sequence whose values overflowed: in block 0, which it still has, and in blocks that it gave back."""
     cache = PagedKVCache(KVShape(1, KV_HEADS, HEAD_DIM, torch.float32), 16, BLOCK, CPU)
     cache.keys[0].fill_(torch.nan)
     cache.values[0].fill_(torch.nan)
-    backend = SdpaBackend(cache, CPU)
+    backend = backend_class(cache, CPU)
     tables = [(1, 2, 3, 4), (5, 6, 7, 8)]
 
     def step(*places: tuple[int, int]) -> torch.Tensor:
@@ -161,3 +165,44 @@ def test_what_others_left_in_the_cache_does_not_spread() -> None:
 
     outputs = [step((0, 9), (0, 3)), step((9, 1), (3, 1)), step((10, 1), (4, 1)), step((11, 1), (5, 6))]
     assert all(bool(output.isfinite().all()) for output in outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_long_contexts_in_every_type(dtype: torch.dtype, head_dim: int) -> None:
+    """With two threads, so that the kernel cuts contexts into parts and merges what they give."""
+    draw = torch.Generator().manual_seed(0)
+    shape = KVShape(1, KV_HEADS, head_dim, dtype)
+    starts, blocks = (3, 150, 700), list(range(64))
+    chunks = []
+    for row, start in enumerate(starts):
+        needed = start // 16 + 1
+        chunks.append(PackedChunk(row, 1, start, tuple(blocks[:needed])))
+        blocks = blocks[needed:]
+    history = torch.randn(2, 64 * 16, KV_HEADS, head_dim, generator=draw).to(dtype)
+    # As a model lays them out: [heads, tokens, head dim].
+    q, k, v = (torch.randn(n, len(starts), head_dim, generator=draw).to(dtype).transpose(0, 1) for n in (4, 2, 2))
+    expected = []
+    for row, chunk in enumerate(chunks):
+        slots = slot_mapping([PackedChunk(0, chunk.end, 0, chunk.block_table)], 16)
+        keys, values = (side[slots].float() for side in history)
+        keys[-1], values[-1] = k[row].float(), v[row].float()
+        expected.append(plain_attention(q[row : row + 1].float(), keys, values, chunk.start))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for backend_class in CPU_BACKENDS:
+            cache = PagedKVCache(shape, 64, 16, CPU)
+            cache.write(0, torch.arange(64 * 16), history[0], history[1])
+            backend = backend_class(cache, CPU)
+            backend.prepare(chunks)
+            output = backend.forward(0, q, k, v, 0.3)
+            # Scores and sums are float32 inside, whatever comes in and goes out.
+            torch.testing.assert_close(
+                output.float(), torch.cat(expected), rtol=0, atol=max(5e-6, 2 * torch.finfo(dtype).eps)
+            )
+            last = slot_mapping(chunks, 16)
+            torch.testing.assert_close(cache.keys[0].flatten(0, 1)[last], k, rtol=0, atol=0)
+            torch.testing.assert_close(cache.values[0].flatten(0, 1)[last], v, rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""C++ kernels that are compiled for this machine when they are first needed."""
