@@ -24,6 +24,7 @@ from workers.engine.grammar import GrammarCompiler
 from workers.engine.logits import process
 from workers.engine.logits_state import LogitsState
 from workers.engine.logprobs import logprobs_of
+from workers.engine.transfer import to_device
 
 _MASK64 = (1 << 64) - 1
 _GREEDY_BELOW = 1e-5
@@ -75,21 +76,20 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], grammars: GrammarC
     if states:
         logits = logits.float().contiguous()
         process(logits, states, grammars)
-    tokens = _choose(logits, rows)
-    _check(logits, tokens, states)
+    tokens = _read(logits, _choose(logits, rows), states)
     if not asking:
         return [Sampled(token) for token in tokens]
     return _with_logprobs(raw, tokens, rows, asking)
 
 
-def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     random = [index for index, row in enumerate(rows) if row.params.temperature >= _GREEDY_BELOW]
     if not random:
-        return _ints(_greedy(logits))
+        return _greedy(logits)
     tokens = _greedy(logits) if len(random) < len(rows) else logits.new_zeros(len(rows), dtype=torch.int64)
-    picked = torch.tensor(random, device=logits.device)
+    (picked,) = to_device([torch.tensor(random)], logits.device)
     tokens[picked] = _sample_random(logits[picked].float(), [rows[index] for index in random])
-    return _ints(tokens)
+    return tokens
 
 
 def _greedy(logits: torch.Tensor) -> torch.Tensor:
@@ -97,15 +97,25 @@ def _greedy(logits: torch.Tensor) -> torch.Tensor:
     return logits.float().argmax(dim=-1)
 
 
-def _check(logits: torch.Tensor, tokens: list[int], states: Sequence[tuple[int, LogitsState]]) -> None:
-    """Replace tokens that are masked by `NOTHING`: they were chosen for want of others. Raises as `sample`."""
+def _read(logits: torch.Tensor, tokens: torch.Tensor, states: Sequence[tuple[int, LogitsState]]) -> list[int]:
+    """Copy tokens from the device, `NOTHING` for those that are masked: they were chosen for want of others.
+
+    This is where the host waits for the step; rows with top-k or top-p wait once before, log probabilities once after.
+
+    Raises:
+        ArithmeticError: as `sample`.
+    """
     # Looking at the chosen ones suffices: NaN compares as the largest.
-    chosen: list[float] = logits[range(len(tokens)), tokens].tolist()
-    if any(map(math.isnan, chosen)):
+    chosen = logits.gather(1, tokens[:, None]).squeeze(1)
+    # In one copy: float64 holds token ids exactly.
+    both: list[list[float]] = torch.stack([tokens.double(), chosen.double()]).tolist()
+    token_ids, values = [int(token) for token in both[0]], both[1]
+    if any(map(math.isnan, values)):
         raise ArithmeticError("the model computed NaN; another --dtype may help, such as bfloat16")
     for index, _ in states:
-        if chosen[index] == -math.inf:
-            tokens[index] = NOTHING
+        if values[index] == -math.inf:
+            token_ids[index] = NOTHING
+    return token_ids
 
 
 def _with_logprobs(
@@ -117,11 +127,6 @@ def _with_logprobs(
     )
     found = dict(zip(asking, looked_up, strict=True))
     return [Sampled(token, found.get(index) if token != NOTHING else None) for index, token in enumerate(tokens)]
-
-
-def _ints(tokens: torch.Tensor) -> list[int]:
-    values: list[int] = tokens.tolist()
-    return values
 
 
 def _sample_random(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -211,7 +216,8 @@ def uniforms(tokens: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
 def _keys(rows: Sequence[SamplingRow], device: torch.device) -> torch.Tensor:
     """One hash of seed and position a row, int64 [rows, 1]."""
     keys = [_signed(_mix(_mix(row.params.seed & _MASK64) ^ row.position)) for row in rows]
-    return torch.tensor(keys, dtype=torch.int64, device=device)[:, None]
+    (moved,) = to_device([torch.tensor(keys, dtype=torch.int64)], device)
+    return moved[:, None]
 
 
 def _uniforms(tokens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -236,4 +242,5 @@ def _signed(value: int) -> int:
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    (moved,) = to_device([torch.tensor(values, dtype=like.dtype)], like.device)
+    return moved[:, None]
