@@ -1,6 +1,6 @@
-"""Scores of texts by a reward model, in the dialects of vLLM (`/v1/score`) and LightLLM (`/get_score`).
+"""Scores of texts by a reward model, in the dialects of vLLM (`/v1/score`, `/v1/rerank`) and LightLLM (`/get_score`).
 
-`/v1/score` of an embedding model is the cosine of the two texts' vectors. A generating model gives no score at all.
+The score that an embedding model gives a pair is the cosine of their vectors. A generating model gives none at all.
 """
 
 from __future__ import annotations
@@ -57,6 +57,39 @@ class ScoreList(Struct):
     object: str = "list"
 
 
+class Document(Struct):
+    """A text to rank."""
+
+    text: Annotated[str, Meta(min_length=1)]
+
+
+class RerankRequest(Struct, kw_only=True):
+    """`POST /v1/rerank`."""
+
+    query: Annotated[str, Meta(min_length=1)]
+    documents: Annotated[list[str | Document], Meta(min_length=1, max_length=MAX_INPUTS)]
+    top_n: Annotated[Annotated[int, Meta(ge=0)] | None, Meta(description="how many to give; 0: all")] = None
+    model: Annotated[str | None, Meta(description="name of the served model; default: that model")] = None
+    truncate_prompt_tokens: Any = None
+
+
+class Ranked(Struct):
+    """A document and its place in the request."""
+
+    index: int
+    document: Document
+    relevance_score: float
+
+
+class Ranking(Struct):
+    """Answer of `POST /v1/rerank`, the best first."""
+
+    id: str
+    model: str
+    usage: VectorUsage
+    results: list[Ranked]
+
+
 class RewardRequest(Struct, kw_only=True):
     """`POST /get_score`."""
 
@@ -73,7 +106,7 @@ class Reward(Struct):
     finish_reason: str = "stop"
 
 
-DOCUMENTED = (ScoreRequest, ScoreList, RewardRequest, Reward)
+DOCUMENTED = (ScoreRequest, ScoreList, RerankRequest, Ranking, RewardRequest, Reward)
 
 
 @router.post("/score", response_model=None, include_in_schema=False)
@@ -85,6 +118,16 @@ async def score(request: Request) -> Response:
     return Exchange(lambda client: _score(client, service, body, arrived))
 
 
+@router.post("/rerank", response_model=None, include_in_schema=False)
+@router.post("/v2/rerank", response_model=None, include_in_schema=False)
+@router.post("/v1/rerank", response_model=None, openapi_extra=documented(RerankRequest, Ranking))
+async def rerank(request: Request) -> Response:
+    """Documents in the order of their scores with a query."""
+    arrived, service = time.perf_counter(), service_of(request)
+    body = await decoded(request, RerankRequest)
+    return Exchange(lambda client: _rerank(client, service, body, arrived))
+
+
 @router.post("/get_score", response_model=None, openapi_extra=documented(RewardRequest, Reward))
 async def get_score(request: Request) -> Response:
     """The reward of one conversation."""
@@ -94,19 +137,39 @@ async def get_score(request: Request) -> Response:
 
 
 async def _score(client: Client, service: Service, body: ScoreRequest, arrived: float) -> None:
+    _check(service, body)
+    head = Head.new("score", service.config.model_name)
+    found = await _scores(service, head.id, _pairs(body), arrived)
+    data = [Score(index, value) for index, (value, *_) in enumerate(found.values)]
+    await client.reply(ScoreList(head.id, head.created, head.model, data, VectorUsage.of(found.prompt_tokens)))
+
+
+async def _rerank(client: Client, service: Service, body: RerankRequest, arrived: float) -> None:
+    _check(service, body)
+    head = Head.new("rerank", service.config.model_name)
+    documents = [one if isinstance(one, Document) else Document(one) for one in body.documents]
+    if not all(one.text for one in documents):
+        raise InvalidRequest("documents: one of them is empty.", param="documents")
+    found = await _scores(service, head.id, [(body.query, one.text) for one in documents], arrived)
+    results = [Ranked(index, documents[index], value) for index, (value, *_) in enumerate(found.values)]
+    results.sort(key=lambda one: -one.relevance_score)  # stable: equals stay in the order of the request
+    shown = results[: body.top_n or None]
+    await client.reply(Ranking(head.id, head.model, VectorUsage.of(found.prompt_tokens), shown))
+
+
+def _check(service: Service, body: ScoreRequest | RerankRequest) -> None:
     service.require_model(body.model)
     if body.truncate_prompt_tokens is not None:
         raise InvalidRequest("truncate_prompt_tokens is not supported; leave it out.", param="truncate_prompt_tokens")
-    pairs = _pairs(body)
+
+
+async def _scores(service: Service, request_id: str, pairs: Sequence[tuple[str, str]], arrived: float) -> Vectors:
+    """One number for each pair, in whichever way the model has."""
     service.dispatcher.require(images=False)
-    if service.task is not WorkerTask.EMBED:
-        service.require_task(_SCORE)
-    head = Head.new("score", service.config.model_name)
+    is_embedding = service.task is WorkerTask.EMBED
+    service.require_task(Pooling(default_pooling(service)) if is_embedding else _SCORE)
     with service.dispatcher.admit():
-        by = _cosines if service.task is WorkerTask.EMBED else _rewards
-        found = await by(service, head.id, pairs, arrived)
-    data = [Score(index, value) for index, (value, *_) in enumerate(found.values)]
-    await client.reply(ScoreList(head.id, head.created, head.model, data, VectorUsage.of(found.prompt_tokens)))
+        return await (_cosines if is_embedding else _rewards)(service, request_id, pairs, arrived)
 
 
 async def _get_score(client: Client, service: Service, body: RewardRequest, arrived: float) -> None:

@@ -220,6 +220,37 @@ async def test_pairs_that_are_none(start_cluster: ClusterFactory, texts: dict[st
     assert not cluster.pd.requests
 
 
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
+async def test_documents_by_their_score(start_cluster: ClusterFactory, path: str) -> None:
+    cluster = await start_cluster(task=WorkerTask.SCORE)
+    documents = ["a", {"text": "a b c d e"}, "a", "a b c"]
+    body = await post(cluster, path, query="hello", documents=documents)
+    assert body["status"] == 200
+    assert [one["index"] for one in body["results"]] == [1, 3, 0, 2]
+    assert [one["relevance_score"] for one in body["results"]] == sorted(map(float, lengths(cluster)), reverse=True)
+    assert body["results"][0]["document"] == {"text": "a b c d e"}
+    assert body["usage"]["prompt_tokens"] == sum(lengths(cluster))
+    best = await post(cluster, path, query="hello", documents=documents, top_n=1)
+    assert [one["index"] for one in best["results"]] == [1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"query": "", "documents": ["a"]}, "query"),
+        ({"query": "a", "documents": []}, "documents"),
+        ({"query": "a", "documents": ["a", ""]}, "documents"),
+        ({"query": "a", "documents": ["a"], "top_n": -1}, "top_n"),
+        ({"query": "a", "documents": ["a"], "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
+    ],
+)
+async def test_rankings_that_are_none(start_cluster: ClusterFactory, fields: dict[str, Any], param: str) -> None:
+    cluster = await start_cluster(task=WorkerTask.SCORE)
+    body = await post(cluster, "/v1/rerank", **fields)
+    assert (body["status"], body["param"]) == (400, param)
+    assert not cluster.pd.requests
+
+
 async def test_get_score(start_cluster: ClusterFactory) -> None:
     cluster = await start_cluster(task=WorkerTask.SCORE)
     chat = "<|im_start|>user\nhello<|im_end|>\n"
@@ -248,6 +279,7 @@ async def test_get_score_looks_at_no_pictures(start_cluster: ClusterFactory) -> 
         ("embed", "/get_score", {"chat": "a"}, "no reward model"),
         ("generate", "/get_score", {"chat": "a"}, "no reward model"),
         ("generate", "/v1/score", {"text_1": "a", "text_2": "b"}, "no reward model"),
+        ("generate", "/v1/rerank", {"query": "a", "documents": ["b"]}, "no reward model"),
     ],
 )
 async def test_what_the_workers_are_not_for(
