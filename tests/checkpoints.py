@@ -158,15 +158,16 @@ def _write_tokenizer(
     more_special_tokens: Sequence[str] = (),
     named_tokens: dict[str, str] | None = None,
     chat_template: str = CHAT_TEMPLATE,
+    more_text: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
-    """`named_tokens`: attribute of the tokenizer → one of the special tokens."""
+    """`named_tokens`: attribute of the tokenizer → one of the special tokens; `more_text`: to learn tokens from."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    backend.train_from_iterator(_CORPUS, trainer)
+    backend.train_from_iterator([*_CORPUS, *more_text], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="<|im_end|>",

@@ -72,6 +72,8 @@ class Family:
     special_tokens: tuple[str, ...] = ()
     named_tokens: dict[str, str] = field(default_factory=dict)
     chat_template: str = CHAT_TEMPLATE
+    text_sample: tuple[str, ...] = ()
+    """What the tokenizer learns from besides."""
 
 
 _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -117,6 +119,7 @@ FAMILIES: dict[str, Family] = {
             "eoi_token": "<end_of_image>",
         },
         chat_template=GEMMA_TEMPLATE,
+        text_sample=("a\n\n\n\nb",) * 9,  # runs of line breaks are one token, as in the original
     ),
     "idefics3": Family(
         Idefics3Config,
@@ -236,6 +239,7 @@ def build(name: str, folder: Path, *, seed: int = 0) -> Path:
         more_special_tokens=family.special_tokens,
         named_tokens=family.named_tokens,
         chat_template=family.chat_template,
+        more_text=family.text_sample,
     )
     ids = {setting: tokenizer.convert_tokens_to_ids(token) for setting, token in family.token_ids.items()}
     config = family.config(

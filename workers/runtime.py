@@ -163,7 +163,7 @@ class WorkerRuntime:
                 self._exit_code = 1
             await self._leave()
         finally:
-            for task in tasks:
+            for task in (*tasks, stop):
                 task.cancel()
             await asyncio.gather(*tasks, stop, return_exceptions=True)
             await service.stop()
