@@ -101,12 +101,13 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 12,  # less than the 16 tokens of a picture
             "head_dim": 16,
             "query_pre_attn_scalar": 16,
-            "initializer_range": 0.05,  # embeddings are scaled up, and are also the head
+            "initializer_range": 0.05,  # embeddings are scaled up
+            "tie_word_embeddings": False,  # with so few layers a tied head would repeat the last token for ever
         },
         vision={**_SIGLIP, "image_size": 112, "vision_use_head": False},
         image_processor={"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 112, "width": 112}},
         processor={"processor_class": "Gemma3Processor", "image_seq_length": 16},
-        more={"mm_tokens_per_image": 16},
+        more={"mm_tokens_per_image": 16, "tie_word_embeddings": False},
         token_ids={
             "image_token_index": "<image_soft_token>",
             "boi_token_index": "<start_of_image>",
