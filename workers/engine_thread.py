@@ -15,7 +15,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 from epd.errors import EPDError, ErrorInfo, InternalError, NoWorker
-from workers.engine.engine import Engine, StepOutput
+from workers.engine.engine import Engine
+from workers.engine.outputs import StepOutput
 
 log = logging.getLogger(__name__)
 

@@ -37,8 +37,9 @@ from epd.messages import (
 from epd.observability import Stage, StageRecorder
 from epd.types import FinishReason, Grammar, WorkerRole, WorkerTask
 from workers.engine.config import EngineConfig
-from workers.engine.engine import Engine, StepOutput
+from workers.engine.engine import Engine
 from workers.engine.grammar import GrammarCompiler
+from workers.engine.outputs import StepOutput
 from workers.engine.request import ImagePlaceholder
 from workers.engine_thread import EngineThread
 from workers.outbox import Outbox

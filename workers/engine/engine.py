@@ -7,34 +7,30 @@ what happened since the last one. Every request that `add_request` took gets exa
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from epd.errors import (
-    ContextLengthExceeded,
     DeadlineExceeded,
     EPDError,
-    ErrorInfo,
     InternalError,
     InvalidRequest,
 )
 from epd.tasks import check_task
-from epd.types import FinishReason, Pooling, PoolingKind, SamplingParams, TokenLogprobs, WorkerTask
-from workers.engine import grammar, logits_state, model_loader
+from epd.types import Pooling, PoolingKind, SamplingParams, TokenLogprobs, WorkerTask
+from workers.engine import admission, grammar, logits_state, model_loader
 from workers.engine.config import EngineConfig
 from workers.engine.deadlines import Deadlines
-from workers.engine.embeddings import EmbeddingStore, ImageEmbeddings, expand_prompt
+from workers.engine.embeddings import EmbeddingStore, expand_prompt
 from workers.engine.grammar import GrammarCompiler, GrammarMatcher
 from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.logits_state import LogitsState
 from workers.engine.model_loader import ModelInfo
 from workers.engine.model_runner import Runner
+from workers.engine.outputs import EngineLoad, StepOutput
 from workers.engine.request import Clock, EngineRequest, ImagePlaceholder, RequestStatus
 from workers.engine.sampler import NOTHING, Sampled, SamplingRow
 from workers.engine.scheduler import ScheduledChunk, Scheduler
@@ -42,46 +38,12 @@ from workers.engine.tensor_parallel import ParallelGroup
 
 log = logging.getLogger(__name__)
 
-_LONGEST_TIMEOUT_S = 24 * 3600.0
 _WARM_UP_ID = "(warm-up)"
 _WARM_UP_POOLING = {
     WorkerTask.GENERATE: None,
     WorkerTask.SCORE: Pooling(PoolingKind.SCORE),
     WorkerTask.EMBED: Pooling(PoolingKind.MEAN),
 }
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """New tokens of one request, or its end; the fields mean what they mean in `epd.messages.TokenOutput`."""
-
-    request_id: str
-    token_ids: tuple[int, ...] = ()
-    finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
-    error: ErrorInfo | None = None
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
-    pooled: tuple[float, ...] = ()
-    timings_ms: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """How busy the engine is."""
-
-    running: int
-    waiting: int
-    kv_used_blocks: int
-    kv_total_blocks: int
-    prefix_cache_queries: int = 0
-    """Prompt tokens that were looked for in the prefix cache, since the start."""
-    prefix_cache_hits: int = 0
-    """Those of them that were found."""
-    preemptions: int = 0
-    """How often a request lost its blocks, since the start."""
 
 
 class Engine:
@@ -185,8 +147,10 @@ class Engine:
             Overloaded: too many requests wait. In all these cases the request gets no output.
         """
         check_task(self.info.task, pooling)
-        self._validate(request_id, prompt_token_ids, images)
-        self._max_tokens(len(prompt_token_ids), sampling, pooling)
+        if request_id in self._requests:
+            raise InvalidRequest(f"Request id {request_id} is in use.", param="request_id")
+        admission.check_prompt(self.info, prompt_token_ids, images)
+        admission.tokens_to_generate(self.info.max_model_len, len(prompt_token_ids), sampling, pooling)
         request = EngineRequest(
             request_id,
             prompt_token_ids,
@@ -194,10 +158,10 @@ class Engine:
             images=images,
             priority=priority,
             pooling=pooling,
-            deadline=self._deadline_in(timeout_s),
+            deadline=admission.deadline_in(timeout_s, self._clock()),
             clock=self._clock,
         )
-        request.ending_token_ids = self._ending_token_ids(sampling)
+        request.ending_token_ids = admission.ending_token_ids(self.info, sampling)
         request.matcher = self._matcher(sampling)
         self._scheduler.add(request)
         self._requests[request_id] = request
@@ -228,7 +192,7 @@ class Engine:
         if content_key in self._store:
             self._store.expect(content_key)
             return
-        self._store.put(content_key, self._checked(token_ids, grid_thw, rows))
+        self._store.put(content_key, admission.checked_embeddings(self.info, token_ids, grid_thw, rows))
         for request_id, missing in list(self._missing.items()):
             if content_key in missing:
                 missing.remove(content_key)
@@ -328,64 +292,6 @@ class Engine:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _validate(self, request_id: str, token_ids: Sequence[int], images: Sequence[ImagePlaceholder]) -> None:
-        if request_id in self._requests:
-            raise InvalidRequest(f"Request id {request_id} is in use.", param="request_id")
-        if not token_ids:
-            raise InvalidRequest("The prompt is empty.", param="messages")
-        if min(token_ids) < 0 or max(token_ids) >= self.info.vocab_size:
-            raise InvalidRequest("The prompt has token ids outside the vocabulary.", param="messages")
-        if images and self.info.adapter.image_token_id is None:
-            raise InvalidRequest("This model takes no images.", param="messages")
-        offsets = [-1, *(image.offset for image in images), len(token_ids)]
-        if any(left >= right for left, right in itertools.pairwise(offsets)):
-            raise InvalidRequest("Picture offsets must increase and lie in the prompt.", param="images")
-
-    def _max_tokens(self, num_prompt_tokens: int, sampling: SamplingParams, pooling: Pooling | None) -> int:
-        """How many tokens a request may generate. Raises ContextLengthExceeded when they, or one, do not fit."""
-        limit = self.info.max_model_len
-        if pooling is not None:
-            if num_prompt_tokens > limit:
-                raise ContextLengthExceeded.of(limit=limit, prompt=num_prompt_tokens, completion=None)
-            return 0
-        if sampling.max_tokens is not None and sampling.max_tokens < 0:
-            raise InvalidRequest("max_tokens must not be negative.", param="max_tokens")
-        wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
-        if num_prompt_tokens + wanted > limit:
-            raise ContextLengthExceeded.of(limit=limit, prompt=num_prompt_tokens, completion=sampling.max_tokens)
-        return limit - num_prompt_tokens if sampling.max_tokens is None else sampling.max_tokens
-
-    def _matcher(self, sampling: SamplingParams) -> GrammarMatcher | None:
-        if sampling.grammar is None:
-            return None
-        if self.grammars is None:
-            raise grammar.unusable("the model's checkpoint has no tokenizer.json.")
-        return self.grammars.matcher(sampling.grammar)
-
-    def _ending_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
-        eos = frozenset() if sampling.ignore_eos else self.info.eos_token_ids
-        # A checkpoint may name an end outside its own vocabulary: masking that one would fail the whole step.
-        return frozenset(token for token in eos.union(sampling.stop_token_ids) if 0 <= token < self.info.vocab_size)
-
-    def _checked(
-        self, token_ids: Sequence[int], grid_thw: tuple[int, int, int] | None, rows: torch.Tensor
-    ) -> ImageEmbeddings:
-        image_token_id = self.info.adapter.image_token_id
-        if image_token_id is None:
-            raise InvalidRequest("This model takes no images.")
-        embeddings = ImageEmbeddings.checked(
-            token_ids,
-            grid_thw,
-            rows,
-            image_token_id=image_token_id,
-            vocab_size=self.info.vocab_size,
-            hidden_size=self.info.hidden_size,
-            dtype=self.info.dtype,
-            deepstack_levels=self.info.adapter.deepstack_levels,
-        )
-        self.info.adapter.check_grid(embeddings)
-        return embeddings
-
     def _place_prompt(self, request: EngineRequest) -> None:
         """Expand the prompt as far as embeddings are here, and let the request compete for steps with that."""
         missing = self._missing[request.request_id]
@@ -398,7 +304,9 @@ class Engine:
             placed = [(span.offset, embeddings[span.content_key]) for span in spans]
             request.atomic_spans = self.info.adapter.atomic_spans(placed)
             self._scheduler.check_atomic_spans(request)
-            request.max_tokens = self._max_tokens(request.num_prompt_tokens, request.sampling, request.pooling)
+            request.max_tokens = admission.tokens_to_generate(
+                self.info.max_model_len, request.num_prompt_tokens, request.sampling, request.pooling
+            )
             if not missing:
                 self._add_logits_state(request)
             known = request.token_ids[: request.num_known_tokens] if missing else request.token_ids
@@ -415,6 +323,13 @@ class Engine:
         elif request.status is RequestStatus.WAITING_FOR_EMBEDDINGS:
             self._scheduler.embeddings_complete(request)
 
+    def _matcher(self, sampling: SamplingParams) -> GrammarMatcher | None:
+        if sampling.grammar is None:
+            return None
+        if self.grammars is None:
+            raise grammar.unusable("the model's checkpoint has no tokenizer.json.")
+        return self.grammars.matcher(sampling.grammar)
+
     def _add_logits_state(self, request: EngineRequest) -> None:
         if request.pooling is None and logits_state.is_needed(request.sampling):
             request.logits_state = LogitsState(
@@ -424,14 +339,6 @@ class Engine:
                 vocab_size=self.info.vocab_size,
                 matcher=request.matcher,
             )
-
-    def _deadline_in(self, timeout_s: float | None) -> float | None:
-        if timeout_s is None:
-            return None
-        if math.isnan(timeout_s):
-            raise InvalidRequest("timeout_s is not a number.", param="timeout_s")
-        # Clocks and waits of the system take no infinity.
-        return self._clock() + min(timeout_s, _LONGEST_TIMEOUT_S)
 
     def _expire(self) -> None:
         for request in self._deadlines.pop_expired():

@@ -14,7 +14,8 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 
 from epd.types import SamplingParams
 from workers.engine.config import EngineConfig
-from workers.engine.engine import Engine, StepOutput
+from workers.engine.engine import Engine
+from workers.engine.outputs import StepOutput
 from workers.engine.request import ImagePlaceholder
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
