@@ -17,6 +17,7 @@ from PIL import Image
 from epd.checkpoint import image_placeholder
 from epd.errors import ConfigError, InternalError
 from workers.embedding_cache import EncodedImage
+from workers.engine.transfer import large_to_device
 from workers.families import Family, family_of
 from workers.image_inputs import ImageInputs, load_processor
 from workers.model_parts import load_vision_part
@@ -140,7 +141,10 @@ class VisionModel:
     def _encode_batch(self, images: list[PreparedImage]) -> list[torch.Tensor]:
         names = self._family.image_inputs
         output = self._tower.get_image_features(
-            **{name: torch.cat([image.inputs[name] for image in images]).to(self._device) for name in names}
+            **{
+                name: large_to_device(torch.cat([image.inputs[name] for image in images]), self._device)
+                for name in names
+            }
         )
         levels = [output.pooler_output, *(output.deepstack_features if self._family.deepstack else ())]
         parts = list(zip(*levels, strict=True))  # one for each picture or tile, of all levels

@@ -14,7 +14,7 @@ import torch
 from workers.engine.adapter import PlacedImage, PlainPositions
 from workers.engine.attention import PackedChunk
 from workers.engine.scheduler import ScheduledChunk
-from workers.engine.transfer import rows_to_device, to_device
+from workers.engine.transfer import large_to_device, to_device
 
 Place = tuple[ScheduledChunk, PackedChunk]
 
@@ -95,8 +95,8 @@ class StepInputs:
             replace(
                 image,
                 targets=moved,
-                rows=rows_to_device(image.rows, device),
-                deepstack=None if image.deepstack is None else rows_to_device(image.deepstack, device),
+                rows=large_to_device(image.rows, device),
+                deepstack=None if image.deepstack is None else large_to_device(image.deepstack, device),
             )
             for image, moved in zip(self.images, targets, strict=True)
         )

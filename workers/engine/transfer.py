@@ -1,10 +1,13 @@
-"""Integers of a step on their way to the device: one copy for all of them, and none that the host waits for."""
+"""From the host to the device: few copies, and none that the host waits for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+
+_PINNED_BYTES_AT_MOST = 128 << 20
+"""torch keeps what was pinned once, and the system can't use it for anything else. Larger tensors are waited for."""
 
 
 def to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
@@ -21,13 +24,22 @@ def to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> list[tor
     if device.type == "cpu" or not tensors:
         return list(tensors)
     # Pinned, so that the copy needs not wait; torch keeps the staging buffer until the copy is done.
-    staged = torch.cat([tensor.reshape(-1) for tensor in tensors]).pin_memory()
-    parts = torch.split(staged.to(device, non_blocking=True), [tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return unpack(pack(tensors).pin_memory().to(device, non_blocking=True), tensors)
 
 
-def rows_to_device(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All elements, one tensor after the other, [elements]."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def unpack(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Undo `pack`: views of `packed` with the shapes of `like`."""
+    parts = torch.split(packed, [tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def large_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """As `to_device`, for a tensor that is large enough to have a copy of its own."""
-    if device.type == "cpu":
-        return rows
-    return rows.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu" or tensor.nbytes > _PINNED_BYTES_AT_MOST:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
