@@ -106,7 +106,7 @@ class GrammarCompiler:
 
         Args:
             matchers: one for each row, all different.
-            ends: for each row the tokens that end the answer, if `min_tokens` allows that now, else none.
+            ends: for each row the tokens that end the answer; they may come where the answer is whole.
 
         Returns:
             [rows, words]; one bit at least for each token of the model.

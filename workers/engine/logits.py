@@ -54,7 +54,7 @@ def process(logits: torch.Tensor, states: Numbered, grammars: GrammarCompiler | 
 
 def _mask_by_grammar(logits: torch.Tensor, states: Numbered, grammars: GrammarCompiler) -> None:
     matchers = [state.matcher for _, state in states if state.matcher is not None]
-    bits = grammars.masks(matchers, [state.ending if state.may_end else state.ending[:0] for _, state in states])
+    bits = grammars.masks(matchers, [state.ending for _, state in states])  # those too early are banned below
     upper = _upper_bounds(bits, logits.shape[1], logits.device)
     if len(states) == len(logits):
         torch.minimum(logits, upper, out=logits)

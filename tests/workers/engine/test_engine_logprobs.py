@@ -125,6 +125,20 @@ def test_preempted_requests_get_the_same_once(qwen2: Oracle) -> None:
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
+def test_a_prompt_that_is_begun_again_is_told_once_and_whole(qwen2: Oracle) -> None:
+    prompt = qwen2.prompt(TEXT)
+    engine = make_engine(qwen2.path, max_num_batched_tokens=8)
+    add(engine, "a", prompt, SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1))
+    engine.step()
+    engine.step()
+    engine._scheduler._preempt(engine._requests["a"])
+    _, [given] = all_logprobs(run(engine), "a")
+    expected = expected_logprobs(qwen2, prompt.token_ids)
+    assert len(given) == len(prompt.token_ids)
+    for entry, token, row in zip(given[1:], prompt.token_ids[1:], expected, strict=False):
+        check(entry, token, row, 1)
+
+
 def test_an_aborted_request_leaves_nothing_behind(qwen2: Oracle) -> None:
     engine = make_engine(qwen2.path, max_num_batched_tokens=8)
     add(engine, "a", qwen2.prompt(TEXT), SamplingParams(max_tokens=3, prompt_logprobs=2))
