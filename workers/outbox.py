@@ -11,7 +11,7 @@ from epd.messages import TokenBatch, TokenOutput
 from epd.types import TokenLogprobs
 
 MAX_LOGPROBS = 1 << 19
-"""Log probabilities in one batch, at about 15 bytes each: half of what a message may hold."""
+"""Log probabilities, and numbers of vectors, in one batch, at 15 bytes each at most: half of what a message holds."""
 
 
 class Outbox:
@@ -77,7 +77,7 @@ def batches(outputs: Iterable[TokenOutput]) -> Iterator[list[TokenOutput]]:
     batch: list[TokenOutput] = []
     size = 0
     for output in outputs:
-        added = num_logprobs(output)
+        added = num_logprobs(output) + len(output.pooled)
         if batch and size + added > MAX_LOGPROBS:
             yield batch
             batch, size = [], 0

@@ -118,6 +118,17 @@ def test_log_probabilities_fill_no_message() -> None:
         assert memoryview(header).nbytes < MAX_HEADER_BYTES
 
 
+def test_vectors_fill_no_message() -> None:
+    """Those of a thousand requests may wait for a slow reader."""
+    vector = tuple(1 / (i + 3) for i in range(4096))
+    outputs = [TokenOutput(request_id=f"r{i}", finish_reason=FinishReason.STOP, pooled=vector) for i in range(1000)]
+    parts = list(batches(outputs))
+    assert [one for part in parts for one in part] == outputs
+    for part in parts:
+        [header] = encode(TokenBatch(outputs=tuple(part)))
+        assert memoryview(header).nbytes < MAX_HEADER_BYTES
+
+
 async def test_large_outputs_of_a_slow_reader_are_not_merged_for_ever() -> None:
     connection = Connection()
     connection.is_open.clear()
