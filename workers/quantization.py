@@ -107,6 +107,12 @@ def check(
         )
 
 
+def is_plain(config: PretrainedConfig, device: torch.device) -> bool:
+    """Whether all weights of the loaded model are ordinary tensors, that others may lay out anew."""
+    found = method_of(config)
+    return found is None or (device.type == "cpu" and METHODS[found].cpu_dtype is not None)
+
+
 def placement(config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
     """Arguments of `from_pretrained` that put the weights of a quantised checkpoint on a GPU as they are read.
 

@@ -28,10 +28,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     return Oracle(checkpoints_text.build(tmp_path_factory.mktemp("plain") / "qwen3", "qwen3"))
 
 
-def quantise_by_torchao(source: Path, target: Path) -> None:
+def quantise_by_torchao(source: Path, target: Path, dtype: torch.dtype = torch.float32) -> None:
     config = TorchAoConfig(Int8WeightOnlyConfig())
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=config)
     model.save_pretrained(target)
+
+
+def quantise_by_torchao_in_16_bits(source: Path, target: Path) -> None:
+    """Where the engine lays out plain weights anew."""
+    quantise_by_torchao(source, target, torch.bfloat16)
 
 
 def quantise_to_fp8(source: Path, target: Path) -> None:
@@ -55,7 +60,7 @@ def quantise_to_fp8(source: Path, target: Path) -> None:
     (target / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("quantise", [quantise_by_torchao, quantise_to_fp8])
+@pytest.mark.parametrize("quantise", [quantise_by_torchao, quantise_by_torchao_in_16_bits, quantise_to_fp8])
 def test_answers_are_those_of_transformers(
     plain: Oracle, tmp_path: Path, quantise: Callable[[Path, Path], None]
 ) -> None:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from epd.errors import ConfigError
 from epd.types import WorkerTask
-from workers import model_parts, model_tasks
+from workers import model_parts, model_tasks, quantization
 from workers.engine import attention, attention_cpu, attention_varlen, coverage, packed_linear
 from workers.engine.adapter import PlainPositions, make_adapter
 from workers.engine.attention import AttentionBackend
@@ -93,7 +93,8 @@ def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedMode
     backend_class = _backend_class(shape, text_config.num_attention_heads // num_ranks, device, adapter)
     block_size = _block_size(config.block_size, issubclass(backend_class, VarlenBackend))
     coverage.check_layers(model, adapter, shape)
-    if num_ranks == 1 and packed_linear.is_available(model.dtype, device):
+    is_plain = num_ranks == 1 and quantization.is_plain(checkpoint, device)
+    if is_plain and packed_linear.is_available(model.dtype, device):
         packed_linear.pack(model)
     num_blocks = num_blocks_for(
         shape,
