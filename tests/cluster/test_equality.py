@@ -109,6 +109,30 @@ async def test_eight_at_once_of_the_demo_model(demo: Cluster, demo_reference: Re
     assert answers == [demo_reference.answer(messages, MAX_TOKENS) for messages in conversations]
 
 
+def test_samples_and_the_next_turn_take_over_what_was_computed(tiny: Cluster, tiny_reference: Reference) -> None:
+    first = [user(picture(20, 168, 168), "left right above below " * 8)]
+    second = [*first, assistant("A circle."), user("And what else?")]
+    client: Any = tiny.client()
+    with client:
+        replies = [
+            client.chat.completions.create(
+                model="test-model",
+                messages=messages,
+                n=2,
+                max_tokens=MAX_TOKENS,
+                temperature=0,
+                extra_body={"return_token_ids": True},
+            )
+            for messages in (first, second)
+        ]
+    for messages, reply in zip((first, second), replies, strict=True):
+        expected = tiny_reference.answer(messages, MAX_TOKENS)
+        assert [list(choice.token_ids) for choice in reply.choices] == [expected, expected]
+    usage = [reply.usage for reply in replies]
+    assert usage[1].prompt_tokens_details.cached_tokens > 0.8 * usage[0].prompt_tokens
+    assert usage[1].prompt_tokens_details.cached_tokens < usage[1].prompt_tokens
+
+
 def test_the_references_tell_pictures_apart(tiny_reference: Reference) -> None:
     """Otherwise the tests above could pass with the pictures swapped."""
     first, second = (tiny_reference.answer(CONVERSATIONS[name], MAX_TOKENS) for name in ("one image", "another image"))
