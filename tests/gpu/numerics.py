@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,16 @@ from transformers import AutoModelForCausalLM
 from epd.types import SamplingParams
 from tests import checkpoints
 from tests.workers.engine.oracle import IMAGE, Answers, Oracle, Prompt, add, greedy, make_engine, picture, provide
+from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
+from workers.ranks import Ranks
 from workers.vision import VisionModel
 
 if TYPE_CHECKING:
     from tests.gpu.check import Report
 
 SECTION = "Values"
+RANKS = 2
 AGREEMENT = 0.99
 """Of teacher-forced positions in bfloat16."""
 ROWS_TOLERANCE = 1e-3
@@ -35,11 +39,37 @@ def check(report: Report, folder: Path, device: str) -> None:
     _teacher_forced(report, text_oracle, device)
     if device == "cuda":
         _graphs(report, text_oracle)
+    if importlib.util.find_spec("accelerate") is None or torch.cuda.device_count() < RANKS:
+        report.add(SECTION, "two ranks share a model", f"not tried: needs {RANKS} GPUs and the accelerate package")
+    else:
+        _ranks(report, oracle, device)
 
 
 def _answers(report: Report, oracle: Oracle, device: str) -> None:
     """A batch with pictures, in chunks, in float32: every token is that of `generate` on the CPU."""
     engine = make_engine(oracle.path, device=device, max_num_batched_tokens=64)
+    _compare(report, oracle, engine, _backend(engine))
+
+
+def _ranks(report: Report, oracle: Oracle, device: str) -> None:
+    """The same with two processes that share the model. Fewer blocks: each has half of the heads."""
+    config = EngineConfig(
+        model=str(oracle.path),
+        dtype="float32",
+        device=device,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        kv_cache_memory_bytes=2 << 20,
+    )
+    ranks = Ranks(RANKS)
+    try:
+        group = ranks.start(config, name="rank", log_level="warning", threads=1)
+        _compare(report, oracle, Engine.from_checkpoint(config, group=group), f"{RANKS} ranks")
+    finally:
+        ranks.stop()
+
+
+def _compare(report: Report, oracle: Oracle, engine: Engine, name: str) -> None:
     answers, expected = Answers(), {}
     for index in range(8):
         pictures = [picture(10 * index + k) for k in range(index % 3)]
@@ -56,7 +86,7 @@ def _answers(report: Report, oracle: Oracle, device: str) -> None:
     same = sum(found[name] == tokens for name, tokens in expected.items())
     report.add(
         SECTION,
-        f"greedy answers equal to transformers', float32, {_backend(engine)}",
+        f"greedy answers equal to transformers', float32, {name}",
         f"{same} of {len(expected)}",
         "all",
         same == len(expected),

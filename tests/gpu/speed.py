@@ -99,14 +99,17 @@ class _Model:
         forward = forward._forward
         model = forward._model._model
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        weights = {parameter.data_ptr(): parameter for parameter in model.parameters()}.values()
-        total = sum(parameter.nbytes for parameter in weights)
+        total = sum(_num_bytes(parameter) for parameter in model.parameters())  # tied ones are listed once
         layers = sum(parameter.numel() for parameter in model.get_decoder().layers.parameters() if parameter.ndim == 2)
         cache = forward._backend.cache
         slots = cache.num_blocks * cache.block_size
         kv_bytes = sum(side.nbytes for sides in (cache.keys, cache.values) for side in sides) // slots
-        is_tied = embedding.data_ptr() == head.data_ptr()
-        return cls(layers, total - (0 if is_tied else embedding.nbytes), kv_bytes, engine.info.vocab_size)
+        not_read = 0 if embedding is head else _num_bytes(embedding)  # but for a row for each token
+        return cls(layers, total - not_read, kv_bytes, engine.info.vocab_size)
+
+
+def _num_bytes(parameter: torch.Tensor) -> int:
+    return parameter.numel() * parameter.dtype.itemsize  # nbytes is nothing that packed weights have
 
 
 def _check_decode(
