@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -90,6 +92,32 @@ _SPLIT_TOKENS = (
     "<global-img>",
     *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),  # the other ones are text
 )
+
+
+def _qwen3_vl(config: Callable[..., Any], model: type[PreTrainedModel], **text: Any) -> Family:
+    return Family(
+        config,
+        model,
+        text={"num_hidden_layers": 3, "head_dim": 16, "rope_parameters": {**_MROPE, "mrope_interleaved": True}, **text},
+        vision={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        image_processor={
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "patch_size": 16,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "size": {"shortest_edge": 64 * 64, "longest_edge": 64 * 32 * 32},
+        },
+        processor={"processor_class": "Qwen3VLProcessor"},
+    )
+
 
 FAMILIES: dict[str, Family] = {
     "gemma3": Family(
@@ -196,27 +224,13 @@ FAMILIES: dict[str, Family] = {
         special_tokens=("<image>", "<video>"),
         chat_template=_chat_ml("<image>\n"),
     ),
-    "qwen3_vl": Family(
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        text={"num_hidden_layers": 3, "head_dim": 16, "rope_parameters": {**_MROPE, "mrope_interleaved": True}},
-        vision={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1],
-        },
-        image_processor={
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "patch_size": 16,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "size": {"shortest_edge": 64 * 64, "longest_edge": 64 * 32 * 32},
-        },
-        processor={"processor_class": "Qwen3VLProcessor"},
+    "qwen3_vl": _qwen3_vl(Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+    "qwen3_vl_moe": _qwen3_vl(
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
     ),
     "smolvlm": Family(
         SmolVLMConfig,

@@ -95,6 +95,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": _qwen(),
     "qwen2_vl": _qwen(),
     "qwen3_vl": _qwen(deepstack=True),
+    "qwen3_vl_moe": _qwen(deepstack=True),
     "smolvlm": _idefics(),
 }
 """`model_type` → what is special about it."""

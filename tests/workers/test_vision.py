@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 
 from epd.errors import ConfigError, InternalError, InvalidImage
 from tests.checkpoints import build_qwen2, build_qwen2_5_vl, build_qwen2_vl
+from workers.families import FAMILIES
 from workers.vision import PreparedImage, VisionModel, pick_device, to_encoded_image
 
 SIZES = [(1, 1), (64, 64), (300, 200), (31, 170), (28, 28), (3, 100), (100, 3), (200, 1), (500, 400)]
@@ -156,6 +158,40 @@ def test_rows_that_do_not_match_the_tokens_are_refused(vision: VisionModel) -> N
     wrong = replace(prepared, token_ids=prepared.token_ids[1:])
     with pytest.raises(InternalError, match="rows for"):
         vision.encode([wrong])
+
+
+class FakeTower:
+    """Gives each picture as many rows as it is wide, all of them its first pixel."""
+
+    config = SimpleNamespace(image_token_id=9)
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(())
+
+    def get_image_features(self, **inputs: torch.Tensor) -> Any:
+        pixels = inputs["pixel_values"]
+        self.batches.append(len(pixels))
+        return SimpleNamespace(pooler_output=[one[0, 0, 0].expand(one.shape[-1], 2) for one in pixels])
+
+
+def test_pictures_of_different_form_go_in_batches_of_their_own_and_keep_their_order() -> None:
+    tower = FakeTower()
+    unused: Any = None
+    vision = VisionModel(tower, FAMILIES["llava"], unused, torch.device("cpu"))
+    widths = [3, 5, 3, 4, 5]
+    prepared = [
+        PreparedImage({"pixel_values": torch.full((1, 3, 2, width), float(value))}, (9,) * width, width)
+        for value, width in enumerate(widths)
+    ]
+    encoded = vision.encode(prepared)
+    assert [(tuple(rows.shape), rows[0, 0].item()) for rows in encoded] == [
+        ((width, 2), value) for value, width in enumerate(widths)
+    ]
+    assert sorted(tower.batches) == [1, 2, 2]
 
 
 def test_warm_up_runs(vision: VisionModel) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from epd.checkpoint import image_placeholder
@@ -144,6 +145,21 @@ def test_the_parts_hold_all_weights_and_share_none(whole: Whole) -> None:
     language = {name for name, _ in engine._runner._forward._model._model.named_parameters()}
     assert vision | language == everything
     assert vision & language <= {"model.image_newline"}, "one vector, which transformers looks for in both"
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "gemma3"])
+def test_names_of_the_tower_as_in_published_checkpoints(name: str, tmp_path: Path) -> None:
+    """They have one level more than transformers has today."""
+    path = checkpoints_vision.build(name, tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    tower = "vision_tower."
+    published = {key.replace(tower, f"{tower}vision_model.", 1): value for key, value in weights.items()}
+    assert published.keys() != weights.keys()
+    before = VisionModel.load(path).encode_for_wire([VisionModel.load(path).preprocess(picture(1))])
+    save_file(published, path / "model.safetensors", metadata={"format": "pt"})
+    after = VisionModel.load(path)
+    assert after.encode_for_wire([after.preprocess(picture(1))]) == before
+    assert make_engine(path).info.adapter.image_token_id is not None
 
 
 def test_warm_up_and_shapes_on_the_wire(whole: Whole) -> None:
