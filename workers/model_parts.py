@@ -174,7 +174,7 @@ def _load(
     _refuse_missing(path, info["missing_keys"])
     placed = model if "device_map" in kwargs else model.to(device)
     loaded: PreTrainedModel = placed.eval().requires_grad_(False)
-    log.info("loaded %s without %s", architecture(config), ", ".join(dropped) or "nothing")
+    log.info("loaded %s%s", architecture(config), f" without {', '.join(dropped)}" if dropped else "")
     return loaded
 
 
