@@ -108,6 +108,7 @@ def _proxy(arguments: argparse.Namespace) -> int:
 def _encoder(arguments: argparse.Namespace) -> int:
     config = read_flags(EncoderConfig, arguments)
     _prepare_worker(config)
+    os.nice(config.nice)
     from workers.encoder import run_encoder
 
     return _run(run_encoder(config))
@@ -133,8 +134,11 @@ def _rank(_: argparse.Namespace) -> int:
 
 
 def _prepare_worker(config: WorkerConfig) -> None:
+    from epd import cpu_runtime
     from epd.observability import setup_logging
 
+    if config.device != "cuda":
+        cpu_runtime.ensure()
     setup_logging(config.name, config.log_level)
     try:
         import torch

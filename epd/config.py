@@ -120,6 +120,11 @@ class EncoderConfig(WorkerConfig):
     embedding_cache_bytes: int = option(512 << 20, "memory for embeddings of pictures seen before, in bytes", minimum=0)
     max_batch_patches: int = option(16384, "patches in one batch of the vision tower at most", minimum=1)
     max_queued_images: int = option(256, "pictures waiting at most; more are refused as overloaded", minimum=1)
+    nice: int = option(
+        5,
+        "how far to stand back where cores are shared, so that answers under way go on; 0: not at all, 19: most",
+        minimum=0,
+    )
     preprocess_threads: int = option(2, "threads that decode and resize pictures", minimum=1)
     max_image_pixels: int = option(64_000_000, "largest picture, width × height in pixels", minimum=1)
 
