@@ -33,6 +33,7 @@ def add_bench(commands: Any) -> None:
     _add_transfer(benches)
     _add_proxy(benches)
     _add_soak(benches)
+    _add_report(benches)
 
 
 def _add(benches: Any, name: str, command: Command, summary: str) -> argparse.ArgumentParser:
@@ -333,3 +334,47 @@ def _soak(arguments: argparse.Namespace) -> int:
     setup_logging("soak", "warning")
     names = ("requests", "concurrency", "pool", "abort_share", "kv_cache_memory_bytes", "encoders", "pds", "seed")
     return soak_and_print(SoakBench(**{name: getattr(arguments, name) for name in names}))
+
+
+# -- report ----------------------------------------------------------------------------------------------------------
+
+
+def _add_report(benches: Any) -> None:
+    parser = _add(benches, "report", _report, "run all measurements and write one Markdown file that names the machine")
+    parser.add_argument("--out", type=Path, default=Path("BENCHMARKS.md"), metavar="FILE", help=_default("to write"))
+    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint (default: one of size small is made)")
+    parser.add_argument(
+        "--peers", type=Path, nargs="+", default=[], metavar="FILE", help="other servers' JSON, for the load table"
+    )
+    parser.add_argument("--json-dir", type=Path, metavar="DIR", help="write the JSON of each load there")
+    parser.add_argument(
+        "--settle", type=float, default=0.0, metavar="S", help=_default("seconds of work before measuring")
+    )
+    parser.add_argument("--engine", default="{}", metavar="JSON", help="further settings for `epd bench engine`")
+    parser.add_argument(
+        "--up", default="{}", metavar="JSON", help='further settings of `epd up`, such as {"threads": 2}'
+    )
+    parser.add_argument("--soak-requests", type=int, default=200, metavar="N", help=_default("of the soak"))
+    parser.add_argument("--quick", action="store_true", help="little of everything, to see that it works")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    import asyncio
+
+    from epd.bench.report import ReportBench, run_report
+    from epd.observability import setup_logging
+
+    _require_worker_packages()
+    setup_logging("report", "warning")
+    bench = ReportBench(
+        out=arguments.out,
+        model=arguments.model,
+        peers=tuple(arguments.peers),
+        json_dir=arguments.json_dir,
+        settle_s=arguments.settle,
+        engine=_object(arguments.engine, "--engine"),
+        up=_object(arguments.up, "--up"),
+        soak_requests=arguments.soak_requests,
+        quick=arguments.quick,
+    )
+    return asyncio.run(run_report(bench, _tell))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
+import uvloop
 
 from epd.bench.http_client import HttpClient
 from epd.bench.load import LoadRun, Pace, run_load
@@ -153,7 +153,7 @@ def serve_and_print(bench: ServeBench, *, json: Path | None, plot: Path | None, 
         from epd.bench.plot import plot_report, require_matplotlib  # noqa: PLC0415 (an extra)
 
         require_matplotlib()
-    report = asyncio.run(run_serve(bench, lambda line: print(line, file=sys.stderr)))
+    report = uvloop.run(run_serve(bench, lambda line: print(line, file=sys.stderr)))
     print(format_report(report))
     if json is not None:
         write_file(json, msgspec.json.format(msgspec.json.encode(report)), "--json")

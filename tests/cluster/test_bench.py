@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from epd.bench.load import Pace
 from epd.bench.serve import ServeBench, run_serve
 from epd.bench.soak import SoakBench, format_soak, run_soak
 from epd.bench.workload import Workload
+from epd.cli import main
 from tests.cluster.harness import Cluster
 
 
@@ -24,6 +29,21 @@ async def test_load_on_a_cluster(demo: Cluster) -> None:
     }
     assert min(prompts["image"]) > max(prompts["text"]), "pictures take tokens"
     assert all(48 <= length <= 80 for length in prompts["text"])
+
+
+def test_the_command_writes_its_files(demo: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    load = ["--base-url", demo.base_url, "--num-requests", "4", "--concurrency", "2", "--output-tokens", "3"]
+    assert main(["bench", "serve", *load, *files, "--label", "ours", "--fail-on-error"]) == 0
+    assert "| text |" in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["bench", "compare", str(tmp_path / "a.json")]) == 0
+    assert "| ours   | text |" in capsys.readouterr().out
+    # More pictures than a request may have: each is refused.
+    huge = ["--mix", "image", "--images-per-request", "33", "--image-size", "28x28"]
+    assert main(["bench", "serve", *load, *huge]) == 0
+    assert "4 failed: http 400" in capsys.readouterr().out
+    assert main(["bench", "serve", *load, *huge, "--fail-on-error"]) == 1
 
 
 async def test_soak() -> None:

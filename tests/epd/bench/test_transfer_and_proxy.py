@@ -6,6 +6,7 @@ import pytest
 
 from epd.bench.proxy import ProxyBench, ProxyFigures, format_proxy_figures, run_proxy_bench
 from epd.bench.transfer import TransferFigures, format_transfer_figures, run_transfer_bench
+from epd.cli import main
 from epd.errors import ConfigError
 
 
@@ -29,6 +30,16 @@ async def test_transfer_over_both_sockets() -> None:
 async def test_sizes_are_whole_rows() -> None:
     with pytest.raises(ConfigError, match="5000"):
         await run_transfer_bench([5000])
+
+
+def test_the_commands_print_their_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    """They run on uvloop, whose transports are not asyncio's."""
+    assert main(["bench", "transfer", "--sizes", "4,64"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    assert main(["bench", "proxy", "--requests", "4", "--concurrency", "2", "--output-tokens", "3"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert main(["bench", "transfer", "--sizes", "much"]) == 2
+    assert main(["bench", "proxy", "--requests", "0"]) == 2
 
 
 async def test_proxy_against_the_bare_server() -> None:
