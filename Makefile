@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help demo serve test check format clean
+.PHONY: help demo serve test bench check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/' | expand -t 14
@@ -17,6 +17,9 @@ serve: $(READY) ## run a cluster with the shipped model on port 5580 until Ctrl-
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(READY) ## measure everything, write BENCHMARKS.md
+	$(BIN)/epd bench report
 
 check: $(READY) ## lint, format, types (the import rules are among the tests too)
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ def test_the_command_writes_its_files(demo: Cluster, tmp_path: Path, capsys: pyt
     # More pictures than a request may have: each is refused.
     huge = ["--mix", "image", "--images-per-request", "33", "--image-size", "28x28"]
     assert main(["bench", "serve", *load, *huge]) == 0
-    assert "4 failed: http 400" in capsys.readouterr().out
+    assert "4 failed: http 413" in capsys.readouterr().out
     assert main(["bench", "serve", *load, *huge, "--fail-on-error"]) == 1
 
 
