@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from epd.checkpoint import ImagePlaceholder
 from epd.errors import ConfigError, InvalidRequest
 from proxy.chat_template import ChatTemplate, Message
 from proxy.tokenizer import Tokenizer
@@ -171,6 +172,22 @@ def test_text_lists_are_joined_for_templates_that_take_strings(tmp_path: Path) -
 def test_strings_become_lists_for_templates_that_take_lists(tmp_path: Path) -> None:
     source = "{% for part in messages[0].content %}{{ part.text }}!{% endfor %}"
     assert template_of(write_model(tmp_path, template=source)).render([user("abc")]) == "abc!"
+
+
+def test_text_that_belongs_around_pictures_is_added_to_the_templates_placeholders_only(tokenizer: Tokenizer) -> None:
+    literal = "<|image_pad|>"
+    token_id = tokenizer.token_id(literal)
+    assert token_id is not None
+    source = (
+        "{% for part in messages[0].content %}{{ part.text if part.type == 'text' else '" + literal + "' }}{% endfor %}"
+    )
+    template = ChatTemplate(source, tokenizer, image=ImagePlaceholder(token_id, border="\n\n"))
+    prompt = template.encode([user(text("a\n"), IMAGE, IMAGE, text(f"b {literal} c"))])
+    expected = f"a\n\n\n{literal}\n\n\n\n{literal}\n\nb {literal} c"
+    assert tokenizer.decode(prompt.token_ids, skip_special_tokens=False) == expected
+    assert [prompt.token_ids[offset] for offset in prompt.image_offsets] == [token_id] * 2
+    head = tokenizer.encode(f"a\n\n\n{literal}\n\n\n\n{literal}\n\nb ")
+    assert prompt.token_ids[: len(head) - 1] == tuple(head[:-1]), "as if encoded at once"
 
 
 def test_template_sources(tmp_path: Path, tokenizer: Tokenizer) -> None:
