@@ -154,7 +154,8 @@ class Scheduler:
 
     def embeddings_arrived(self, request: EngineRequest) -> None:
         """Note that more is known of the prompt of a request that goes on waiting for embeddings."""
-        if request not in self._early and self._early_end(request) > request.early_end:
+        self._end_early(request)  # its blocks reach as far as the prompt was known before
+        if self._early_end(request) > request.early_end:
             bisect.insort(self._early, request, key=_rank)
 
     def embeddings_complete(self, request: EngineRequest) -> None:

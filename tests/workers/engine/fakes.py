@@ -21,6 +21,7 @@ HIDDEN = 4
 IMAGE_TOKEN = 99
 EOS = 98
 CONTEXT = 64
+BLOCK_SIZE = 4
 
 
 class FakeClock:
@@ -66,6 +67,7 @@ class FakeRunner:
         if any(self.poison.intersection(chunk.request.token_ids) for chunk in chunks):
             raise RuntimeError("secret detail")
         assert all(chunk.request.request_id in self.prompts for chunk in chunks)
+        assert all(chunk.end <= len(chunk.block_table) * BLOCK_SIZE for chunk in chunks)
         self.rows = list(rows)
         self.chunks += chunks
         self.banned = [set() if row.state is None else set(row.state.banned().tolist()) for row in rows]
@@ -102,7 +104,7 @@ def fake_engine(
         eos_token_ids=frozenset({EOS}),
         adapter=adapter_class(cast("Any", SimpleNamespace())),
     )
-    kv_cache = KVCacheManager(num_blocks, block_size=4, prefix_caching=caching)
+    kv_cache = KVCacheManager(num_blocks, block_size=BLOCK_SIZE, prefix_caching=caching)
     scheduler = Scheduler(kv_cache, max_num_seqs=4, max_num_batched_tokens=batched_tokens, max_waiting=max_waiting)
     store = EmbeddingStore(store_bytes, unclaimed_ttl_s=60, clock=clock)
     return Engine(runner, info, kv_cache, scheduler, store, clock=clock)

@@ -84,6 +84,18 @@ def test_the_first_picture_is_computed_while_the_second_is_missing() -> None:
     assert watched.step() == [("r", 12, 19)]
 
 
+def test_a_picture_that_comes_while_the_text_before_it_is_computed_makes_room_for_itself() -> None:
+    watched = Watched()
+    watched.add("r", list(range(30)), "first", TEXT, "second", [1])
+    assert watched.step() == [("r", 0, 16)]
+    watched.provide("first")
+    assert watched.step() == [("r", 16, 32)]
+    assert watched.step() == [("r", 32, 40)]
+    watched.provide("second")
+    watched.answers.drain(watched.engine)
+    assert watched.answers.tokens["r"] == [47, 48]
+
+
 def test_a_later_picture_is_of_no_use_before_the_earlier_one() -> None:
     watched = Watched()
     watched.add("r", TEXT, "first", TEXT, "second", [1])
