@@ -136,8 +136,6 @@ class BlockPool:
             raise AssertionError("the names of the blocks disagree with the index")
         if any(self._names[b] is None for b in self._free_named) or any(self._names[b] is not None for b in self._free):
             raise AssertionError("a free block is in the wrong list")
-        if any(counted[block] > 1 and self._names[block] is None for block in range(self.num_blocks)):
-            raise AssertionError("a block without a name is shared")
 
     def _take_free(self) -> int:
         if self._free:

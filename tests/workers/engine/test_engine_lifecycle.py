@@ -206,6 +206,22 @@ def test_a_request_that_the_model_fails_on_ends_alone() -> None:
     assert engine.load().kv_used_blocks == 0
 
 
+def test_blocks_of_a_request_that_the_model_fails_on_stay_with_those_who_share_them() -> None:
+    runner = FakeRunner()
+    runner.poison = {13}
+    engine = fake_engine(runner)
+    opening = [1] * 8
+    engine.add_request("before", [*opening, 2], SamplingParams(max_tokens=1))
+    run(engine)
+    for name, last in (("a", 3), ("bad", 13), ("b", 4)):
+        engine.add_request(name, [*opening, last], SamplingParams(max_tokens=3))
+    answers = run(engine)
+    assert {name for name, end in answers.ends.items() if end.error is not None} == {"bad"}
+    assert (answers.tokens["a"], answers.tokens["b"]) == ([9, 10, 11], [9, 10, 11])
+    engine.add_request("after", [*opening, 5], SamplingParams(max_tokens=1))
+    assert run(engine).ends["after"].cached_tokens == 0
+
+
 def test_a_model_that_fails_on_everything_is_no_engine() -> None:
     runner = FakeRunner()
     engine = fake_engine(runner)
