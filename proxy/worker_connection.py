@@ -47,8 +47,11 @@ from proxy.known_pictures import KnownPictures
 log = logging.getLogger(__name__)
 
 PING_INTERVAL_S = 0.5
-SILENCE_S = 2.0
-"""A worker that says nothing for so long is dead."""
+SILENT_PINGS = 4
+"""A worker that says nothing while so many pings are sent is dead. Seconds would blame it for a stall of this process,
+during which nobody can be heard."""
+GREETING_S = 2.0
+"""For the answer to a greeting."""
 CONNECT_RETRY_S = 0.05
 CONNECT_ATTEMPTS = 40
 REFUSED_RETRY_S = 2.0
@@ -103,7 +106,8 @@ class WorkerConnection:
         self._sequence = 0
         self._pings: dict[int, float] = {}
         self._refreshes: dict[int, asyncio.Future[None]] = {}
-        self._heard = 0.0
+        self._unheard = 0
+        """Pings since its last sign of life."""
         self._changed = asyncio.Event()
 
     @property
@@ -228,10 +232,10 @@ class WorkerConnection:
         hello = Hello(protocol_version=PROTOCOL_VERSION, sender=self._identity.name, model=self._identity.model)
         await _send_when_connected(dealer, hello)
         try:
-            async with asyncio.timeout(SILENCE_S):
+            async with asyncio.timeout(GREETING_S):
                 message, _ = await dealer.receive()
         except TimeoutError:
-            raise PeerGone(f"no answer to the greeting within {SILENCE_S:g} s") from None
+            raise PeerGone(f"no answer to the greeting within {GREETING_S:g} s") from None
         except ProtocolError as error:
             raise _Refused(f"its greeting is malformed: {error}") from error
         self._welcome(message)
@@ -249,7 +253,7 @@ class WorkerConnection:
         if worker.role is not self.member.role:
             raise _Refused(f"it is a {worker.role.value} worker, not {self.member.role.value}")
         self.info, self.state, self.problem = worker, worker.state, ""
-        self._heard = time.monotonic()
+        self._unheard = 0
         log.info("%s %s is up", self.member.role.value, self.member.address)
 
     async def _keep_alive(self, dealer: Dealer, reader: asyncio.Task[None]) -> None:
@@ -259,8 +263,9 @@ class WorkerConnection:
             await self._pause(reader)
             if self._changed.is_set():
                 raise PeerGone("it takes no messages")
-            if time.monotonic() - self._heard > SILENCE_S:
-                raise PeerGone(f"silent for {SILENCE_S:g} s")
+            self._unheard += 1
+            if self._unheard >= SILENT_PINGS:
+                raise PeerGone(f"silent for {SILENT_PINGS * PING_INTERVAL_S:g} s")
         await reader  # raises why it ended
 
     def _next_ping(self) -> Ping:
@@ -291,7 +296,7 @@ class WorkerConnection:
             except ProtocolError as error:
                 log.warning("%s sent a malformed message, dropped: %s", self.member.address, error)
                 continue
-            self._heard = time.monotonic()
+            self._unheard = 0
             self._handle(message)
 
     def _handle(self, message: AnyMessage) -> None:

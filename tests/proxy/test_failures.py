@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import httpx
 import pytest
 
 from epd.errors import ErrorInfo, InvalidImage, Overloaded, WorkerFailed
-from epd.types import FinishReason, WorkerState
+from epd.types import FinishReason, WorkerRole, WorkerState
+from proxy import worker_connection
+from proxy.worker_connection import PROXY_TO_INSTANCE
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, eventually, png
 from tests.proxy.fakes import FakeEncoder, FakePrefillDecode, Received
 from tests.proxy.test_chat import events
@@ -135,6 +138,25 @@ async def test_silent_pd_is_dead(cluster: Cluster) -> None:
     response = await task
     assert (response.status_code, code(response)) == (502, "worker_failed")
     assert "silent" in response.json()["message"]
+
+
+async def test_a_stall_of_the_proxy_is_no_silence_of_the_worker(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as nothing can be heard, nobody is silent: whatever holds the proxy up costs no request in hand."""
+    monkeypatch.setattr(worker_connection, "PING_INTERVAL_S", 0.05)
+    (connection,) = cluster.service.pool.connections(WorkerRole.PREFILL_DECODE)
+    pings = connection.records
+    await eventually(lambda: PROXY_TO_INSTANCE in pings.snapshot())
+    cluster.pd.script = cluster.pd.say_nothing
+    task = asyncio.create_task(cluster.chat("x"))
+    await cluster.pd.until(lambda: len(cluster.pd.requests) == 1)
+    answered = pings.snapshot()[PROXY_TO_INSTANCE].count
+    asyncio.get_running_loop().call_soon(time.sleep, 0.5)  # holds up the event loop, and with it the fake worker
+    await eventually(lambda: pings.snapshot()[PROXY_TO_INSTANCE].count > answered + worker_connection.SILENT_PINGS)
+    assert not task.done()
+    await cluster.pd.received[0].send(finish=FinishReason.STOP)
+    assert (await task).status_code == 200
 
 
 async def test_picture_of_a_dead_encoder_goes_to_another(start_cluster: ClusterFactory) -> None:
