@@ -198,18 +198,24 @@ class Service:
         self._check_size(size)
         return await self.off_loop_if_large(size, lambda: template.encode(messages, **variables))
 
-    async def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of a raw prompt, with what the tokenizer puts around each text unless `add_special_tokens` is off."""
+    async def encode_text(self, text: str, *, among: int = 0, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of a raw prompt, with what the tokenizer puts around each text unless `add_special_tokens` is off.
+
+        Args:
+            text: of the prompt.
+            among: characters of all texts of the request: many small ones take as long as a large one.
+            add_special_tokens: see above.
+        """
         self._check_size(len(text))
         return await self.off_loop_if_large(
-            len(text), lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            max(len(text), among), lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         )
 
-    async def encode_pair(self, first: str, second: str) -> list[int]:
-        """Tokens of two texts in one sequence, joined as the tokenizer joins pairs."""
+    async def encode_pair(self, first: str, second: str, *, among: int = 0) -> list[int]:
+        """Tokens of two texts in one sequence, joined as the tokenizer joins pairs. `among`: as for `encode_text`."""
         size = len(first) + len(second)
         self._check_size(size)
-        return await self.off_loop_if_large(size, lambda: self.tokenizer.encode_pair(first, second))
+        return await self.off_loop_if_large(max(size, among), lambda: self.tokenizer.encode_pair(first, second))
 
     def _check_size(self, characters: int) -> None:
         """Refuse what can't fit, however it is tokenised, before work is put into it."""

@@ -143,16 +143,21 @@ async def token_prompts(
         raise InvalidRequest(f"{field} mixes token ids with texts; send one kind.", param=field)
     if not entries or not all(entries):
         raise InvalidRequest(f"{field} is empty; send at least one character or token.", param=field)
-    prompts = [await _prompt_ids(entry, service, field, completion) for entry in entries if not isinstance(entry, int)]
+    among = sum(len(entry) for entry in entries if isinstance(entry, str))
+    prompts = [
+        await _prompt_ids(entry, service, field, completion, among) for entry in entries if not isinstance(entry, int)
+    ]
     if not all(prompts):
         raise InvalidRequest(f"{field} has no tokens.", param=field)
     return prompts
 
 
-async def _prompt_ids(entry: str | list[int], service: Service, field: str, completion: int | None) -> tuple[int, ...]:
+async def _prompt_ids(
+    entry: str | list[int], service: Service, field: str, completion: int | None, among: int
+) -> tuple[int, ...]:
     if not isinstance(entry, str):
         service.check_context(len(entry), completion)
-    token_ids = tuple(await service.encode_text(entry) if isinstance(entry, str) else entry)
+    token_ids = tuple(await service.encode_text(entry, among=among) if isinstance(entry, str) else entry)
     service.check_context(len(token_ids), completion)
     check_token_ids(token_ids, service.tokenizer, field)
     if service.image_token_id is not None and service.image_token_id in token_ids:

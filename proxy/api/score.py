@@ -207,8 +207,9 @@ def _listed(texts: _Texts) -> list[str]:
 
 async def _rewards(service: Service, request_id: str, pairs: Sequence[tuple[str, str]], arrived: float) -> Vectors:
     """Each pair is one sequence, joined as the tokenizer joins pairs."""
+    among = sum(len(first) + len(second) for first, second in pairs)
     async with deadline(service, arrived):
-        prompts = [tuple(await service.encode_pair(*pair)) for pair in pairs]
+        prompts = [tuple(await service.encode_pair(*pair, among=among)) for pair in pairs]
         for prompt in prompts:
             service.check_context(len(prompt), 0)
     return await pooled(service, request_id, prompts, _SCORE, arrived)

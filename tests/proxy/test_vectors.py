@@ -6,6 +6,8 @@ import asyncio
 import base64
 import json
 import struct
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from proxy.api.vectors import AT_ONCE
 from tests.proxy.conftest import Cluster, ClusterFactory
 from tests.proxy.fakes import Received
 from tests.proxy.model_files import write_model
+
+MANY = ["hello world how " * 100] * 20
 
 
 async def say_vector(received: Received) -> None:
@@ -162,6 +166,39 @@ async def test_many_inputs_do_not_fill_the_workers_queues(cluster: Cluster) -> N
     vectors = [one["embedding"][0] for one in (await answer).json()["data"]]
     assert vectors == [len(prompt) for prompt in prompts]
     assert len(held) == AT_ONCE
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "body"),
+    [
+        (WorkerTask.EMBED, "/v1/embeddings", {"input": MANY}),
+        (WorkerTask.GENERATE, "/v1/completions", {"prompt": MANY}),
+        (WorkerTask.SCORE, "/v1/score", {"text_1": "hello", "text_2": MANY}),
+    ],
+)
+async def test_many_small_texts_leave_the_event_loop_too(
+    start_cluster: ClusterFactory, monkeypatch: pytest.MonkeyPatch, task: WorkerTask, path: str, body: dict[str, Any]
+) -> None:
+    """One after the other they would hold up all streams for as long as a large one."""
+    threads: set[int] = set()
+
+    def noted(work: Callable[..., list[int]]) -> Callable[..., list[int]]:
+        def run(*args: Any, **named: Any) -> list[int]:
+            threads.add(threading.get_ident())
+            return work(*args, **named)
+
+        return run
+
+    cluster = await start_cluster(task=task)
+    tokenizer = cluster.service.tokenizer
+    monkeypatch.setattr(tokenizer, "encode", noted(tokenizer.encode))
+    monkeypatch.setattr(tokenizer, "encode_pair", noted(tokenizer.encode_pair))
+    if task is WorkerTask.GENERATE:
+        assert (await cluster.http.post(path, json=body)).status_code == 200
+    else:
+        assert (await post(cluster, path, **body))["status"] == 200
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 async def test_one_failure_fails_the_request_and_aborts_the_rest(cluster: Cluster) -> None:
