@@ -112,7 +112,8 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], int, str | None]] = {
     "temperature out of range": ({"temperature": 3}, 400, "temperature"),
     "no messages": ({"messages": []}, 400, "messages"),
     "unknown role": ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages[0].role"),
-    "unsupported field": ({"logit_bias": {"5": 1.0}}, 400, "logit_bias"),
+    "unsupported field": ({"use_beam_search": True}, 400, "use_beam_search"),
+    "token that does not exist": ({"logit_bias": {"99999999": 1.0}}, 400, "logit_bias"),
     "stream options without stream": ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
     "lone surrogate": ({"messages": [{"role": "user", "content": "\ud83d"}]}, 400, None),
 }
