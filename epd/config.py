@@ -155,6 +155,12 @@ class PrefillDecodeConfig(WorkerConfig):
         minimum=0,
     )
     max_model_len: int | None = option(None, "context in tokens; default: the model's")
+    compile: str = option(
+        "auto",
+        "compile steps on a CPU, in the background while they run uncompiled; auto: a 16-bit model that is large "
+        "enough to gain, where a C++ compiler is installed",
+        choices=("auto", "on", "off"),
+    )
     gpu_memory_utilization: float = option(0.9, "share of the device's memory to use, weights and KV cache together")
     kv_cache_memory_bytes: int | None = option(
         None, "memory for the KV cache, in bytes; default: from --gpu-memory-utilization, on a CPU 1 GiB at most"

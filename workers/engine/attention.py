@@ -10,6 +10,7 @@ what we want, so none is registered; a mask that arrives all the same is refused
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -131,6 +132,26 @@ def register() -> None:
     AttentionInterface.register(ATTENTION_NAME, _paged_attention_forward)
 
 
+@functools.cache
+def register_compiled() -> Any:
+    """Make attention one operator for torch's compiler, which then neither looks into it nor breaks its graph there.
+
+    The operator also writes to the cache, which the compiler is not told: the cache is none of the graph's tensors, and
+    what orders these writes is that each layer's input depends on the output of the one before it.
+    """
+    library: Any = torch.library.Library("epd_attention", "DEF")  # type: ignore[no-untyped-call]
+    library.define("paged(Tensor queries, Tensor keys, Tensor values, int layer, float scale, int? window) -> Tensor")
+    library.impl("paged", lambda *arguments: _attend_in_graph(*arguments), "CompositeExplicitAutograd")
+    torch.library.register_fake("epd_attention::paged", lambda queries, *_: torch.empty_like(queries), lib=library)
+    return library
+
+
+def _attend_in_graph(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: int, scale: float, window: int | None
+) -> torch.Tensor:
+    return _active.get().forward(layer, queries, keys, values, scale, window)
+
+
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
@@ -150,5 +171,9 @@ def _paged_attention_forward(
         raise NotImplementedError(f"paged attention has no {', '.join(wanted) or 'attention mask'}")
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = scaling if scaling is not None else float(query.shape[-1] ** -0.5)
+    if torch.compiler.is_compiling():
+        attend: Any = torch.ops.epd_attention.paged
+        # Laid out as the operator's fake says: its output has the strides of its input.
+        return attend(queries.contiguous(), keys, values, module.layer_idx, scale, sliding_window)[None], None
     output = _active.get().forward(module.layer_idx, queries, keys, values, scale, sliding_window)
     return output[None], None

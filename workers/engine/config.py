@@ -41,6 +41,9 @@ class EngineConfig:
     """Share of the GPU's memory for weights, activations and KV cache together."""
     enable_prefix_caching: bool = True
     """Keep what was computed in free KV blocks, and use it again for requests that begin with the same content."""
+    compile: str = "auto"
+    """Whether torch compiles steps on a CPU, in the background. "auto": in 16 bits, if there is a C++ compiler and the
+    model is large enough to gain; "on": in float32 and for small models too; "off"."""
     enable_cuda_graphs: bool = True
     """On a GPU, replay decode steps as CUDA graphs. Capturing them takes some seconds and some memory at start."""
     embedding_store_bytes: int = 1 << 30
@@ -56,6 +59,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.compile not in ("auto", "on", "off"):
+            raise ConfigError(f"compile must be auto, on or off, got {self.compile!r}")
         if self.target_step_ms is not None and not 0 <= self.target_step_ms < math.inf:
             raise ConfigError(f"target_step_ms must be a finite number of at least 0, got {self.target_step_ms}")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -41,6 +41,17 @@ class LanguageModel:
         """None when the model gives hidden states and nothing else."""
         self._head_is_all = self._head is score or self._is_all(self._head)
 
+    @property
+    def embedding_weight(self) -> torch.Tensor:
+        """[vocabulary, hidden size]."""
+        weight: torch.Tensor = self._embed.weight
+        return weight
+
+    @property
+    def num_parameters(self) -> int:
+        """Of everything that was loaded."""
+        return int(self._model.num_parameters())
+
     def embed(self, inputs: StepInputs) -> torch.Tensor:
         """Embeddings of a step's tokens, pictures in place, [tokens, hidden size]."""
         embeds: torch.Tensor = self._embed(inputs.token_ids)

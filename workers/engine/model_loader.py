@@ -18,6 +18,7 @@ from workers.engine.adapter import PlainPositions, make_adapter
 from workers.engine.attention import AttentionBackend
 from workers.engine.attention_sdpa import SdpaBackend
 from workers.engine.attention_varlen import VarlenBackend
+from workers.engine.compiled_forward import CompiledForward
 from workers.engine.config import EngineConfig
 from workers.engine.decode_graphs import Capture, DecodeGraphs, capture_on_cuda, padded_sizes
 from workers.engine.forward import Forward, LocalForward
@@ -28,6 +29,9 @@ from workers.engine.paged_kv import KVShape, PagedKVCache, num_blocks_for
 from workers.engine.tensor_parallel import LeadingForward, ParallelGroup
 
 log = logging.getLogger(__name__)
+
+_WORTH_COMPILING = 50_000_000
+"""Parameters. A smaller model gains a millisecond a step, but compiling takes as long as for a large one."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class LoadedModel:
     runner: ModelRunner
     forward: Forward
     """What `runner` runs steps by."""
+    model: LanguageModel
     info: ModelInfo
     num_blocks: int
     block_size: int
@@ -110,10 +115,15 @@ def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedMode
     info = _model_info(model, config, text_config, _fitting_context(config, context, num_blocks * block_size))
     # One block more than requests can have, for the padding of graphs.
     backend = backend_class(PagedKVCache(shape, num_blocks + 1, block_size, device), device)
-    forward = _forward(LanguageModel(model, info.adapter), backend, config, info.max_model_len, group)
+    language_model = LanguageModel(model, info.adapter)
+    forward = _forward(language_model, backend, config, info.max_model_len, group)
+    if isinstance(forward, CompiledForward):
+        forward.start()
     runner = ModelRunner(forward, info.adapter, device, _grammars(config, info))
     target_step_ms = (0 if on_gpu else 60) if config.target_step_ms is None else config.target_step_ms
-    return LoadedModel(runner, forward, info, num_blocks, block_size, batched_tokens, target_step_ms / 1000)
+    return LoadedModel(
+        runner, forward, language_model, info, num_blocks, block_size, batched_tokens, target_step_ms / 1000
+    )
 
 
 def _forward(
@@ -123,6 +133,8 @@ def _forward(
     local = LocalForward(model, backend)
     if group is not None:
         return local if group.send is None else LeadingForward(local, group.send)
+    if _shall_compile(config, model, backend):
+        return CompiledForward(model, backend, config)
     capture = _capture(config, backend.device)
     if capture is None or not isinstance(backend, VarlenBackend):
         return local
@@ -138,6 +150,20 @@ def _forward(
     except RuntimeError as error:  # what a family does in its forward call is known only by trying
         log.warning("decode steps run without CUDA graphs: %s", error)
         return local
+
+
+def _shall_compile(config: EngineConfig, model: LanguageModel, backend: AttentionBackend) -> bool:
+    if (
+        config.compile == "off"
+        or backend.device.type != "cpu"
+        or not quantization.is_plain(model_parts.load_config(config.model), backend.device)
+    ):
+        return False
+    if not isinstance(backend, attention_cpu.CpuBackend):
+        log.info("steps are not compiled: that needs a C++ compiler (g++ or clang++)")
+        return False
+    is_packed = packed_linear.is_available(model.embedding_weight.dtype, backend.device)
+    return config.compile == "on" or (is_packed and model.num_parameters >= _WORTH_COMPILING)
 
 
 def _capture(config: EngineConfig, device: torch.device) -> Capture | None:

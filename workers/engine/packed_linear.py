@@ -9,6 +9,7 @@ are given up for it, except where another module holds them too (tied embeddings
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -38,6 +39,8 @@ class PackedLinear(nn.Linear):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[…, in] → […, out]."""
+        if torch.compiler.is_compiling():
+            return torch.ops.epd_linear.packed(rows, self.weight, self.bias)  # type: ignore[no-any-return]
         op: Any = torch.ops.mkldnn._linear_pointwise
         output: torch.Tensor = op(rows, self.weight, self.bias, "none", [], "")
         return output
@@ -53,3 +56,28 @@ def pack(model: nn.Module) -> int:
         # The same object, since others may hold it.
         layer.__class__ = PackedLinear
     return len(layers)
+
+
+@functools.cache
+def register_compiled() -> Any:
+    """Let torch's compiler call `mkldnn::_linear_pointwise` with weights that are packed already.
+
+    Its own rule for that operator wants constants of the graph, which it would pack itself, beside the weights of the
+    plain model.
+    """
+    from torch._inductor import lowering  # noqa: PLC0415  # the compiler takes seconds to import, and few need it
+
+    call: Any = torch.ops.mkldnn._linear_pointwise.default
+    rules: Any = lowering
+    library: Any = torch.library.Library("epd_linear", "DEF")  # type: ignore[no-untyped-call]
+    library.define("packed(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
+    library.impl(
+        "packed", lambda rows, weight, bias: call(rows, weight, bias, "none", [], ""), "CompositeExplicitAutograd"
+    )
+    torch.library.register_fake(
+        "epd_linear::packed", lambda rows, weight, _: rows.new_empty((*rows.shape[:-1], weight.shape[0])), lib=library
+    )
+    plain = rules.fallback_handler(call, add_to_fallback_set=False)
+    lower = rules.register_lowering(torch.ops.epd_linear.packed.default, type_promotion_kind=None)
+    lower(lambda rows, weight, bias: plain(rows, weight, bias, "none", [], ""))
+    return library

@@ -71,13 +71,13 @@ def _key(source: Path, found: str) -> str:
     parts = [
         source.read_bytes(),
         " ".join((found, *_FLAGS)).encode(),
-        _processor(),
+        processor(),
         str(os.stat(found).st_mtime_ns).encode(),
     ]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _processor() -> bytes:
+def processor() -> bytes:
     """What `-march=native` depends on, as the kernel tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()

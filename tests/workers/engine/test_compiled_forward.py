@@ -1,0 +1,99 @@
+"""Compiled steps against plain ones, and what happens when they can't be had."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.workers.engine.oracle import Encoded, Oracle, add, greedy, make_engine, picture, provide, run
+from workers.engine import attention_cpu, compiled_forward
+from workers.engine.compiled_forward import CompiledForward
+from workers.engine.config import EngineConfig
+from workers.engine.engine import Engine
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler deprecates parts of itself
+
+HAS_COMPILER = attention_cpu.is_available(torch.float32)
+
+
+def engine_with(path: Path, **settings: Any) -> tuple[Engine, CompiledForward]:
+    """An engine whose steps could be compiled."""
+    engine = make_engine(path, compile="off", **settings)
+    runner: Any = engine._runner
+    plain = runner._forward
+    forward = CompiledForward(plain._model, plain._backend, EngineConfig(model=str(path), dtype="float32"))
+    runner._forward = forward
+    return engine, forward
+
+
+def answers_of(engine: Engine, oracle: Oracle, encoded: Encoded) -> dict[str, list[int]]:
+    """Of several requests at once: prompts in chunks beside running answers, one with a picture; and of a lone one."""
+    prompts = {
+        "text": oracle.prompt("what is it? what is it? what is it?"),
+        "image": oracle.prompt("see <|vision_start|><|image_pad|><|vision_end|> what is it?", [encoded]),
+        "word": oracle.prompt("describe"),
+    }
+    provide(engine, encoded)
+    for name, prompt in prompts.items():
+        add(engine, name, prompt, greedy(5 if name == "word" else 12))
+    tokens = run(engine).tokens
+    add(engine, "lone", prompts["word"], greedy(6))
+    return tokens | run(engine).tokens
+
+
+def test_compiled_steps_give_the_same_tokens(qwen2_5_vl: Oracle) -> None:
+    settings = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "enable_prefix_caching": False}
+    encoded = qwen2_5_vl.encode(picture(1), "p")
+    expected = answers_of(make_engine(qwen2_5_vl.path, compile="off", **settings), qwen2_5_vl, encoded)
+    engine, forward = engine_with(qwen2_5_vl.path, **settings)
+    if HAS_COMPILER:
+        forward.prepare()
+    assert answers_of(engine, qwen2_5_vl, encoded) == expected
+    assert forward.is_compiled == HAS_COMPILER  # no step fell back
+
+
+def test_steps_go_on_plainly_when_the_compiler_fails(
+    qwen2: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such compiler\nand its many lines")
+
+    monkeypatch.setattr(compiled_forward, "compile_hidden", fail)
+    monkeypatch.setattr(compiled_forward, "_mark", lambda _: tmp_path)
+    engine, forward = engine_with(qwen2.path)
+    with caplog.at_level(logging.WARNING):
+        forward.start()
+        assert forward.ended.wait(60)
+    assert [record.getMessage() for record in caplog.records] == ["steps are not compiled: no such compiler"]
+    add(engine, "a", qwen2.prompt("what"))
+    assert run(engine).tokens["a"] == qwen2.generate(qwen2.prompt("what"))
+
+
+def test_a_graph_that_fails_costs_no_request(qwen2: Oracle, caplog: pytest.LogCaptureFixture) -> None:
+    engine, forward = engine_with(qwen2.path)
+
+    def fail(*_: Any) -> torch.Tensor:
+        raise RuntimeError("the graph does not fit")
+
+    forward._compiled = fail
+    add(engine, "a", qwen2.prompt("what"))
+    assert run(engine).tokens["a"] == qwen2.generate(qwen2.prompt("what"))
+    assert not forward.is_compiled
+    assert "the graph does not fit" in caplog.text
+
+
+def test_a_graph_that_computes_something_else_is_not_used(
+    qwen2: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiled_forward, "compile_hidden", lambda model: lambda *x: -model.hidden(*x))
+    monkeypatch.setattr(compiled_forward, "_mark", lambda _: tmp_path)
+    _, forward = engine_with(qwen2.path)
+    with caplog.at_level(logging.WARNING):
+        forward.start()
+        assert forward.ended.wait(60)
+    assert not forward.is_compiled
+    assert "differ from plain ones by 200%" in caplog.text
