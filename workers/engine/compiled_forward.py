@@ -46,6 +46,8 @@ _HELPER_TIMEOUT_S = 1800
 _SWITCH_INTERVAL_S = 0.0005
 """How long the tracing thread may keep the engine's thread waiting: 5 ms, the default, are half a step."""
 
+_FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
 Hidden = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -125,8 +127,13 @@ _STANCE: Any = "fail_on_recompile"
 
 def use_cache_folder() -> None:
     """Keep the compiler's files where kernels are kept, and compile in this process alone. Before the first use."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(build.cache_folder() / "inductor"))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    from torch._inductor import config, runtime  # noqa: PLC0415  # takes seconds, and few need it
+
+    folders: Any = runtime.cache_dir_utils
+    if os.environ.get(_FOLDER_VARIABLE) in (None, folders.default_cache_dir()):  # the compiler sets it itself
+        os.environ[_FOLDER_VARIABLE] = str(build.cache_folder() / "inductor")
+    settings: Any = config
+    settings.compile_threads = 1
 
 
 def compile_hidden(model: LanguageModel) -> Hidden:
