@@ -153,22 +153,33 @@ def _sample_filtered(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch
     top_k = [row.params.top_k if 0 < row.params.top_k < vocab_size else vocab_size for row in rows]
     top_p = _column([row.params.top_p for row in rows], logits)
     log_total = logits.logsumexp(dim=-1, keepdim=True)
-    count = min(vocab_size, max(_FIRST_CANDIDATES, *(k for k in top_k if k < vocab_size), 0))
+    count = min(vocab_size, max(_FIRST_CANDIDATES, *(2 * k for k in top_k if k < vocab_size), 0))
     while True:
-        scores, ids = logits.topk(count, dim=-1)
+        scores, ids = _best(logits, count)
+        worst = scores[:, -1]
         ranks = torch.arange(count, device=logits.device)
-        within_k = ranks < _column(top_k, ranks)
-        scores = scores.masked_fill(~within_k, -torch.inf)
+        scores = scores.masked_fill(ranks >= _column(top_k, ranks), -torch.inf)
         # A row without top-k competes with its whole vocabulary, a row with it only with what top-k left.
         log_mass = torch.where(_column(top_k, ranks) <= count, scores.logsumexp(dim=-1, keepdim=True), log_total)
         probabilities = (scores - log_mass).exp()
         before = probabilities.cumsum(dim=-1) - probabilities
-        decided = (_column(top_k, ranks) <= count) | (before[:, -1:] + probabilities[:, -1:] >= top_p)
-        if count == vocab_size or bool(decided.all()):
-            break
+        keep = ((scores > -torch.inf) & (before < top_p)) | (ranks == 0)  # the best token always stays
+        scores = scores.masked_fill(~keep, -torch.inf)
+        # Of those that equal the worst, others may be missing, so that none of them may be needed.
+        if count == vocab_size or bool((scores.masked_fill(~keep, torch.inf).amin(dim=-1) > worst).all()):
+            return _draw(_apply_min_p(scores, rows), ids, rows)
         count = min(vocab_size, 64 * count)  # sorting all takes several times as long
-    keep = within_k & ((before < top_p) | (ranks == 0))  # the best token always stays
-    return _draw(_apply_min_p(scores.masked_fill(~keep, -torch.inf), rows), ids, rows)
+
+
+def _best(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` best of each row: scores, falling, and token ids, rising among equals.
+
+    Without that order it would depend on `count`, and so on the batch, which of equals a filter keeps. In bfloat16
+    there are many.
+    """
+    ids = logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+    scores, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return scores, ids.gather(1, order)
 
 
 def _apply_min_p(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

@@ -92,6 +92,21 @@ def test_mixed_batch_gives_each_row_what_it_gets_alone() -> None:
     assert together == alone
 
 
+@pytest.mark.parametrize("params", [{"top_k": 20}, {"top_k": 300}, {"top_p": 0.6}, {"top_k": 400, "top_p": 0.6}])
+def test_which_of_equals_a_filter_keeps_does_not_depend_on_the_batch(params: dict[str, Any]) -> None:
+    logits = torch.randint(0, 40, (100, 5000), generator=torch.Generator().manual_seed(0)).bfloat16() / 8
+    alone = [sample(logits[index : index + 1], [row])[0] for index, row in enumerate(rows(100, **params))]
+    for neighbour in ({"top_k": 1000}, {"top_p": 0.999}):
+        batch = [*rows(100, **params), *rows(1, **neighbour)]
+        assert sample(torch.cat([logits, logits[:1]]), batch)[:100] == alone
+
+
+@pytest.mark.parametrize("params", [{"top_k": 3}, {"top_p": 0.25}])
+def test_the_first_of_equals_stay(params: dict[str, Any]) -> None:
+    logits = torch.zeros(10)
+    assert set(sample(logits.repeat(200, 1), rows(200, **params))) == {0, 1, 2}
+
+
 def test_noise_depends_on_seed_and_position() -> None:
     logits = torch.zeros(1, 1000)
     drawn = {
