@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from epd.errors import InvalidRequest
+from epd.limits import check_prompt_logprobs
 from epd.types import SamplingParams
 from proxy.answer import TextOptions
 from proxy.api import embeddings, score
@@ -19,7 +20,6 @@ from proxy.api.openai_logprobs import Echo
 from proxy.api.openai_prompt import count_parts, messages_of, prompts_of, template_variables
 from proxy.api.openai_responses import ChatCompletion, TextCompletion
 from proxy.api.openai_sampling import (
-    check_prompt_logprobs,
     check_supported,
     samples_of,
     sampling_of,

@@ -19,8 +19,6 @@ DEFAULT_COMPLETION_TOKENS = 16
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARACTERS = 256
-MAX_PROMPT_LOGPROBS = 1 << 18
-"""Log probabilities of one prompt: they travel in one message."""
 
 
 def check_supported(request: ChatRequest | CompletionRequest) -> None:
@@ -103,21 +101,6 @@ def wanted_logprobs(request: ChatRequest | CompletionRequest) -> tuple[int | Non
     # Without them there is no telling which sample is best.
     needed = 0 if shown is None and samples_of(request) > (request.n or 1) else shown
     return needed, of_prompt
-
-
-def check_prompt_logprobs(sampling: SamplingParams, prompt_tokens: int) -> None:
-    """Check that the log probabilities of a prompt are not too many.
-
-    Raises:
-        InvalidRequest: they are.
-    """
-    top = sampling.prompt_logprobs
-    if top is not None and prompt_tokens * (1 + top) > MAX_PROMPT_LOGPROBS:
-        raise InvalidRequest(
-            f"{1 + top} log probabilities for each of {prompt_tokens} prompt tokens are more than "
-            f"{MAX_PROMPT_LOGPROBS}; ask for fewer, or send a shorter prompt.",
-            param="prompt_logprobs",
-        )
 
 
 def shown_logprobs(request: CompletionRequest) -> int | None:

@@ -19,6 +19,7 @@ from epd.errors import (
     InternalError,
     InvalidRequest,
 )
+from epd.limits import check_prompt_logprobs
 from epd.tasks import check_task
 from epd.types import Pooling, PoolingKind, SamplingParams, TokenLogprobs, WorkerTask
 from workers.engine import admission, grammar, logits_state, model_loader
@@ -307,6 +308,7 @@ class Engine:
             request.max_tokens = admission.tokens_to_generate(
                 self.info.max_model_len, request.num_prompt_tokens, request.sampling, request.pooling
             )
+            check_prompt_logprobs(request.sampling, request.num_prompt_tokens)
             if not missing:
                 self._add_logits_state(request)
             known = request.token_ids[: request.num_known_tokens] if missing else request.token_ids

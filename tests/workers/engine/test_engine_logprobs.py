@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from epd import limits
 from epd.types import FinishReason, SamplingParams, TokenLogprobs
 from tests.workers.engine.oracle import Answers, Oracle, Prompt, add, make_engine, picture, provide, run
 
@@ -84,6 +85,19 @@ def test_of_a_prompt_with_a_picture(qwen2_5_vl: Oracle) -> None:
     _, [given] = all_logprobs(answers, "a")
     assert len(given) == answers.ends["a"].prompt_tokens == len(prompt.token_ids) + len(encoded.token_ids) - 1
     assert [entry.token_id for entry in given if entry][-4:] == prompt.token_ids[-4:]
+
+
+def test_of_a_prompt_that_pictures_make_too_long(qwen2_5_vl: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would not fit into a message, and nobody would hear of the request again."""
+    encoded = qwen2_5_vl.encode(picture(1), "a")
+    prompt = qwen2_5_vl.prompt("<|vision_start|><|image_pad|><|vision_end|>what is it?", [encoded])
+    monkeypatch.setattr(limits, "MAX_PROMPT_LOGPROBS", 3 * len(prompt.token_ids))
+    engine = make_engine(qwen2_5_vl.path)
+    add(engine, "a", prompt, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2))
+    provide(engine, encoded)
+    error = run(engine).ends["a"].error
+    assert error is not None
+    assert (error.code, error.param) == ("invalid_request", "prompt_logprobs")
 
 
 def test_of_a_prompt_alone_without_an_answer(qwen2: Oracle) -> None:
