@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from msgspec import UNSET, UnsetType
 
@@ -15,6 +17,8 @@ from proxy.api.openai_responses import PromptTokensDetails, Usage
 from proxy.generation import Generation
 from proxy.tokenizer import Tokenizer
 from proxy.work import Update
+
+T = TypeVar("T")
 
 FIRST_OUTPUT_GRACE_S = 5.0
 """Status and headers wait so long for the first output, so that what fails early gets a real status."""
@@ -71,10 +75,7 @@ class Teller:
                 await self._advance(update)
         usage, timings = self._usage(), await self._timings()
         size = sum(len(one.logprobs) + len(one.prompt_logprobs) for one in self._answers)
-        if size > _MANY_LOGPROBS:
-            await client.reply(await asyncio.to_thread(self._dialect.whole, self._answers, usage, timings))
-        else:
-            await client.reply(self._dialect.whole(self._answers, usage, timings))
+        await client.reply(await _off_loop_if_many(size, lambda: self._dialect.whole(self._answers, usage, timings)))
 
     async def tell_stream(self, client: Client, *, include_usage: bool) -> None:
         """Answer in chunks. A failure after the first of them becomes an error event.
@@ -110,7 +111,8 @@ class Teller:
         index = update.index
         text, answer = await self._advance(update), self._answers[update.index]
         if update.prompt_logprobs:
-            prompt = self._dialect.prompt(index, answer)
+            size = len(update.prompt_logprobs)
+            prompt = await _off_loop_if_many(size, lambda: self._dialect.prompt(index, answer))
             if prompt is not None:
                 await client.event(prompt)
         if text:
@@ -148,3 +150,8 @@ class Teller:
             return UNSET
         await self._generation.settle(SETTLE_S)
         return self._generation.timings()
+
+
+async def _off_loop_if_many(positions: int, work: Callable[[], T]) -> T:
+    """What `work` returns, computed on another thread when so many log probabilities would stop all streams."""
+    return await asyncio.to_thread(work) if positions > _MANY_LOGPROBS else work()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -217,6 +218,25 @@ async def test_echo_has_the_prompt_first(cluster: Cluster, tokenizer: Tokenizer,
         assert offsets == [len("".join(tokens[:place])) for place in range(len(tokens))]
         assert known[0]["top_logprobs"][0] is None
     assert {request.sampling.prompt_logprobs for request in cluster.pd.requests} == {1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_many_are_put_together_off_the_event_loop(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    texts = cluster.service.token_texts
+    make, threads = texts.raw, set()
+
+    def raw(token_id: int) -> bytes:
+        threads.add(threading.get_ident())
+        return make(token_id)
+
+    monkeypatch.setattr(texts, "raw", raw)
+    body = {"prompt": [5] * 1500, "echo": True, "logprobs": 1, "max_tokens": 0, "stream": stream}
+    answer = await cluster.http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 async def test_scoring_a_prompt_alone(cluster: Cluster, tokenizer: Tokenizer) -> None:
