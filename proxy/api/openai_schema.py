@@ -83,8 +83,9 @@ class ResponseFormat(msgspec.Struct):
     json_schema: JSONSchemaFormat | None = None
 
 
-class StructuredOutputs(msgspec.Struct):
-    """What an answer must look like, in the words of vLLM: one of these."""
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    """What an answer must look like, in the words of vLLM: one of these. A name that is not known may be a form that is
+    meant: free text in its place would be a surprise."""
 
     json: Annotated[dict[str, Any] | bool | str | None, Meta(description="a JSON schema, or one as text")] = None
     regex: Annotated[str | None, Meta(description="matches the whole answer")] = None
@@ -92,6 +93,7 @@ class StructuredOutputs(msgspec.Struct):
     grammar: Annotated[str | None, Meta(description="a context-free grammar")] = None
     json_object: Annotated[bool | None, Meta(description="any JSON object")] = None
     structural_tag: Any = None
+    disable_fallback: Annotated[Any, Meta(description="has no effect")] = None
     whitespace_pattern: Any = None
     disable_any_whitespace: Any = None
     disable_additional_properties: Any = None

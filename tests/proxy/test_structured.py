@@ -73,6 +73,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_regex": "(?=a)b"}, "guided_regex", ""),
     ({"guided_grammar": "start: nothing_like_that"}, "guided_grammar", ""),
     ({"guided_regex": "a" * 70_000}, "guided_regex", "bytes"),
+    ({"structured_outputs": {"json_schema": {}}}, "structured_outputs", "`json_schema`"),
 ]
 
 
