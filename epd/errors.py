@@ -86,7 +86,7 @@ class ContextLengthExceeded(ClientError):
             asked = f"{prompt + completion} tokens ({prompt} in the prompt, {completion} for the completion)"
         return cls(
             f"This model's maximum context length is {limit} tokens. However, you requested {asked}. "
-            "Please shorten the messages, use smaller images or lower max_tokens.",
+            "Please shorten the text, use smaller images or lower max_tokens.",
             param="messages",
         )
 

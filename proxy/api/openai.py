@@ -99,9 +99,8 @@ async def _complete(client: Client, service: Service, body: CompletionRequest, a
     with service.dispatcher.admit():
         async with deadline(service, arrived):
             sampling = await _with_grammar(service, body, sampling)
-            prompts = await prompts_of(body, service)
+            prompts = await prompts_of(body, service, sampling.max_tokens)
             for prompt in prompts:
-                service.check_context(len(prompt), sampling.max_tokens)
                 check_prompt_logprobs(sampling, len(prompt))
             echoes = await _echoes(service, body, prompts)
         head, samples = Head.new("cmpl", service.config.model_name), samples_of(body)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from epd.errors import InvalidRequest
+from epd.errors import ContextLengthExceeded, InvalidRequest
 from proxy.api.openai_sampling import check_token_ids
 from proxy.api.openai_schema import (
     ChatMessage,
@@ -103,22 +104,28 @@ def _image(image: ImageURL | str | None, where: str) -> ImageSource:
 # -- completions -------------------------------------------------------------------------------------------------------
 
 
-async def prompts_of(request: CompletionRequest, service: Service) -> list[tuple[int, ...]]:
-    """Token ids of each prompt.
+@contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Let the error of a text that is too long name the field that it came in."""
+    try:
+        yield
+    except ContextLengthExceeded as error:
+        error.param = field
+        raise
 
-    Raises:
-        InvalidRequest: no prompt, an empty one, too many, or ids that do not exist.
-    """
-    return await token_prompts(request.prompt, service)
+
+async def prompts_of(request: CompletionRequest, service: Service, completion: int | None) -> list[tuple[int, ...]]:
+    """Token ids of each prompt. Arguments and errors are those of `token_prompts`."""
+    return await token_prompts(request.prompt, service, field="prompt", limit=MAX_PROMPTS, completion=completion)
 
 
 async def token_prompts(
     prompt: str | Sequence[str | int | list[int]],
     service: Service,
     *,
-    field: str = "prompt",
-    limit: int = MAX_PROMPTS,
-    completion: int | None = None,
+    field: str,
+    limit: int,
+    completion: int | None,
 ) -> list[tuple[int, ...]]:
     """Token ids of each text, or lists of ids as they are.
 
@@ -131,7 +138,15 @@ async def token_prompts(
 
     Raises:
         InvalidRequest: no prompt, an empty one, too many, or ids that do not exist.
+        ContextLengthExceeded: one does not fit.
     """
+    with naming(field):
+        return await _token_prompts(prompt, service, field, limit, completion)
+
+
+async def _token_prompts(
+    prompt: str | Sequence[str | int | list[int]], service: Service, field: str, limit: int, completion: int | None
+) -> list[tuple[int, ...]]:
     if not isinstance(prompt, str) and len(prompt) > limit:  # ids of one prompt, or too many prompts
         if not isinstance(prompt[0], int):
             raise InvalidRequest(f"{len(prompt)} texts; at most {limit}.", param=field)

@@ -18,7 +18,7 @@ from epd.types import Pooling, PoolingKind, WorkerTask
 from proxy.api.embeddings import default_pooling
 from proxy.api.http import Client, Exchange
 from proxy.api.openai_answer import Head
-from proxy.api.openai_prompt import token_prompts
+from proxy.api.openai_prompt import naming, token_prompts
 from proxy.api.requests import deadline, decoded, documented, service_of
 from proxy.api.vectors import MAX_INPUTS, Vectors, VectorUsage, pooled
 from proxy.service import Service
@@ -139,7 +139,7 @@ async def get_score(request: Request) -> Response:
 async def _score(client: Client, service: Service, body: ScoreRequest, arrived: float) -> None:
     _check(service, body)
     head = Head.new("score", service.config.model_name)
-    found = await _scores(service, head.id, _pairs(body), arrived)
+    found = await _scores(service, head.id, _pairs(body), "text_2", arrived)
     data = [Score(index, value) for index, (value, *_) in enumerate(found.values)]
     await client.reply(ScoreList(head.id, head.created, head.model, data, VectorUsage.of(found.prompt_tokens)))
 
@@ -150,7 +150,8 @@ async def _rerank(client: Client, service: Service, body: RerankRequest, arrived
     documents = [one if isinstance(one, Document) else Document(one) for one in body.documents]
     if not all(one.text for one in documents):
         raise InvalidRequest("documents: one of them is empty.", param="documents")
-    found = await _scores(service, head.id, [(body.query, one.text) for one in documents], arrived)
+    pairs = [(body.query, one.text) for one in documents]
+    found = await _scores(service, head.id, pairs, "documents", arrived)
     results = [Ranked(index, documents[index], value) for index, (value, *_) in enumerate(found.values)]
     results.sort(key=lambda one: -one.relevance_score)  # stable: equals stay in the order of the request
     shown = results[: body.top_n or None]
@@ -163,13 +164,15 @@ def _check(service: Service, body: ScoreRequest | RerankRequest) -> None:
         raise InvalidRequest("truncate_prompt_tokens is not supported; leave it out.", param="truncate_prompt_tokens")
 
 
-async def _scores(service: Service, request_id: str, pairs: Sequence[tuple[str, str]], arrived: float) -> Vectors:
-    """One number for each pair, in whichever way the model has."""
+async def _scores(
+    service: Service, request_id: str, pairs: Sequence[tuple[str, str]], field: str, arrived: float
+) -> Vectors:
+    """One number for each pair, in whichever way the model has. `field` is to blame for a text that is too long."""
     service.dispatcher.require(images=False)
     is_embedding = service.task is WorkerTask.EMBED
     service.require_task(Pooling(default_pooling(service)) if is_embedding else _SCORE)
     with service.dispatcher.admit():
-        return await (_cosines if is_embedding else _rewards)(service, request_id, pairs, arrived)
+        return await (_cosines if is_embedding else _rewards)(service, request_id, pairs, field, arrived)
 
 
 async def _get_score(client: Client, service: Service, body: RewardRequest, arrived: float) -> None:
@@ -179,9 +182,10 @@ async def _get_score(client: Client, service: Service, body: RewardRequest, arri
     service.require_task(_SCORE)
     with service.dispatcher.admit():
         async with deadline(service, arrived):
-            # The template has put all special tokens there already.
-            prompt = tuple(await service.encode_text(body.chat, add_special_tokens=False))
-            service.check_context(len(prompt), 0)
+            with naming("chat"):
+                # The template has put all special tokens there already.
+                prompt = tuple(await service.encode_text(body.chat, add_special_tokens=False))
+                service.check_context(len(prompt), 0)
         found = await pooled(service, Head.new("reward", "").id, [prompt], _SCORE, arrived)
     await client.reply(Reward(found.values[0][0], found.prompt_tokens))
 
@@ -205,21 +209,26 @@ def _listed(texts: _Texts) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
-async def _rewards(service: Service, request_id: str, pairs: Sequence[tuple[str, str]], arrived: float) -> Vectors:
+async def _rewards(
+    service: Service, request_id: str, pairs: Sequence[tuple[str, str]], field: str, arrived: float
+) -> Vectors:
     """Each pair is one sequence, joined as the tokenizer joins pairs."""
     among = sum(len(first) + len(second) for first, second in pairs)
     async with deadline(service, arrived):
-        prompts = [tuple(await service.encode_pair(*pair, among=among)) for pair in pairs]
-        for prompt in prompts:
-            service.check_context(len(prompt), 0)
+        with naming(field):
+            prompts = [tuple(await service.encode_pair(*pair, among=among)) for pair in pairs]
+            for prompt in prompts:
+                service.check_context(len(prompt), 0)
     return await pooled(service, request_id, prompts, _SCORE, arrived)
 
 
-async def _cosines(service: Service, request_id: str, pairs: Sequence[tuple[str, str]], arrived: float) -> Vectors:
+async def _cosines(
+    service: Service, request_id: str, pairs: Sequence[tuple[str, str]], field: str, arrived: float
+) -> Vectors:
     """A text that stands in several pairs is computed once."""
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     async with deadline(service, arrived):
-        prompts = await token_prompts(list(texts), service, field="text_1", limit=len(texts), completion=0)
+        prompts = await token_prompts(list(texts), service, field=field, limit=len(texts), completion=0)
     found = await pooled(service, request_id, prompts, Pooling(default_pooling(service)), arrived)
     vectors = dict(zip(texts, found.values, strict=True))
     cosines = [sum(a * b for a, b in zip(vectors[one], vectors[two], strict=True)) for one, two in pairs]

@@ -150,6 +150,32 @@ async def test_a_prompt_may_fill_the_context(start_cluster: ClusterFactory) -> N
     assert (await post(cluster, "/v1/completions", prompt=[5, 6, 7, 8]))["status"] == 400
 
 
+LONG = "hello world how are you"
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "body", "field"),
+    [
+        (WorkerTask.EMBED, "/v1/embeddings", {"input": [5, 6, 7, 8, 9]}, "input"),
+        (WorkerTask.EMBED, "/v1/embeddings", {"input": ["hello", LONG]}, "input"),
+        (WorkerTask.GENERATE, "/v1/completions", {"prompt": LONG}, "prompt"),
+        (WorkerTask.GENERATE, "/v1/completions", {"prompt": [5, 6], "max_tokens": 3}, "prompt"),
+        (WorkerTask.GENERATE, "/v1/completions", {"prompt": 5000 * "x"}, "prompt"),
+        (WorkerTask.SCORE, "/v1/score", {"text_1": "hello", "text_2": LONG}, "text_2"),
+        (WorkerTask.EMBED, "/v1/score", {"text_1": "hello", "text_2": LONG}, "text_2"),
+        (WorkerTask.SCORE, "/v1/rerank", {"query": "hello", "documents": [LONG]}, "documents"),
+        (WorkerTask.EMBED, "/v1/rerank", {"query": "hello", "documents": [LONG]}, "documents"),
+        (WorkerTask.SCORE, "/get_score", {"chat": LONG}, "chat"),
+    ],
+)
+async def test_what_is_too_long_is_named(
+    start_cluster: ClusterFactory, task: WorkerTask, path: str, body: dict[str, Any], field: str
+) -> None:
+    cluster = await start_cluster(max_model_len=4, task=task)
+    answer = await post(cluster, path, **body)
+    assert (answer["error"]["code"], answer["error"]["param"]) == ("context_length_exceeded", field)
+
+
 async def test_many_inputs_do_not_fill_the_workers_queues(cluster: Cluster) -> None:
     held: list[Received] = []
 
