@@ -97,10 +97,10 @@ class Load:
         self.clock = FakeClock()
         self.runner = MemoryRunner()
         self.engine = fake_engine(
-            self.runner, clock=self.clock, num_blocks=NUM_BLOCKS, max_waiting=100, caching=caching, batched_tokens=12
+            self.runner, clock=self.clock, num_blocks=NUM_BLOCKS, max_waiting=100, caching=caching, batched_tokens=8
         )
         self.engine.info.adapter.bidirectional_images = seed % 2 == 0
-        self.openings = [[self.draw.randrange(90) for _ in range(20)] for _ in range(3)]
+        self.openings = [[self.draw.randrange(90) for _ in range(28)] for _ in range(3)]
         self.expected: dict[str, list[int]] = {}
         self.aborted: set[str] = set()
         self.undelivered: list[tuple[str, int]] = []
@@ -124,10 +124,11 @@ class Load:
     def ask(self, name: str) -> None:
         """A common opening, perhaps with pictures in it, and an end of its own; some ask for the same twice."""
         opening = self.draw.choice(self.openings)
-        prompt = opening[: self.draw.choice([4, 9, 16, 20])] + [self.draw.randrange(90)] * self.draw.randrange(4)
+        prompt = opening[: self.draw.choice([4, 9, 16, 28])] + [self.draw.randrange(90)] * self.draw.randrange(4)
         images: list[ImagePlaceholder] = []
         pictures: list[int] = []
-        for offset in sorted(self.draw.sample(range(2, len(prompt)), self.draw.choice([0, 0, 1, 2]))):
+        num_pictures = min(self.draw.choice([0, 0, 1, 3]), len(prompt) - 2)
+        for offset in sorted(self.draw.sample(range(2, len(prompt)), num_pictures)):
             picture = self.draw.randrange(PICTURES)
             # Some pictures are known by now; others come under a new key.
             key = f"{picture}" if self.draw.random() < 0.3 else f"{picture} of {name} at {offset}"
@@ -136,7 +137,7 @@ class Load:
             pictures.append(picture)
             if not self.engine.has_embeddings(key) and (key, picture) not in self.undelivered:
                 self.undelivered.append((key, picture))
-        max_tokens = self.draw.randint(1, 25)
+        max_tokens = self.draw.randint(1, 14)
         self.expected[name] = _answer(prompt, [image.offset for image in images], pictures, max_tokens)
         self.engine.add_request(
             name,
