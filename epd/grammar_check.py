@@ -36,6 +36,7 @@ MAX_GRAMMAR_BYTES = 64 * 1024
 """Longer ones are refused."""
 _MAX_TRIAL_S = 0.25
 """Processor time for compiling and for the first step, over the 256 bytes alone; sane grammars take milliseconds."""
+_ALL_BYTES = (1 << 256) - 1
 _MAX_REASON = 300
 _BLANKS = r"[\x20\x0A\x0D\x09]{0,40}"
 """Between JSON tokens. Bounded: a weak model can't fill its answer with blanks. Enough to indent deeply."""
@@ -111,16 +112,17 @@ def _reason_against(grammar: Grammar) -> str | None:
 
 
 def _try_out(source: str) -> str | None:
-    """Compile for a vocabulary of bytes and take the first step: finds what can't be satisfied and what costs much."""
+    """Compile for a vocabulary of bytes and take the first steps: finds what can't be satisfied and what costs much."""
     start = time.thread_time()
     matcher = llguidance.LLMatcher(_bytes_tokenizer(), source, log_level=0, limits=limits())
     if not matcher.is_error():
-        matcher.compute_bitmask()
-    if matcher.is_error():
-        return explain(matcher.get_error())
+        first = int.from_bytes(matcher.compute_bitmask(), "little") & _ALL_BYTES
+        # Behind the brace of an object, all its optional properties may come at once.
+        if first and not matcher.is_error():
+            matcher.consume_token(first.bit_length() - 1)
     if time.thread_time() - start > _MAX_TRIAL_S:
         return "it is too complex. Smaller repetition counts or fewer alternatives may help."
-    return None
+    return explain(matcher.get_error()) if matcher.is_error() else None
 
 
 @lru_cache(maxsize=1)

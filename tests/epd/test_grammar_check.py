@@ -43,6 +43,7 @@ def test_what_can_be_followed_is_accepted(kind: str, text: str) -> None:
         ("json_schema", '{"not": {}, "x-guidance": {"lenient": true}}', "Unimplemented keys"),
         ("json_schema", '{"$ref": "http://127.0.0.1/schema"}', "does not fetch"),
         ("json_schema", '{"type": "integer", "minimum": 5, "maximum": 1}', "Unsatisfiable"),
+        ("json_schema", json.dumps({"type": "object", "properties": {f"p{i}": {} for i in range(700)}}), "max is 2000"),
         ("regex", "[a-z", "unclosed"),
         ("regex", "(?=a)b", "look-ahead"),
         ("choice", "[]", "one or more"),
