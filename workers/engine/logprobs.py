@@ -10,6 +10,8 @@ from epd.types import TokenLogprobs
 from workers.engine.scheduler import ScheduledChunk
 from workers.engine.step_inputs import row_slices
 
+_MOST_TOP = 20
+"""Most likely tokens that a request may ask for."""
 _ROWS_AT_ONCE = 32
 """Prompt rows go through the head so many at a time: a whole chunk times a vocabulary is gigabytes."""
 
@@ -29,7 +31,8 @@ def logprobs_of(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequenc
     total = logits.logsumexp(dim=-1, keepdim=True)
     chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
     ranks = (logits > chosen).sum(dim=-1) + 1
-    best, best_ids = logits.topk(min(max(num_top), logits.shape[1]), dim=-1)
+    # Always as many, for the same ones to be listed whatever others ask for.
+    best, best_ids = best_tokens(logits, min(max(_MOST_TOP, *num_top), logits.shape[1]) if any(num_top) else 0)
     values = (chosen - total).squeeze(1)
     if bool(values.isnan().any()):
         raise ArithmeticError("the model computed NaN; another --dtype may help, such as bfloat16")
@@ -40,6 +43,17 @@ def logprobs_of(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequenc
             token_ids, values.tolist(), ranks.tolist(), num_top, top, strict=True
         )
     ]
+
+
+def best_tokens(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` best of each row: scores, falling, and token ids, rising among equals.
+
+    Of those that equal the worst of them, some may be missing. In bfloat16 there are many equals, and without an order
+    it would depend on `count`, and so on the batch, which come first.
+    """
+    ids = logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+    scores, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return scores, ids.gather(1, order)
 
 
 class PromptLogprobs:

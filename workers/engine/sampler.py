@@ -23,7 +23,7 @@ from epd.types import SamplingParams, TokenLogprobs
 from workers.engine.grammar import GrammarCompiler
 from workers.engine.logits import process
 from workers.engine.logits_state import LogitsState
-from workers.engine.logprobs import logprobs_of
+from workers.engine.logprobs import best_tokens, logprobs_of
 from workers.engine.transfer import to_device
 
 _MASK64 = (1 << 64) - 1
@@ -155,7 +155,7 @@ def _sample_filtered(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch
     log_total = logits.logsumexp(dim=-1, keepdim=True)
     count = min(vocab_size, max(_FIRST_CANDIDATES, *(2 * k for k in top_k if k < vocab_size), 0))
     while True:
-        scores, ids = _best(logits, count)
+        scores, ids = best_tokens(logits, count)
         worst = scores[:, -1]
         ranks = torch.arange(count, device=logits.device)
         scores = scores.masked_fill(ranks >= _column(top_k, ranks), -torch.inf)
@@ -169,17 +169,6 @@ def _sample_filtered(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch
         if count == vocab_size or bool((scores.masked_fill(~keep, torch.inf).amin(dim=-1) > worst).all()):
             return _draw(_apply_min_p(scores, rows), ids, rows)
         count = min(vocab_size, 64 * count)  # sorting all takes several times as long
-
-
-def _best(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` best of each row: scores, falling, and token ids, rising among equals.
-
-    Without that order it would depend on `count`, and so on the batch, which of equals a filter keeps. In bfloat16
-    there are many.
-    """
-    ids = logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
-    scores, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
-    return scores, ids.gather(1, order)
 
 
 def _apply_min_p(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from epd import limits
 from epd.types import FinishReason, SamplingParams, TokenLogprobs
 from tests.workers.engine.oracle import Answers, Oracle, Prompt, add, make_engine, picture, provide, run
+from workers.engine.logprobs import logprobs_of
 
 TEXT = 2 * "the quick brown fox jumps over the lazy dog. what is in this picture? describe the image in one word"
 BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4
@@ -162,3 +163,12 @@ def test_an_aborted_request_leaves_nothing_behind(qwen2: Oracle) -> None:
     assert answers.ends["a"].prompt_logprobs == ()
     runner: Any = engine._runner
     assert runner._prompt_logprobs._known == {}
+
+
+def test_which_of_equals_are_listed_does_not_depend_on_the_batch() -> None:
+    logits = (3 * torch.randn(100, 30_000, generator=torch.Generator().manual_seed(0))).bfloat16()
+    greedy = logits.float().argmax(dim=-1).tolist()
+    alone = [logprobs_of(row[None], [token], [5])[0] for row, token in zip(logits, greedy, strict=True)]
+    assert [one.top[0][0] for one in alone] == greedy
+    assert logprobs_of(logits, greedy, [0, 20, *[5] * 98])[2:] == alone[2:]
+    assert logprobs_of(logits[:1], greedy[:1], [0])[0].top == ()
