@@ -155,6 +155,11 @@ class PrefillDecodeConfig(WorkerConfig):
         minimum=0,
     )
     max_model_len: int | None = option(None, "context in tokens; default: the model's")
+    quantization: str = option(
+        "none",
+        "int8: round an ordinary checkpoint's linear layers to eight bits at start, on a CPU",
+        choices=("none", "int8"),
+    )
     compile: str = option(
         "auto",
         "compile steps on a CPU, in the background while they run uncompiled; auto: a 16-bit model that is large "
@@ -204,6 +209,17 @@ class UpConfig(ProcessConfig):
     )
     task: str = option("generate", "what the model is served for", choices=("generate", "score", "embed"))
     max_model_len: int | None = option(None, "context in tokens; default: the model's")
+    quantization: str = option(
+        "none",
+        "int8: round an ordinary checkpoint's linear layers to eight bits at start, on a CPU",
+        choices=("none", "int8"),
+    )
+    compile: str = option(
+        "auto",
+        "compile steps on a CPU, in the background while they run uncompiled; auto: a 16-bit model that is large "
+        "enough to gain, where a C++ compiler is installed",
+        choices=("auto", "on", "off"),
+    )
     kv_cache_memory_bytes: int | None = option(None, "memory of each prefill-decode worker for its KV cache, in bytes")
     allowed_local_media_path: Path | None = option(
         None, "folder whose pictures file:// URLs may name; none: file:// is refused", metavar="DIR"

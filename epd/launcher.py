@@ -54,7 +54,9 @@ def plan_cluster(config: UpConfig, folder: Path) -> list[ChildSpec]:
     pds = [str(folder / f"prefill_decode_{i}") for i in range(config.pds)]
     worker = _flags(config, "model", "load_format", "device", "dtype", "log_level")
     worker += ("--threads", str(config.threads or _threads_per_worker(config)))
-    generate = worker + _flags(config, "task", "max_model_len", "kv_cache_memory_bytes", "tp")
+    generate = worker + _flags(
+        config, "task", "max_model_len", "kv_cache_memory_bytes", "quantization", "compile", "tp"
+    )
     plan = [ChildSpec(Path(a).name, ("encoder", "--worker-addr", a, *worker)) for a in encoders]
     plan += [ChildSpec(Path(a).name, ("pd", "--worker-addr", a, *generate)) for a in pds]
     return plan + [_plan_proxy(config, folder, i, encoders, pds) for i in range(config.proxies)]

@@ -420,6 +420,7 @@ def _engine_config(config: PrefillDecodeConfig) -> EngineConfig:
         enable_prefix_caching=config.enable_prefix_caching,
         enable_cuda_graphs=config.enable_cuda_graphs,
         compile=config.compile,
+        quantization=config.quantization,
         gpu_memory_utilization=config.gpu_memory_utilization,
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         embedding_store_bytes=config.embedding_store_bytes,

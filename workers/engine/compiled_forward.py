@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import transformers
 
-from workers.engine import attention, packed_linear
+from workers.engine import attention, int8_linear, packed_linear
 from workers.engine.attention import AttentionBackend
 from workers.engine.config import EngineConfig
 from workers.engine.forward import LocalForward
@@ -46,6 +46,8 @@ _HELPER_TIMEOUT_S = 1800
 _SWITCH_INTERVAL_S = 0.0005
 """How long the tracing thread may keep the engine's thread waiting: 5 ms, the default, are half a step."""
 
+_SOURCES = ("compiled_forward.py", "attention.py", "packed_linear.py", "int8_linear.py")
+"""What of ours is part of the graph."""
 _FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 Hidden = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -141,6 +143,7 @@ def compile_hidden(model: LanguageModel) -> Hidden:
     use_cache_folder()
     attention.register_compiled()
     packed_linear.register_compiled()
+    int8_linear.register_compiled()
     graph = torch.compile(lambda embeds, positions: model.hidden(embeds, positions), fullgraph=True)
 
     def hidden(embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -205,27 +208,28 @@ def _mark(config: EngineConfig) -> Path:
     here = Path(__file__).parent
     parts = [
         (Path(config.model) / "config.json").read_bytes(),
-        config.dtype.encode(),
+        f"{config.dtype} {config.quantization}".encode(),
         f"{torch.__version__} {transformers.__version__} {torch.get_num_threads()}".encode(),
         build.processor(),
-        *((here / name).read_bytes() for name in ("compiled_forward.py", "attention.py", "packed_linear.py")),
+        *((here / name).read_bytes() for name in _SOURCES),
     ]
     return build.cache_folder() / f"compiled-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}"
 
 
 def _run_helper(config: EngineConfig) -> None:
-    """Compile in a process that stands back for every other. Raises subprocess.SubprocessError when it fails."""
+    """Compile in a process that stands back for every other. Raises RuntimeError when it fails."""
     settings = asdict(replace(config, load_format="dummy", compile="off", kv_cache_memory_bytes=64 << 20))
     words = [sys.executable, "-m", "workers.engine.compile_helper", str(torch.get_num_threads())]
     use_cache_folder()
-    # Standard input ends with this process: the helper then has nobody to work for.
-    subprocess.run(  # noqa: S603  # ourselves
+    done = subprocess.run(  # noqa: S603  # ourselves
         words,
         input=json.dumps(settings),
         text=True,
-        check=True,
+        check=False,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         timeout=_HELPER_TIMEOUT_S,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])

@@ -21,6 +21,8 @@ class EngineConfig:
     """"dummy": random weights, and no weight files needed."""
     dtype: str = "auto"
     """Of weights, activations and KV cache, such as `bfloat16`; "auto": the checkpoint's."""
+    quantization: str = "none"
+    """"int8": round an ordinary checkpoint's linear layers to eight bits at start, on a CPU."""
     device: str = "auto"
     """Such as `cpu` or `cuda:1`; "auto": a GPU if there is one."""
     max_num_seqs: int = 64
@@ -59,6 +61,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.quantization not in ("none", "int8"):
+            raise ConfigError(f"quantization must be none or int8, got {self.quantization!r}")
         if self.compile not in ("auto", "on", "off"):
             raise ConfigError(f"compile must be auto, on or off, got {self.compile!r}")
         if self.target_step_ms is not None and not 0 <= self.target_step_ms < math.inf:

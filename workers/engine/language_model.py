@@ -107,5 +107,6 @@ class LanguageModel:
     @torch.inference_mode()
     def _is_all(self, head: Any) -> bool:
         """Whether logits are the output of `head` and nothing more. Calling it alone is faster."""
-        hidden = torch.linspace(-1, 1, 2 * head.weight.shape[1]).view(2, -1).to(head.weight.device, head.weight.dtype)
+        size = getattr(head, "in_features", None) or head.weight.shape[1]  # packed weights have shapes of their own
+        hidden = torch.linspace(-1, 1, 2 * size).view(2, -1).to(self.embedding_weight)
         return torch.equal(head(hidden), self._whole_head(hidden))

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from epd.errors import ConfigError
 from epd.types import WorkerTask
 from workers import model_parts, model_tasks, quantization
-from workers.engine import attention, attention_cpu, attention_varlen, coverage, packed_linear
+from workers.engine import attention, attention_cpu, attention_varlen, coverage, int8_linear, packed_linear
 from workers.engine.adapter import PlainPositions, make_adapter
 from workers.engine.attention import AttentionBackend
 from workers.engine.attention_sdpa import SdpaBackend
@@ -99,7 +99,10 @@ def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedMode
     block_size = _block_size(config.block_size, issubclass(backend_class, VarlenBackend))
     coverage.check_layers(model, adapter, shape)
     is_plain = num_ranks == 1 and quantization.is_plain(checkpoint, device)
-    if is_plain and packed_linear.is_available(model.dtype, device):
+    if config.quantization == "int8":
+        _check_int8(is_plain, device)
+        int8_linear.convert(model)
+    elif is_plain and packed_linear.is_available(model.dtype, device):
         packed_linear.pack(model)
     num_blocks = num_blocks_for(
         shape,
@@ -150,6 +153,13 @@ def _forward(
     except RuntimeError as error:  # what a family does in its forward call is known only by trying
         log.warning("decode steps run without CUDA graphs: %s", error)
         return local
+
+
+def _check_int8(is_plain: bool, device: torch.device) -> None:
+    if not is_plain:
+        raise ConfigError("quantization int8 takes a checkpoint of plain weights in one process, on a CPU")
+    if not int8_linear.is_available(device):
+        raise ConfigError("quantization int8 needs a CPU that multiplies integers (AVX512-VNNI); leave it out here")
 
 
 def _shall_compile(config: EngineConfig, model: LanguageModel, backend: AttentionBackend) -> bool:
