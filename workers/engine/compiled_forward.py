@@ -6,7 +6,7 @@ two stages, so that running answers notice little of it:
 
 1. a helper process at the lowest priority compiles the same graph, for its files in the cache folder alone. It is
    left out where a mark says that this was done before for this model, code and machine;
-2. a thread of this process traces the model and finds everything compiled.
+2. a thread of this process waits for an idle moment, traces the model and finds everything compiled.
 
 Whatever fails on the way is logged, and steps go on by plain calls.
 """
@@ -43,6 +43,9 @@ _EXAMPLE_TOKENS = 16
 _LARGEST_DIFFERENCE = 0.1
 """Between a compiled and a plain step, relative to the largest hidden state; rounding alone gives a few hundredths."""
 _HELPER_TIMEOUT_S = 1800
+_IDLE_S = 2.0
+_LONGEST_WAIT_S = 600.0
+"""A worker that is never idle is better off compiled after a few slow seconds."""
 _SWITCH_INTERVAL_S = 0.0005
 """How long the tracing thread may keep the engine's thread waiting: 5 ms, the default, are half a step."""
 
@@ -61,6 +64,7 @@ class CompiledForward(LocalForward):
         super().__init__(model, backend)
         self._config = config
         self._compiled: Hidden | None = None
+        self._last_step = time.monotonic()
         self.ended = threading.Event()
         """Set when the preparations have ended, well or not."""
 
@@ -81,6 +85,7 @@ class CompiledForward(LocalForward):
 
     def hidden(self, inputs: StepInputs) -> torch.Tensor:
         """See `Forward`."""
+        self._last_step = time.monotonic()
         compiled = self._compiled
         if compiled is None or any(image.deepstack is not None for image in inputs.images):
             return super().hidden(inputs)
@@ -95,6 +100,12 @@ class CompiledForward(LocalForward):
             log.warning("steps are not compiled any more: %s", _first_line(error))
             return super().hidden(inputs)
 
+    def _wait_for_idle(self) -> None:
+        """Return when no step ran for a while: steps beside the tracing take many times as long as usual."""
+        give_up = time.monotonic() + _LONGEST_WAIT_S
+        while (wait_s := self._last_step + _IDLE_S - time.monotonic()) > 0 and time.monotonic() < give_up:
+            time.sleep(wait_s)
+
     def _prepare_in_background(self) -> None:
         started = time.monotonic()
         interval = sys.getswitchinterval()
@@ -103,6 +114,7 @@ class CompiledForward(LocalForward):
             if not mark.exists():
                 _run_helper(self._config)
                 mark.touch()
+            self._wait_for_idle()
             traced = time.monotonic()
             sys.setswitchinterval(_SWITCH_INTERVAL_S)
             self.prepare()

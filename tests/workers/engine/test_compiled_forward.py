@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,12 @@ from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler deprecates parts of itself
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_forward, "_IDLE_S", 0.0)
+
 
 HAS_COMPILER = attention_cpu.is_available(torch.float32)
 
@@ -97,3 +104,26 @@ def test_a_graph_that_computes_something_else_is_not_used(
         assert forward.ended.wait(60)
     assert not forward.is_compiled
     assert "differ from plain ones by 200%" in caplog.text
+
+
+def test_tracing_waits_for_an_idle_moment(qwen2: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only sleeping moves; a step runs during the first two sleeps."""
+    now, sleeps = 100.0, list[float]()
+    _, forward = engine_with(qwen2.path)
+
+    def sleep(duration_s: float) -> None:
+        nonlocal now
+        if len(sleeps) < 2:
+            forward._last_step = now + duration_s / 2
+        now += duration_s
+        sleeps.append(duration_s)
+
+    monkeypatch.setattr(compiled_forward, "_IDLE_S", 2.0)
+    monkeypatch.setattr(compiled_forward, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    forward._last_step = now
+    forward._wait_for_idle()
+    assert sleeps == [2.0, 1.0, 1.5]
+    monkeypatch.setattr(compiled_forward, "_LONGEST_WAIT_S", 0.0)
+    forward._last_step = now
+    forward._wait_for_idle()
+    assert len(sleeps) == 3
