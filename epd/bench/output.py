@@ -44,6 +44,18 @@ def progress(total: int, what: str) -> Iterator[Callable[[], None]]:
         yield lambda: bar.update() and None
 
 
+def make_folder(path: Path, flag: str) -> None:
+    """Make sure that results can go there, before the time for them is spent.
+
+    Raises:
+        ConfigError: it can't be made; names the flag.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}") from error
+
+
 def write_file(path: Path, content: str | bytes, flag: str) -> None:
     """Write a result.
 

@@ -24,7 +24,7 @@ from epd.bench.children import free_port
 from epd.bench.compare import compare, read_report
 from epd.bench.load import Pace
 from epd.bench.machine import describe_machine
-from epd.bench.output import markdown_table, write_file
+from epd.bench.output import make_folder, markdown_table, write_file
 from epd.bench.serve import ServeBench, ServeReport, run_serve
 from epd.bench.workload import MIXES, Workload
 from epd.config import UpConfig
@@ -82,6 +82,9 @@ async def run_report(bench: ReportBench, notify: Notify = lambda _: None) -> int
         ConfigError: a part cannot run, or the file can't be written.
     """
     started = time.monotonic()
+    make_folder(bench.out.parent, "--out")
+    if bench.json_dir is not None:
+        make_folder(bench.json_dir, "--json-dir")
     peers = [read_report(path) for path in bench.peers]
     with tempfile.TemporaryDirectory(prefix="epd-bench-") as folder:
         model = bench.model or Path(folder) / _MODEL_NAME

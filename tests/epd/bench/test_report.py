@@ -85,6 +85,19 @@ async def test_a_part_that_cannot_run_ends_the_report(tmp_path: Path, monkeypatc
     assert not (tmp_path / "B.md").exists()
 
 
+async def test_folders_are_made_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = Fakes(monkeypatch)
+    out, json_dir = tmp_path / "new" / "B.md", tmp_path / "json" / "of loads"
+    await run_report(ReportBench(out=out, json_dir=json_dir))
+    assert out.is_file()
+    assert json_dir.is_dir()
+    (tmp_path / "file").touch()
+    fakes.commands.clear()
+    with pytest.raises(ConfigError, match="--json-dir"):
+        await run_report(ReportBench(out=out, json_dir=tmp_path / "file"))
+    assert not fakes.commands
+
+
 def test_the_machine_is_described() -> None:
     described = dict(describe_machine())
     assert described["Python"] == platform.python_version()
