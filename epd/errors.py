@@ -13,6 +13,7 @@
         ├── Overloaded           429 (retryable)
         ├── WorkerFailed         502
         ├── NoWorker             503 (retryable)
+        ├── HandedOver           503 (retryable)
         ├── DeadlineExceeded     504
         └── InternalError        500
     ProtocolError                a peer sent something malformed; never shown to clients
@@ -160,6 +161,12 @@ class NoWorker(ServerError):
     retryable = True
 
 
+class HandedOver(NoWorker):
+    """A worker leaves, and gives the request back as it is, to be gone on with elsewhere."""
+
+    code = "handed_over"
+
+
 class DeadlineExceeded(ServerError):
     """A stage could not finish in time."""
 
@@ -189,6 +196,7 @@ _BY_CODE: dict[str, type[EPDError]] = {
         Overloaded,
         WorkerFailed,
         NoWorker,
+        HandedOver,
         DeadlineExceeded,
         InternalError,
     )

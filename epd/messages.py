@@ -11,6 +11,9 @@ image bytes of a message travel behind it as raw frames (see `epd.codec`). Durat
     PD → encoder       Welcome | Refusal, Pong, EmbeddingsReply
     worker → proxy     Announcement (to the proxy's own address)
 
+A PD that leaves before a request is finished ends it with the error `handed_over`: the proxy goes on elsewhere, with
+`resume_token_ids`.
+
 Every `EncodeRequest` is answered by exactly one `EncodeResult`, every `Embeddings` by one `EmbeddingsReply`, and every
 `GenerateRequest` by `TokenOutput`s of which exactly one, the last, has a `finish_reason`.
 """
@@ -54,6 +57,12 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that run at once (PD), or images that queue at most (encoder)."""
     task: WorkerTask = WorkerTask.GENERATE
     """What a PD answers."""
+    served_model_name: str = ""
+    """What clients call the model; empty: what the proxy calls the checkpoint."""
+    version: str = ""
+    """Of this software."""
+    uptime_s: float = 0.0
+    """Seconds since the process started, as of the message that carries it."""
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +72,12 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0
     kv_used_blocks: int = 0
     kv_total_blocks: int = 0
+    work_ms: float = 0.0
+    """What the worker predicts that its requests at hand still take, in milliseconds, from rates that it learned."""
+    ms_per_unit: float = 0.0
+    """Predicted time of one more prompt token (PD) or of one more picture (encoder); 0: nothing learned yet."""
+    cache_digest: str = ""
+    """Which content it holds, for affinity across proxies; empty: unknown. See `proxy.routing`."""
 
 
 class StageStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +94,7 @@ class Hello(Message, frozen=True, kw_only=True):
     sender: str
     """Name of the sender for logs, such as `proxy-5580` or an encoder's address."""
     model: str
-    """Checkpoint fingerprint that the sender serves."""
+    """Checkpoint fingerprint that the sender serves; empty: any, as proxies say, which learn it from the answer."""
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -129,6 +144,10 @@ class Pong(Message, frozen=True, kw_only=True):
     """Name of a stage → durations since start. Names: see `epd.observability.Stage`."""
     counters: dict[str, int] = msgspec.field(default_factory=dict)
     """Name → count since start, such as `embedding_cache_hits`."""
+    stalled_s: float = 0.0
+    """Seconds for which there has been work and no step or batch ended; 0 while idle or moving."""
+    is_stuck: bool = False
+    """`stalled_s` is far above what this worker's steps take: it must be treated as dead."""
 
 
 # -- one request ---------------------------------------------------------------------------------------------------
@@ -186,6 +205,9 @@ class GenerateRequest(Message, frozen=True, kw_only=True):
     """Smaller goes first; requests of equal priority go by arrival."""
     pooling: Pooling | None = None
     """Answer with one vector when the prompt is computed, and with no token; `sampling` is then not looked at."""
+    resume_token_ids: tuple[int, ...] = ()
+    """Tokens of the answer that the client has already, made by a worker that was lost. They count as generated (for
+    positions, penalties, grammar, `max_tokens`); outputs carry only what follows them."""
 
 
 class Embeddings(Message, frozen=True, kw_only=True):
