@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_command(commands, "encoder", _encoder, "run an encoder worker", EncoderConfig)
     _add_command(commands, "pd", _prefill_decode, "run a prefill-decode worker", PrefillDecodeConfig)
     _add_chat(commands)
+    _add_ping(commands)
     _add_demo(commands)
     add_bench(commands)
     commands.add_parser("rank").set_defaults(command=_rank)  # without help it is not listed: `epd pd --tp` starts it
@@ -79,6 +80,18 @@ def _add_chat(commands: Any) -> None:
         "--max-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (default: %(default)s)"
     )
     chat.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: %(default)s)")
+
+
+def _add_ping(commands: Any) -> None:
+    summary = "ask one process whether it serves: exit code 0 yes, 1 no; for health checks"
+    command = _add_command(commands, "ping", _ping, summary, None)
+    command.add_argument("address", help="of a worker (/tmp/encoder_0, host:port) or a proxy (http://host:port)")
+    command.add_argument(
+        "--ready", action="store_true", help="want one that takes new requests, not only one that lives"
+    )
+    command.add_argument(
+        "--timeout", type=float, default=3.0, metavar="S", help="seconds to wait (default: %(default)s)"
+    )
 
 
 def _add_demo(commands: Any) -> None:
@@ -183,6 +196,14 @@ def _chat(arguments: argparse.Namespace) -> int:
     names = {field.name for field in dataclasses.fields(ChatQuestion)}
     question = ChatQuestion(**{name: value for name, value in vars(arguments).items() if name in names})
     return ask_and_print(question)
+
+
+def _ping(arguments: argparse.Namespace) -> int:
+    from epd.ping import ping
+
+    is_well, told = asyncio.run(ping(arguments.address, timeout_s=arguments.timeout, ready=arguments.ready))
+    print(f"{arguments.address}: {told}", file=sys.stdout if is_well else sys.stderr)
+    return 0 if is_well else 1
 
 
 def _demo(arguments: argparse.Namespace) -> int:

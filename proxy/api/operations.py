@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -16,6 +16,7 @@ from epd.observability import Stage
 from epd.types import WorkerRole
 from proxy.api.http import read_body
 from proxy.api.requests import service_of
+from proxy.prometheus import expose, wants_prometheus
 from proxy.service import Service
 from proxy.worker_connection import PROXY_TO_INSTANCE, PROXY_TTFT, WorkerConnection
 
@@ -163,14 +164,20 @@ async def abort(request: Request) -> JSONResponse:
 
 
 @router.get("/metrics", tags=["operations"])
-async def metrics(request: Request) -> PlainTextResponse:
-    """Averages since start of each worker, and what it counted, as text.
+async def metrics(request: Request, format: Literal["text", "prometheus"] | None = None) -> Response:
+    """Averages since start of each worker, and what it counted, as text; or all of it in Prometheus' form.
+
+    Prometheus itself gets its form by its Accept header; others ask with `?format=prometheus`.
 
     Times inside a worker come from its own clock, asked for now; `proxy ttft` is from the arrival of the
     HTTP request to the first token at this proxy; `proxy to instance` is half a ping's round trip.
     """
     connections = service_of(request).pool.connections()
     await asyncio.gather(*(worker.refresh() for worker in connections))
+    accept = request.headers.get("accept", "")
+    if wants_prometheus(accept, format):
+        body, content_type = expose(connections, len(service_of(request).dispatcher.active), accept)
+        return Response(body, headers={"content-type": content_type})
     workers = sorted(connections, key=lambda one: (_name(one), one.member.address))
     lines: list[str] = []
     shown = ""

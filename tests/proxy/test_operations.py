@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
 
 from epd.messages import StageStats
 from tests.proxy.conftest import Cluster, ClusterFactory, png
@@ -83,6 +85,37 @@ async def test_metrics_have_the_grammar_and_true_figures(cluster: Cluster) -> No
     assert figures["PD_INSTANCE"]["proxy ttft"] > 0
     assert figures["PD_INSTANCE"]["proxy to instance requests time"] > 0
     assert list(figures["E_INSTANCE"].values())[:6] == [3.0, 0.0, 2.5, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"params": {"format": "prometheus"}},
+        {"headers": {"accept": "application/openmetrics-text;version=1.0.0;q=0.8,text/plain;version=0.0.4;q=0.5"}},
+        {"headers": {"accept": "text/plain;version=0.0.4"}},
+    ],
+)
+async def test_metrics_for_prometheus(cluster: Cluster, asked: dict[str, Any]) -> None:
+    cluster.pd.stages = {"prefill": StageStats(count=4, total_ms=10_000)}
+    cluster.pd.counters = {"prefix_cache_hits": 32}
+    response = await cluster.http.get("/metrics", **asked)
+    parse = openmetrics if "openmetrics" in response.headers["content-type"] else text_string_to_metric_families
+    families = {family.name: family for family in parse(response.text)}
+    pd = {"role": "pd", "address": cluster.pd.address}
+
+    def figure(family: str, sample: str, **labels: str) -> float:
+        (found,) = (
+            one.value
+            for one in families[family].samples
+            if one.name == sample and one.labels.items() >= (pd | labels).items()
+        )
+        return found
+
+    assert figure("epd_worker_up", "epd_worker_up") == figure("epd_worker_ready", "epd_worker_ready") == 1
+    assert figure("epd_worker_waiting", "epd_worker_waiting") == 0
+    assert figure("epd_stage_seconds", "epd_stage_seconds_sum", stage="prefill") == 10
+    assert figure("epd_stage_seconds", "epd_stage_seconds_count", stage="prefill") == 4
+    assert figure("epd_worker_events", "epd_worker_events_total", event="prefix_cache_hits") == 32
 
 
 async def test_metrics_name_what_is_wrong(cluster: Cluster) -> None:

@@ -1,0 +1,66 @@
+"""`epd ping`: does this process serve? The health check of containers, and of people.
+
+A worker is asked over its own socket, a proxy over HTTP. The answer comes from where the work is done: a worker whose
+engine hangs says so, although its event loop still answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import httpx
+
+from epd.errors import ProtocolError
+from epd.messages import Ping, Pong
+from epd.transport import Dealer, PeerGone
+from epd.types import WorkerState
+
+
+async def ping(address: str, *, timeout_s: float, ready: bool) -> tuple[bool, str]:
+    """Ask once.
+
+    Args:
+        address: of a worker (path, host:port), or the base URL of a proxy (http://host:port).
+        timeout_s: for all of it.
+        ready: want one that takes new requests; otherwise one that lives.
+
+    Returns:
+        Whether it is well, and what it is, for people.
+
+    Raises:
+        ConfigError: the address is none.
+    """
+    ask = _ping_proxy if address.startswith(("http://", "https://")) else _ping_worker
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await ask(address, ready)
+    except TimeoutError:
+        return False, f"no answer within {timeout_s:g} s"
+
+
+async def _ping_worker(address: str, ready: bool) -> tuple[bool, str]:
+    dealer = Dealer(address)
+    dealer.connect()
+    with contextlib.closing(dealer):
+        try:
+            await dealer.send(Ping(sequence=1))
+            message, _ = await dealer.receive()
+        except (PeerGone, ProtocolError) as error:
+            return False, str(error)
+    if not isinstance(message, Pong):
+        return False, f"answered with {type(message).__name__}"
+    if message.is_stuck:
+        return False, f"stuck: nothing has moved for {message.stalled_s:.1f} s"
+    load = message.load
+    told = f"{message.state.value}, {load.running} running, {load.waiting} waiting"
+    return not ready or message.state is WorkerState.READY, told
+
+
+async def _ping_proxy(url: str, ready: bool) -> tuple[bool, str]:
+    async with httpx.AsyncClient(timeout=60) as client:  # the caller has a shorter deadline
+        try:
+            response = await client.get(url.rstrip("/") + ("/health" if ready else "/ping"))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            return False, str(error) or type(error).__name__
+    return response.is_success, f"HTTP {response.status_code} {response.text[:500]}".rstrip()
