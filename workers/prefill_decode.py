@@ -227,6 +227,7 @@ class PrefillDecodeService:
                 message.prompt_token_ids,
                 message.sampling,
                 images=[ImagePlaceholder(slot.content_key, slot.offset) for slot in message.images],
+                resume_token_ids=message.resume_token_ids,
                 priority=message.priority,
                 pooling=message.pooling,
                 timeout_s=message.timeout_s,

@@ -85,6 +85,7 @@ class Setup:
         timeout_s: float = 60,
         priority: int = 0,
         expect_cached: bool = False,
+        resume: tuple[int, ...] = (),
     ) -> None:
         prompt = (1, 2, *([IMAGE_TOKEN] * len(keys)), 3)
         message = GenerateRequest(
@@ -96,6 +97,7 @@ class Setup:
             sampling=SamplingParams(max_tokens=max_tokens, temperature=0),
             timeout_s=timeout_s,
             priority=priority,
+            resume_token_ids=resume,
         )
         self.service.handle(peer, message, [])
 
@@ -126,6 +128,16 @@ async def test_tokens_come_back_under_the_id_of_the_proxy(setup: Setup) -> None:
     await setup.peers.end_of("r", OTHER)
     assert setup.peers.tokens_of("r") == [3, 4, 5]
     assert setup.peers.tokens_of("r", OTHER) == [3, 4]
+
+
+async def test_a_resumed_answer_goes_on_behind_what_the_client_has(setup: Setup) -> None:
+    setup.generate("r", max_tokens=5, resume=(3, 4, 5))
+    assert (await setup.peers.end_of("r")).finish_reason is FinishReason.LENGTH
+    assert setup.peers.tokens_of("r") == [6, 7]
+    setup.generate("bad", resume=(-1,))
+    error = (await setup.peers.end_of("bad")).error
+    assert error is not None
+    assert (error.code, error.param) == ("invalid_request", "resume_token_ids")
 
 
 async def test_the_priority_reaches_the_engine(setup: Setup) -> None:

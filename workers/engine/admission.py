@@ -30,6 +30,18 @@ def check_prompt(info: ModelInfo, token_ids: Sequence[int], images: Sequence[Ima
         raise InvalidRequest("Picture offsets must increase and lie in the prompt.", param="images")
 
 
+def check_resumed(info: ModelInfo, token_ids: Sequence[int], ending: frozenset[int], pooling: Pooling | None) -> None:
+    """Refuse the beginning of an answer that cannot be this model's to this request; raises InvalidRequest."""
+    if not token_ids:
+        return
+    if pooling is not None:
+        raise InvalidRequest("A vector can't be resumed.", param="resume_token_ids")
+    if min(token_ids) < 0 or max(token_ids) >= info.vocab_size:
+        raise InvalidRequest("Token ids outside the vocabulary.", param="resume_token_ids")
+    if not ending.isdisjoint(token_ids[:-1]):
+        raise InvalidRequest("The answer goes on behind a token that ends it.", param="resume_token_ids")
+
+
 def tokens_to_generate(limit: int, num_prompt_tokens: int, sampling: SamplingParams, pooling: Pooling | None) -> int:
     """How many tokens a request may generate in a context of `limit` tokens.
 

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 
+import msgspec
 import torch
 
 from epd.errors import (
@@ -126,6 +127,7 @@ class Engine:
         sampling: SamplingParams,
         *,
         images: Sequence[ImagePlaceholder] = (),
+        resume_token_ids: Sequence[int] = (),
         priority: int = 0,
         pooling: Pooling | None = None,
         timeout_s: float | None = None,
@@ -137,12 +139,16 @@ class Engine:
             prompt_token_ids: with one placeholder token for each picture.
             sampling: ranges are trusted.
             images: by increasing offset. Their embeddings may be here already, or come later.
+            resume_token_ids: the answer's first tokens, made by an engine that was lost. They are computed again as
+                after a preemption and count as generated in every respect; outputs carry what follows them. Log
+                probabilities of the prompt are not given again.
             priority: smaller goes first; see `scheduler` for how much.
             pooling: end with one vector when the prompt is computed; `sampling` is not looked at.
             timeout_s: after so many seconds, a day at most, the request ends with `DeadlineExceeded`; None: never.
 
         Raises:
-            InvalidRequest: the id is in use, the time is NaN, or prompt, pictures or pooling cannot be for this model.
+            InvalidRequest: the id is in use, the time is NaN, or prompt, pictures, pooling or what is to be resumed
+                cannot be for this model.
             InvalidRequest: the grammar can't be followed.
             ContextLengthExceeded: prompt and `max_tokens` do not fit, even with pictures of one token.
             Overloaded: too many requests wait. In all these cases the request gets no output.
@@ -152,17 +158,22 @@ class Engine:
             raise InvalidRequest(f"Request id {request_id} is in use.", param="request_id")
         admission.check_prompt(self.info, prompt_token_ids, images)
         admission.tokens_to_generate(self.info.max_model_len, len(prompt_token_ids), sampling, pooling)
+        ending_token_ids = admission.ending_token_ids(self.info, sampling)
+        admission.check_resumed(self.info, resume_token_ids, ending_token_ids, pooling)
+        if resume_token_ids:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         request = EngineRequest(
             request_id,
             prompt_token_ids,
             sampling,
             images=images,
+            resume_token_ids=resume_token_ids,
             priority=priority,
             pooling=pooling,
             deadline=admission.deadline_in(timeout_s, self._clock()),
             clock=self._clock,
         )
-        request.ending_token_ids = admission.ending_token_ids(self.info, sampling)
+        request.ending_token_ids = ending_token_ids
         request.matcher = self._matcher(sampling)
         self._scheduler.add(request)
         self._requests[request_id] = request
@@ -311,8 +322,8 @@ class Engine:
             check_prompt_logprobs(request.sampling, request.num_prompt_tokens)
             if not missing:
                 self._add_logits_state(request)
-            known = request.token_ids[: request.num_known_tokens] if missing else request.token_ids
-            self._runner.add(request.request_id, known, placed)
+            num_known = request.num_known_tokens if missing else request.num_prompt_tokens
+            self._runner.add(request.request_id, request.token_ids[:num_known], placed)
         except EPDError as error:
             self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
             return
@@ -322,8 +333,11 @@ class Engine:
             return
         if missing:
             self._scheduler.embeddings_arrived(request)
-        elif request.status is RequestStatus.WAITING_FOR_EMBEDDINGS:
+            return
+        if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS:
             self._scheduler.embeddings_complete(request)
+        if request.resumed_token_ids:
+            self._end_if_whole(request)
 
     def _matcher(self, sampling: SamplingParams) -> GrammarMatcher | None:
         if sampling.grammar is None:
@@ -337,6 +351,7 @@ class Engine:
             request.logits_state = LogitsState(
                 request.sampling,
                 request.token_ids,
+                request.num_prompt_tokens,
                 ending=request.ending_token_ids,
                 vocab_size=self.info.vocab_size,
                 matcher=request.matcher,
@@ -387,43 +402,48 @@ class Engine:
                 self._finish(request, RequestStatus.FINISHED_STOPPED, pooled=pooled)
 
     def _accept(self, request: EngineRequest, sampled: Sampled) -> None:
-        token, state = sampled.token_id, request.logits_state
         if request.max_tokens == 0:  # all that was asked for is the prompt
             self._finish(request, RequestStatus.FINISHED_LENGTH)
             return
-        if token == NOTHING:  # everything is masked: the answer can't go on, and there is no end to choose
-            self._stop(request, state)
+        if sampled.token_id == NOTHING:  # everything is masked: the answer can't go on, and there is no end to choose
+            self._stop(request)
             return
-        request.append(token)
-        if state is not None:
-            state.advance()
+        request.append(sampled.token_id)
+        if request.logits_state is not None:
+            request.logits_state.advance()
+        if self._end_if_whole(request, sampled):
+            return
+        is_first = request.num_output_tokens == len(request.resumed_token_ids) + 1
+        self._outputs.append(
+            StepOutput(
+                request.request_id,
+                (sampled.token_id,),
+                prompt_tokens=request.num_prompt_tokens if is_first else 0,
+                cached_tokens=(request.num_cached_tokens or 0) if is_first else 0,
+                logprobs=_logprobs(sampled),
+                prompt_logprobs=self._prompt_logprobs(request),
+            )
+        )
+
+    def _end_if_whole(self, request: EngineRequest, sampled: Sampled | None = None) -> bool:
+        """End a request whose answer is complete with its last token, which is `sampled` or was resumed."""
+        token, state = request.token_ids[-1], request.logits_state
         if token in request.ending_token_ids:
-            self._stop(request, state, sampled, stop_token_id=token)
+            self._stop(request, sampled, stop_token_id=token)
         elif state is not None and state.is_complete:  # without asking the model for an end
-            self._stop(request, state, sampled)
+            self._stop(request, sampled)
         elif request.num_output_tokens >= request.max_tokens:
             self._finish(request, RequestStatus.FINISHED_LENGTH, sampled=sampled)
-        else:
-            is_first = request.num_output_tokens == 1
-            self._outputs.append(
-                StepOutput(
-                    request.request_id,
-                    (token,),
-                    prompt_tokens=request.num_prompt_tokens if is_first else 0,
-                    cached_tokens=(request.num_cached_tokens or 0) if is_first else 0,
-                    logprobs=_logprobs(sampled),
-                    prompt_logprobs=self._prompt_logprobs(request),
-                )
-            )
+        return request.status.is_finished
 
     def _stop(
         self,
         request: EngineRequest,
-        state: LogitsState | None,
         sampled: Sampled | None = None,
         stop_token_id: int | None = None,
     ) -> None:
         """End an answer that is whole, or whose grammar failed: that looks the same to the sampler."""
+        state = request.logits_state
         reason = None if state is None or state.matcher is None else state.matcher.error
         if reason is None:
             self._finish(request, RequestStatus.FINISHED_STOPPED, sampled=sampled, stop_token_id=stop_token_id)

@@ -39,6 +39,7 @@ class LogitsState:
     Args:
         params: of the request.
         token_ids: its expanded prompt, to which the caller appends what is generated. Shared, not copied.
+        num_prompt_tokens: how many of them are the prompt; the answer may have begun already.
         ending: tokens that end the answer.
         vocab_size: tokens outside are dropped from all lists.
         matcher: at the start of the request's grammar, if it has one.
@@ -48,6 +49,7 @@ class LogitsState:
         self,
         params: SamplingParams,
         token_ids: Sequence[int],
+        num_prompt_tokens: int,
         *,
         ending: Iterable[int],
         vocab_size: int,
@@ -65,10 +67,11 @@ class LogitsState:
         self.bias_values = np.fromiter(biases.values(), dtype=np.float32, count=len(biases))
         self.counts: TokenCounts | None = None
         if params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1:
-            self.counts = TokenCounts(token_ids if params.repetition_penalty != 1 else ())
+            self.counts = TokenCounts(token_ids[:num_prompt_tokens] if params.repetition_penalty != 1 else ())
         self._bad_words = _BadWords(params.bad_words, vocab_size)
         self._token_ids = token_ids
-        self._start = self._seen = len(token_ids)
+        self._start = self._seen = num_prompt_tokens
+        self.advance()
 
     def advance(self) -> None:
         """Take in the tokens that were generated since the last call. Those that end the answer are none of it."""

@@ -63,9 +63,9 @@ class ImageSpan:
 class EngineRequest:
     """State of one request. Integers only; its tensors live in the model runner.
 
-    `token_ids` is the prompt, later with pictures expanded, followed by everything generated. The keys and values of
-    its first `num_computed_tokens` are in the cache. A preemption sets that to 0 and nothing else, so that the same
-    tokens are computed again and none is lost or repeated.
+    `token_ids` is the prompt, later with pictures expanded, followed by everything generated, by an
+    engine before this one too. The keys and values of its first `num_computed_tokens` are in the cache. A preemption
+    sets that to 0 and nothing else, so that the same tokens are computed again and none is lost or repeated.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class EngineRequest:
         sampling: SamplingParams,
         *,
         images: Sequence[ImagePlaceholder] = (),
+        resume_token_ids: Sequence[int] = (),
         priority: int = 0,
         pooling: Pooling | None = None,
         deadline: float | None = None,
@@ -87,13 +88,14 @@ class EngineRequest:
             prompt_token_ids: with one placeholder per picture.
             sampling: how to choose tokens and when to end.
             images: the placeholders, by increasing offset.
+            resume_token_ids: beginning of the answer, made elsewhere.
             priority: smaller goes first.
             pooling: what to make of the prompt instead of tokens.
             deadline: reading of `clock` after which the request is given up; None: never.
             clock: monotonic seconds.
         """
         self.request_id = request_id
-        self.token_ids = list(prompt_token_ids)
+        self.token_ids = [*prompt_token_ids, *resume_token_ids]
         self.sampling = sampling
         self.images = tuple(images)
         self.priority = priority
@@ -102,7 +104,9 @@ class EngineRequest:
 
         self.sent_token_ids = tuple(prompt_token_ids)
         """The prompt as it came, with placeholders."""
-        self.num_prompt_tokens = len(self.token_ids)
+        self.resumed_token_ids = tuple(resume_token_ids)
+        """Leading tokens of the answer that were not generated here, and are in no output."""
+        self.num_prompt_tokens = len(self.sent_token_ids)
         self._num_expanded_tokens: int | None = None
         self.num_computed_tokens = 0
         self.image_spans: tuple[ImageSpan, ...] = ()
@@ -170,7 +174,7 @@ class EngineRequest:
 
     @property
     def num_output_tokens(self) -> int:
-        """Generated tokens."""
+        """Tokens of the answer so far, resumed ones included."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
@@ -204,8 +208,8 @@ class EngineRequest:
             atomic_spans: see the attribute.
             num_expanded: leading tokens before the first picture that is still missing; None: none is missing.
         """
-        self.token_ids = list(token_ids)
-        self.num_prompt_tokens = len(self.token_ids)
+        self.token_ids = [*token_ids, *self.resumed_token_ids]
+        self.num_prompt_tokens = len(token_ids)
         self.image_spans = tuple(spans)
         self.atomic_spans = tuple(atomic_spans)
         self._num_expanded_tokens = num_expanded

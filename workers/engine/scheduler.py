@@ -277,9 +277,10 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = num_cached_tokens
         if request.num_cached_tokens is None:
+            num_cached_tokens = min(num_cached_tokens, request.num_prompt_tokens)  # a resumed answer's may be there too
             request.num_cached_tokens = max(0, num_cached_tokens - request.num_early_tokens)
             if request.reads_prefix_cache:
-                self.num_queried_tokens += request.num_tokens
+                self.num_queried_tokens += request.num_prompt_tokens
                 self.num_cached_tokens += request.num_cached_tokens
 
     def _names(self, chunk: ScheduledChunk) -> list[bytes]:

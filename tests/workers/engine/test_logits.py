@@ -48,7 +48,7 @@ def sequences(seed: int) -> tuple[list[int], list[int]]:
 def state_of(params: SamplingParams, prompt: list[int], answer: list[int]) -> LogitsState:
     """As the engine makes it: token by token."""
     token_ids = list(prompt)
-    state = LogitsState(params, token_ids, ending=ENDING, vocab_size=VOCAB)
+    state = LogitsState(params, token_ids, len(token_ids), ending=ENDING, vocab_size=VOCAB)
     for token in answer:
         token_ids.append(token)
         state.advance()
@@ -99,7 +99,7 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
 def test_counts_grow_past_what_was_reserved() -> None:
     params = SamplingParams(frequency_penalty=1.0)
     answer = [token % 400 for token in range(1000)]
-    state = LogitsState(params, token_ids := [0], ending=(), vocab_size=1000)
+    state = LogitsState(params, token_ids := [0], 1, ending=(), vocab_size=1000)
     token_ids += answer
     state.advance()
     logits = torch.zeros(1, 1000)

@@ -132,7 +132,7 @@ def test_uniforms_are_uniform_and_uncorrelated() -> None:
 @pytest.mark.parametrize("params", [{"temperature": 0}, {"temperature": 1.0}, {"top_k": 1}, {"top_p": 1e-6}])
 def test_ends_never_come_too_early(params: dict[str, Any]) -> None:
     sampling = SamplingParams(min_tokens=1, **params)
-    row = SamplingRow(sampling, 0, LogitsState(sampling, [5], ending=(0, 1), vocab_size=6))
+    row = SamplingRow(sampling, 0, LogitsState(sampling, [5], 1, ending=(0, 1), vocab_size=6))
     assert sample(LOGITS[None].clone(), [row])[0] not in (0, 1)
 
 
