@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_command(commands, "pd", _prefill_decode, "run a prefill-decode worker", PrefillDecodeConfig)
     _add_chat(commands)
     _add_ping(commands)
+    _add_status(commands)
     _add_demo(commands)
     add_bench(commands)
     commands.add_parser("rank").set_defaults(command=_rank)  # without help it is not listed: `epd pd --tp` starts it
@@ -92,6 +93,21 @@ def _add_ping(commands: Any) -> None:
     command.add_argument(
         "--timeout", type=float, default=3.0, metavar="S", help="seconds to wait (default: %(default)s)"
     )
+
+
+def _add_status(commands: Any) -> None:
+    status = _add_command(commands, "status", _status, "show each worker, its load, and what is wrong", None)
+    status.epilog = "Exit codes: 0 all is well, 1 a role is missing or a worker is not well, 2 nobody answers."
+    status.add_argument("--url", default="http://127.0.0.1:5580", help="URL of a proxy (default: %(default)s)")
+    status.add_argument(
+        "--watch",
+        type=float,
+        nargs="?",
+        const=2.0,
+        metavar="SECONDS",
+        help="look again and again until Ctrl-C (every 2 s when no time is given)",
+    )
+    status.add_argument("--json", action="store_true", help="print what the proxy answers (GET /cluster) as it is")
 
 
 def _add_demo(commands: Any) -> None:
@@ -204,6 +220,12 @@ def _ping(arguments: argparse.Namespace) -> int:
     is_well, told = asyncio.run(ping(arguments.address, timeout_s=arguments.timeout, ready=arguments.ready))
     print(f"{arguments.address}: {told}", file=sys.stdout if is_well else sys.stderr)
     return 0 if is_well else 1
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from epd.status import StatusQuery, show_status
+
+    return show_status(StatusQuery(url=arguments.url, watch=arguments.watch, json=arguments.json))
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -97,6 +97,7 @@ class WorkerConnection:
         """Of a PD: whose embeddings it should hold. Forgotten with the connection."""
         self.problem = "not connected yet"
         """Why the worker is not up, for people."""
+        self._greeted_at = 0.0
         self._identity = identity
         self._peers = peers
         self._told_peers: tuple[str, ...] | None = None
@@ -114,6 +115,13 @@ class WorkerConnection:
     def is_ready(self) -> bool:
         """Whether it takes new requests."""
         return self.info is not None and self.state is WorkerState.READY
+
+    @property
+    def age_s(self) -> float | None:
+        """Seconds since the worker's process started; None: not up, or it did not say."""
+        if self.info is None or not self.info.uptime_s:
+            return None
+        return self.info.uptime_s + time.monotonic() - self._greeted_at
 
     @property
     def in_hand(self) -> int:
@@ -253,6 +261,7 @@ class WorkerConnection:
         if worker.role is not self.member.role:
             raise _Refused(f"it is a {worker.role.value} worker, not {self.member.role.value}")
         self.info, self.state, self.problem = worker, worker.state, ""
+        self._greeted_at = time.monotonic()
         self._unheard = 0
         log.info("%s %s is up", self.member.role.value, self.member.address)
 

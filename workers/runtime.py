@@ -16,6 +16,7 @@ from typing import Protocol
 
 import msgspec
 
+from epd import __version__
 from epd.codec import Buffer
 from epd.config import WorkerConfig
 from epd.errors import ProtocolError
@@ -37,6 +38,8 @@ from epd.types import WorkerRole, WorkerState, WorkerTask
 
 log = logging.getLogger(__name__)
 
+_STARTED = time.monotonic()
+"""Of the process, nearly: this is imported before a model is loaded."""
 ANNOUNCE_INTERVAL_S = 1.0
 PEER_TIMEOUT_S = 10.0
 """Proxies ping twice a second; one that is silent for so long has gone, and its requests with it."""
@@ -115,6 +118,7 @@ class WorkerRuntime:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             task=task,
+            version=__version__,
         )
         self._state = WorkerState.READY
         self._last_seen: dict[bytes, float] = {}
@@ -238,7 +242,7 @@ class WorkerRuntime:
         )
 
     def _current_info(self) -> WorkerInfo:
-        return msgspec.structs.replace(self._info, state=self._state)
+        return msgspec.structs.replace(self._info, state=self._state, uptime_s=time.monotonic() - _STARTED)
 
     def _count_malformed(self, sender: str, error: ProtocolError) -> None:
         self._malformed += 1

@@ -13,7 +13,7 @@ from epd.errors import InvalidRequest
 from epd.limits import check_prompt_logprobs
 from epd.types import SamplingParams
 from proxy.answer import TextOptions
-from proxy.api import embeddings, score
+from proxy.api import embeddings, operations, score
 from proxy.api.http import Client, Exchange
 from proxy.api.openai_answer import ChatDialect, Dialect, Head, TextDialect, Wanted
 from proxy.api.openai_logprobs import Echo
@@ -38,7 +38,8 @@ router = APIRouter(tags=["OpenAI"])
 
 def schema_components() -> dict[str, Any]:
     """JSON schemas of all bodies, for the OpenAPI document."""
-    kinds = (ChatRequest, CompletionRequest, ChatCompletion, TextCompletion, *embeddings.DOCUMENTED, *score.DOCUMENTED)
+    own = (ChatRequest, CompletionRequest, ChatCompletion, TextCompletion)
+    kinds = (*own, *embeddings.DOCUMENTED, *score.DOCUMENTED, *operations.DOCUMENTED)
     _, components = msgspec.json.schema_components(kinds, ref_template=REF)
     return components
 

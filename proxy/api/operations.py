@@ -10,18 +10,21 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from epd.cluster_view import ClusterView
 from epd.errors import InvalidRequest
 from epd.messages import StageStats
 from epd.observability import Stage
 from epd.types import WorkerRole
 from proxy.api.http import read_body
-from proxy.api.requests import service_of
+from proxy.api.requests import REF, service_of
 from proxy.prometheus import expose, wants_prometheus
+from proxy.roster_view import cluster_view
 from proxy.service import Service
 from proxy.worker_connection import PROXY_TO_INSTANCE, PROXY_TTFT, WorkerConnection
 
 router = APIRouter()
 
+DOCUMENTED = (ClusterView,)
 _MAX_SMALL_BODY_BYTES = 64 << 10
 _NOTHING = StageStats()
 
@@ -158,6 +161,24 @@ async def abort(request: Request) -> JSONResponse:
     for request_id in aborted:
         active[request_id].cancel()
     return JSONResponse({"status": "ok", "aborted": aborted})
+
+
+# -- the roster ------------------------------------------------------------------------------------------------------
+
+_CLUSTER_SCHEMA = {"application/json": {"schema": {"$ref": REF.format(name=ClusterView.__name__)}}}
+
+
+@router.get(
+    "/cluster",
+    tags=["operations"],
+    response_model=None,
+    openapi_extra={"responses": {"200": {"description": "The live roster", "content": _CLUSTER_SCHEMA}}},
+)
+async def get_cluster(request: Request) -> Response:
+    """Each worker that this proxy knows of: state, load, what is wrong. `epd status` prints it. Always 200."""
+    service = service_of(request)
+    view = cluster_view(service, _missing_roles(service))
+    return Response(msgspec.json.encode(view), media_type="application/json")
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from epd.cluster_view import ClusterView
 from epd.messages import StageStats
 from tests.proxy.conftest import Cluster, ClusterFactory, png
 
@@ -116,6 +118,26 @@ async def test_metrics_for_prometheus(cluster: Cluster, asked: dict[str, Any]) -
     assert figure("epd_stage_seconds", "epd_stage_seconds_sum", stage="prefill") == 10
     assert figure("epd_stage_seconds", "epd_stage_seconds_count", stage="prefill") == 4
     assert figure("epd_worker_events", "epd_worker_events_total", event="prefix_cache_hits") == 32
+
+
+async def test_cluster_shows_each_worker_and_what_is_wrong(cluster: Cluster) -> None:
+    cluster.pd.counters = {"prefix_cache_queries": 40, "prefix_cache_hits": 32, "requests_error": 2}
+    cluster.encoder.counters = {"embedding_cache_hits": 1, "embedding_cache_misses": 3, "malformed_messages": 1}
+    await cluster.http.get("/metrics")  # asks the workers for their figures as of now
+    response = await cluster.http.get("/cluster")
+    view = msgspec.json.decode(response.content, type=ClusterView)
+    assert (response.status_code, view.status, view.models[0].missing) == (200, "ok", ())
+    encoder, pd = view.workers
+    assert (encoder.role, encoder.address, encoder.state) == ("encoder", cluster.encoder.address, "ready")
+    assert (encoder.cache_hit_rate, encoder.kv_use, encoder.errors) == (0.25, None, 1)
+    assert (pd.role, pd.model, pd.cache_hits, pd.errors) == ("pd", cluster.name, 32, 2)
+    assert (encoder.problem, pd.problem) == ("", "")
+    await cluster.encoder.stop()
+    await cluster.ready(1, 0)
+    view = msgspec.json.decode((await cluster.http.get("/cluster")).content, type=ClusterView)
+    assert (view.status, view.models[0].missing) == ("degraded", ("encoder",))
+    assert view.workers[0].state == "down"
+    assert view.workers[0].problem
 
 
 async def test_metrics_name_what_is_wrong(cluster: Cluster) -> None:

@@ -1,0 +1,80 @@
+"""The workers of this proxy as `GET /cluster` shows them."""
+
+from __future__ import annotations
+
+import time
+
+from epd import __version__
+from epd.cluster_view import MAX_WORKERS, ClusterView, ModelView, WorkerView
+from epd.types import WorkerRole, WorkerState
+from proxy.service import Service
+from proxy.worker_connection import WorkerConnection
+
+_ERRORS = ("requests_error", "images_failed", "malformed_messages")
+
+
+def cluster_view(service: Service, missing: list[WorkerRole]) -> ClusterView:
+    """All that `epd status` prints, without asking anybody: the pings' answers are recent enough.
+
+    Args:
+        service: of this proxy.
+        missing: roles that the model needs and nobody plays.
+    """
+    connections = sorted(service.pool.connections(), key=lambda one: (one.member.role.value, one.member.address))
+    workers = tuple(_worker_view(one, service.config.model_name) for one in connections[:MAX_WORKERS])
+    is_well = not missing and not any(worker.problem for worker in workers)
+    return ClusterView(
+        status="ok" if is_well else "degraded",
+        version=__version__,
+        uptime_s=time.time() - service.created,
+        requests=len(service.dispatcher.active),
+        models=(ModelView(name=service.config.model_name, missing=tuple(role.value for role in missing)),),
+        workers=workers,
+        left_out=len(connections) - len(workers),
+    )
+
+
+def _worker_view(worker: WorkerConnection, model: str) -> WorkerView:
+    info = worker.info
+    if info is None:
+        return WorkerView(
+            role=worker.member.role.value,
+            address=worker.member.address,
+            model="",
+            state="down",
+            problem=worker.problem or "not connected",
+        )
+    load, counters = worker.reported_load, worker.counters
+    hits, queries = _cache(worker.member.role, counters)
+    return WorkerView(
+        role=info.role.value,
+        address=worker.member.address,
+        model=info.served_model_name or model,
+        state=worker.state.value,
+        problem=_problem(worker),
+        version=info.version,
+        incarnation=info.incarnation,
+        age_s=worker.age_s,
+        running=load.running,
+        waiting=load.waiting,
+        kv_used_blocks=load.kv_used_blocks,
+        kv_total_blocks=load.kv_total_blocks,
+        cache_hits=hits,
+        cache_queries=queries,
+        errors=sum(counters.get(name, 0) for name in _ERRORS),
+    )
+
+
+def _problem(worker: WorkerConnection) -> str:
+    """Of a worker that is connected. To start and to drain are no problems."""
+    if worker.is_ready or worker.state is not WorkerState.READY:
+        return ""
+    return worker.problem or "it gets no requests just now"
+
+
+def _cache(role: WorkerRole, counters: dict[str, int]) -> tuple[int, int]:
+    """Hits and look-ups: of pictures in an encoder, of prompt tokens in a PD."""
+    if role is WorkerRole.ENCODER:
+        hits = counters.get("embedding_cache_hits", 0)
+        return hits, hits + counters.get("embedding_cache_misses", 0)
+    return counters.get("prefix_cache_hits", 0), counters.get("prefix_cache_queries", 0)
