@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,8 +16,11 @@ from epd import __version__
 from epd.bench.commands import add_bench
 from epd.config import EncoderConfig, PrefillDecodeConfig, ProxyConfig, UpConfig, WorkerConfig
 from epd.demo import CHECKPOINT_DIR
+from epd.environment import router_defaults, unused_variables
 from epd.errors import ConfigError
 from epd.flags import HelpFormatter, add_flags, read_flags
+
+log = logging.getLogger(__name__)
 
 EXIT_CONFIG_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -26,9 +30,9 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 failed, 2 a flag or file is wrong, 130 interrupted."""
-    parsed = _parser().parse_args(arguments)
-    command: Command = parsed.command
     try:
+        parsed = _parser().parse_args(arguments)
+        command: Command = parsed.command
         return command(parsed)
     except ConfigError as error:
         print(f"epd: {error}", file=sys.stderr)
@@ -47,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"epd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_command(commands, "up", _up, "run a whole cluster on this host, supervised", UpConfig)
-    _add_command(commands, "proxy", _proxy, "run the HTTP front", ProxyConfig)
+    proxy = _add_command(commands, "proxy", _proxy, "run the HTTP front", ProxyConfig)
+    proxy.set_defaults(**router_defaults(os.environ))
     _add_command(commands, "encoder", _encoder, "run an encoder worker", EncoderConfig)
     _add_command(commands, "pd", _prefill_decode, "run a prefill-decode worker", PrefillDecodeConfig)
     _add_chat(commands)
@@ -131,6 +136,8 @@ def _proxy(arguments: argparse.Namespace) -> int:
 
     config = read_flags(ProxyConfig, arguments)
     setup_logging(f"proxy_{config.port}", config.log_level)
+    for text in unused_variables(os.environ):
+        log.warning("%s", text)
     return run_proxy(config)
 
 

@@ -15,6 +15,9 @@ from typing import Any
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 
+ROUTERS = ("random", "round_robin", "least_loaded", "power_of_two", "affinity")
+"""Policies of `--encoder-router` and `--pd-router`; see `proxy.routing`."""
+
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A field with a default and the text that `--help` shows. `metadata`: metavar, choices, minimum."""
@@ -63,13 +66,15 @@ class ProxyConfig(ProcessConfig):
     request_timeout: float = option(120.0, "seconds a request may take in all", minimum=0.001)
     encoder_router: str = option(
         "affinity",
-        "how an encoder is chosen for a picture",
-        choices=("random", "round_robin", "least_loaded", "affinity"),
+        "how an encoder is chosen for a picture; least_loaded: where it would be done first, power_of_two: the better "
+        "of two drawn, affinity: the same picture to the same encoder while load allows",
+        choices=ROUTERS,
     )
     pd_router: str = option(
         "least_loaded",
-        "how a prefill-decode worker is chosen",
-        choices=("random", "round_robin", "least_loaded", "affinity"),
+        "how a prefill-decode worker is chosen; affinity: prompts that begin alike, or with the same pictures, to the "
+        "same one while load allows",
+        choices=ROUTERS,
     )
     max_body_bytes: int = option(64 << 20, "largest request body, in bytes", minimum=1)
     max_image_bytes: int = option(20 << 20, "largest picture file, in bytes", minimum=1)
@@ -228,6 +233,12 @@ class UpConfig(ProcessConfig):
         (), "private networks that pictures may be fetched from (127.0.0.0/8); default: none", metavar="CIDR"
     )
     request_timeout: float = option(120.0, "seconds a request may take in all")
+    encoder_router: str | None = option(
+        None, "how proxies choose an encoder; default: theirs, affinity", choices=ROUTERS
+    )
+    pd_router: str | None = option(
+        None, "how proxies choose a prefill-decode worker; default: theirs, least_loaded", choices=ROUTERS
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

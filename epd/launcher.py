@@ -79,6 +79,8 @@ def _plan_proxy(config: UpConfig, folder: Path, index: int, encoders: list[str],
         "allowed_local_media_path",
         "allowed_private_media",
         "request_timeout",
+        "encoder_router",
+        "pd_router",
         "log_level",
     )
     name = config.served_model_name or ("epd-demo" if config.model == CHECKPOINT_DIR else str(config.model))

@@ -26,6 +26,7 @@ import msgspec
 from epd.errors import DeadlineExceeded, EPDError, InternalError, NoWorker, WorkerFailed, from_info
 from epd.messages import EncodeRequest, EncodeResult, GenerateRequest, ImageSlot, TokenOutput
 from epd.types import FinishReason, WorkerRole
+from proxy.placement import Plan
 from proxy.sample import Sample
 from proxy.timings import Timings
 from proxy.work import Update, Work
@@ -152,12 +153,33 @@ class Generation:
             WorkerFailed: one vanished while we were sending.
         """
         work = self.work
-        first_key = work.images[0].content_key if work.images else work.request_id
-        for first in range(0, len(self._samples), work.n):
-            pd = self._pool.pick(WorkerRole.PREFILL_DECODE, first_key, pictures=self._keys)
+        plan = Plan()
+        for prompt, first in enumerate(range(0, len(self._samples), work.n)):
+            pd = self._pick_pd(prompt, plan=plan)
             for sample in self._samples[first : first + work.n]:
                 sample.pd = pd
         await self._send_all(self._samples, *self._pick_encoders(pd))
+
+    def _pick_pd(self, prompt: int, *, plan: Plan | None = None, avoid: str | None = None) -> WorkerConnection:
+        """A PD for all samples of a prompt. Raises NoWorker."""
+        work = self.work
+        return self._pool.pick(
+            WorkerRole.PREFILL_DECODE,
+            work.images[0].content_key if work.images else "",
+            avoid=avoid,
+            pictures=self._keys,
+            units=len(work.prompts[prompt]),
+            chain=lambda: work.prefix_chain(prompt),
+            plan=plan,
+        )
+
+    def _pick_encoder(self, index: int, *, plan: Plan | None = None, avoid: str | None = None) -> WorkerConnection:
+        """An encoder for a picture. Raises NoWorker."""
+        key, units = self.work.images[index].content_key, self._units(index)
+        return self._pool.pick(WorkerRole.ENCODER, key, avoid=avoid, pictures=(key,), units=units, plan=plan)
+
+    def _units(self, index: int) -> float:
+        return self._pool.picture_sizes.units(self.work.images[index].num_pixels)
 
     @property
     def _keys(self) -> dict[str, int]:
@@ -167,8 +189,11 @@ class Generation:
     def _pick_encoders(self, pd: WorkerConnection) -> tuple[frozenset[str], dict[int, WorkerConnection]]:
         """What `pd` should hold, and an encoder for each picture that it does not. Raises NoWorker."""
         held = pd.pictures.use(self._keys)
-        wanted = [(index, key) for key, index in self._keys.items() if key not in held]
-        return held, {index: self._pool.pick(WorkerRole.ENCODER, key) for index, key in wanted}
+        plan = Plan()
+        for image in self.work.images:
+            self._pool.picture_sizes.note(image.num_pixels)
+        wanted = [index for key, index in self._keys.items() if key not in held]
+        return held, {index: self._pick_encoder(index, plan=plan) for index in wanted}
 
     async def _send_all(
         self, samples: list[Sample], held: frozenset[str], encoders: dict[int, WorkerConnection]
@@ -188,8 +213,7 @@ class Generation:
         try:
             await self._send_picture(encoder, index)
         except WorkerFailed:
-            key = self.work.images[index].content_key
-            other = self._pool.pick(WorkerRole.ENCODER, key, avoid=encoder.member.address)
+            other = self._pick_encoder(index, avoid=encoder.member.address)
             await self._send_picture(other, index, retried=True)
 
     async def _send_sample(self, sample: Sample) -> None:
@@ -225,7 +249,10 @@ class Generation:
             timeout_s=max(self._time_left(), 0.001),
         )
         await encoder.encode(
-            request, image.data, lambda result: self._on_encoded(encoder, pd, request, result, retried=retried)
+            request,
+            image.data,
+            lambda result: self._on_encoded(encoder, pd, request, result, retried=retried),
+            self._units(index),
         )
 
     # -- from the workers: called on the event loop, never blocking ------------------------------------------------
@@ -319,17 +346,16 @@ class Generation:
 
     async def _encode_missing(self, pd: WorkerConnection, pictures: dict[str, int]) -> None:
         try:
-            for key, index in pictures.items():
+            for index in pictures.values():
                 if pd is self._samples[0].pd:  # else another one has the request, and all pictures were sent there
-                    await self._send_picture_somewhere(self._pool.pick(WorkerRole.ENCODER, key), index)
+                    await self._send_picture_somewhere(self._pick_encoder(index), index)
         except (NoWorker, WorkerFailed) as error:
             self._fail(error)
 
     async def _encode_elsewhere(self, encoder: WorkerConnection, index: int, error: EPDError) -> None:
         """Give the picture of an encoder that can't do it to another one."""
         try:
-            key = self.work.images[index].content_key
-            other = self._pool.pick(WorkerRole.ENCODER, key, avoid=encoder.member.address)
+            other = self._pick_encoder(index, avoid=encoder.member.address)
             await self._send_picture(other, index, retried=True)
         except NoWorker:
             self._fail_encode(index, error)
@@ -342,9 +368,7 @@ class Generation:
             return False
         samples = [sample for sample in self._samples if sample.pd is full and not sample.finished]
         try:
-            other = self._pool.pick(
-                WorkerRole.PREFILL_DECODE, self.work.request_id, avoid=full.member.address, pictures=self._keys
-            )
+            other = self._pick_pd(samples[0].index // self.work.n, avoid=full.member.address)
             held, encoders = self._pick_encoders(other)
         except NoWorker:
             return False

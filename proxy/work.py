@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from epd.types import FinishReason, Pooling, SamplingParams, TokenLogprobs
 from proxy.media import LoadedImage
+from proxy.prefix_affinity import Chain, prefix_chain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,11 @@ class Work:
     """`time.perf_counter()` when the HTTP request came."""
     timeout_s: float
     """From arrival."""
+
+    def prefix_chain(self, prompt: int) -> Chain:
+        """What names the beginnings of a prompt."""
+        keys = [image.content_key for image in self.images]
+        return prefix_chain(self.prompts[prompt], list(zip(self.image_offsets, keys, strict=True)))
 
 
 @dataclass

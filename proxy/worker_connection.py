@@ -43,6 +43,7 @@ from epd.transport import Dealer, PeerGone, ProtocolError
 from epd.types import WorkerRole, WorkerState
 from metastore.roster import Member
 from proxy.known_pictures import KnownPictures
+from proxy.work_ledger import WorkLedger
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,9 @@ class WorkerConnection:
         self.records = StageRecorder()
         """What this proxy measured: `PROXY_TTFT`, `PROXY_TO_INSTANCE`."""
         self.pictures = KnownPictures()
-        """Of a PD: whose embeddings it should hold. Forgotten with the connection."""
+        """Whose embeddings it should hold. Forgotten with the connection."""
+        self.ledger = WorkLedger(is_serial=member.role is WorkerRole.ENCODER)
+        """What it has to do."""
         self.problem = "not connected yet"
         """Why the worker is not up, for people."""
         self._greeted_at = 0.0
@@ -128,11 +131,6 @@ class WorkerConnection:
         """Requests of this proxy that the worker works on."""
         return len(self._generations) + len(self._encodes)
 
-    @property
-    def load(self) -> int:
-        """Requests at the worker: ours as we know them, or all as of its last sign of life."""
-        return max(self.in_hand, self.reported_load.running + self.reported_load.waiting)
-
     # -- requests ------------------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerateRequest, sink: OutputSink) -> None:
@@ -142,26 +140,33 @@ class WorkerConnection:
             WorkerFailed: the worker is gone; `sink` hears nothing.
         """
         self._generations[request.request_id] = sink
+        units = len(request.prompt_token_ids) + len(request.resume_token_ids)
+        self.ledger.sent(request.request_id, units=units, sequence=self._sequence)
         try:
             await self._send(request)
         except WorkerFailed:
-            self._generations.pop(request.request_id, None)
+            self._forget(request.request_id)
             raise
 
-    async def encode(self, request: EncodeRequest, data: bytes, sink: EncodeSink) -> None:
-        """Hand over a picture. `sink` gets the result or one error.
+    async def encode(self, request: EncodeRequest, data: bytes, sink: EncodeSink, units: float = 1.0) -> None:
+        """Hand over a picture of so many `units`. `sink` gets the result or one error.
 
         Raises:
             WorkerFailed: the worker is gone; `sink` hears nothing.
         """
         key = (request.request_id, request.image_index)
         self._encodes[key] = sink
+        is_done = self.ledger.has(request.content_key) or request.content_key in self.pictures.use(
+            [request.content_key]
+        )
+        self.ledger.sent(key, units=0.0 if is_done else units, sequence=self._sequence, content=request.content_key)
         try:
             if request.pd_address not in (self._told_peers or ()):
                 await self.tell_peers()
             await self._send(request, data)
         except WorkerFailed:
             self._encodes.pop(key, None)
+            self.ledger.ended(key)
             raise
 
     async def abort(self, *request_ids: str) -> None:
@@ -175,6 +180,8 @@ class WorkerConnection:
         encodes = [key for key in self._encodes if key[0] == request_id]
         for key in encodes:
             del self._encodes[key]
+            self.ledger.ended(key)
+        self.ledger.ended(request_id)
         return self._generations.pop(request_id, None) is not None or bool(encodes)
 
     async def tell_peers(self) -> None:
@@ -313,9 +320,7 @@ class WorkerConnection:
             for output in message.outputs:
                 self._deliver(output)
         elif isinstance(message, EncodeResult):
-            sink = self._encodes.pop((message.request_id, message.image_index), None)
-            if sink is not None:
-                self._tell(sink, message)
+            self._encoded(message)
         elif isinstance(message, Pong):
             self._note_pong(message)
         elif isinstance(message, Refusal):  # it forgot us while we were silent; a new greeting mends that
@@ -323,8 +328,23 @@ class WorkerConnection:
         else:
             log.warning("%s sent an unexpected %s", self.member.address, type(message).__name__)
 
+    def _encoded(self, result: EncodeResult) -> None:
+        key = (result.request_id, result.image_index)
+        if result.error is None:
+            self.ledger.begun(key, units=0.0 if result.cache_hit else None)
+            if content := self.ledger.content(key):
+                self.pictures.remember(content)
+        self.ledger.ended(key)
+        sink = self._encodes.pop(key, None)
+        if sink is not None:
+            self._tell(sink, result)
+
     def _deliver(self, output: TokenOutput) -> None:
         is_last = output.finish_reason is not None
+        if output.token_ids:
+            self.ledger.begun(output.request_id, units=output.prompt_tokens - output.cached_tokens)
+        if is_last:
+            self.ledger.ended(output.request_id)
         sink = (self._generations.pop if is_last else self._generations.get)(output.request_id, None)
         if sink is not None:  # aborted requests still send their last words
             self._tell(sink, output)
@@ -342,6 +362,7 @@ class WorkerConnection:
         if sent is not None:
             self.records.observe(PROXY_TO_INSTANCE, (time.perf_counter() - sent) * 1000 / 2)
         self.state, self.reported_load = pong.state, pong.load
+        self.ledger.report(pong.load, pong.sequence)
         self.stages, self.counters = pong.stages, pong.counters
         waiting = self._refreshes.pop(pong.sequence, None)
         if waiting is not None and not waiting.done():
@@ -355,6 +376,7 @@ class WorkerConnection:
         self.info, self.state, self.reported_load = None, WorkerState.STARTING, Load()
         self._told_peers = None
         self.pictures.clear()
+        self.ledger.reset()
         self._pings.clear()
         if self._dealer is not None:
             self._dealer.close()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 
 from epd.errors import ConfigError, NoWorker, WorkerFailed
 from epd.messages import PROTOCOL_VERSION, Announcement
 from epd.transport import PeerGone, ProtocolError, Router, endpoint
 from epd.types import WorkerRole
 from metastore.roster import Member, Roster
-from proxy.routing import Candidate, Policy
+from proxy.placement import PictureSizes, Plan, snapshots
+from proxy.prefix_affinity import Chain
+from proxy.routing import Policy, Question
 from proxy.worker_connection import Identity, WorkerConnection
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class WorkerPool:
         self._runners: dict[Member, asyncio.Task[None]] = {}
         self._chores: set[asyncio.Task[None]] = set()
         self._complaints: set[str] = set()
+        self.picture_sizes = PictureSizes()
+        """Of all pictures that this proxy saw."""
 
     async def start(self) -> None:
         """Connect to the workers of the roster and follow its changes.
@@ -88,7 +92,15 @@ class WorkerPool:
         return [one for one in self.connections(role) if one.is_ready]
 
     def pick(
-        self, role: WorkerRole, key: str = "", *, avoid: str | None = None, pictures: Collection[str] = ()
+        self,
+        role: WorkerRole,
+        key: str = "",
+        *,
+        avoid: str | None = None,
+        pictures: Collection[str] = (),
+        units: float = 1.0,
+        chain: Callable[[], Chain] = tuple,
+        plan: Plan | None = None,
     ) -> WorkerConnection:
         """A worker for new work, by the role's policy.
 
@@ -96,7 +108,10 @@ class WorkerPool:
             role: of the worker.
             key: what the work is about, for affinity.
             avoid: address of a worker that just failed.
-            pictures: content keys of the work, for PDs: one that holds them is preferred.
+            pictures: content keys of the work: a worker that has them is preferred.
+            units: size of the work, in prompt tokens or pictures of mean size.
+            chain: gives that of the prompt, for affinity (`proxy.prefix_affinity`).
+            plan: what the same request places at the same time; this work is added to it.
 
         Raises:
             NoWorker: none is ready.
@@ -104,8 +119,11 @@ class WorkerPool:
         ready = {one.member.address: one for one in self.ready(role) if one.member.address != avoid}
         if not ready:
             raise no_worker(role)
-        candidates = [Candidate(address, one.load, len(one.pictures.among(pictures))) for address, one in ready.items()]
-        return ready[self._policies[role].pick(candidates, key).key]
+        plan = plan or Plan()
+        candidates, slack = snapshots(ready, pictures, units, plan)
+        chosen = ready[self._policies[role].pick(candidates, Question(key, chain, slack)).key]
+        plan.note(chosen.member.address, units)
+        return chosen
 
     # -- following the roster ------------------------------------------------------------------------------------
 
