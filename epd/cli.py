@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_demo(commands)
     add_bench(commands)
+    _add_keys(commands)
     commands.add_parser("rank").set_defaults(command=_rank)  # without help it is not listed: `epd pd --tp` starts it
     return parser
 
@@ -98,6 +99,7 @@ def _add_ping(commands: Any) -> None:
     command.add_argument(
         "--timeout", type=float, default=3.0, metavar="S", help="seconds to wait (default: %(default)s)"
     )
+    command.add_argument("--cluster-keys", type=Path, metavar="FILE", help="the worker's, when it has any")
 
 
 def _add_status(commands: Any) -> None:
@@ -127,6 +129,12 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--pds", type=int, default=1, metavar="N", help="prefill-decode workers (default: %(default)s)")
 
 
+def _add_keys(commands: Any) -> None:
+    keys = _add_command(commands, "keys", _keys, "make the keys of a cluster", None)
+    keys.add_argument("action", choices=("new",), help="new: make a key pair")
+    keys.add_argument("file", type=Path, metavar="FILE", help="where to write it; give --cluster-keys FILE everywhere")
+
+
 # -- commands ------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +146,7 @@ def _proxy(arguments: argparse.Namespace) -> int:
     setup_logging(f"proxy_{config.port}", config.log_level)
     for text in unused_variables(os.environ):
         log.warning("%s", text)
+    _use_cluster_keys(config.cluster_keys)
     return run_proxy(config)
 
 
@@ -176,6 +185,7 @@ def _prepare_worker(config: WorkerConfig) -> None:
     if config.device != "cuda":
         cpu_runtime.ensure()
     setup_logging(config.name, config.log_level)
+    _use_cluster_keys(config.cluster_keys)
     try:
         import torch
 
@@ -189,6 +199,14 @@ def _prepare_worker(config: WorkerConfig) -> None:
         threads = max(1, torch.get_num_threads() // config.tp)  # the ranks share the cores
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def _use_cluster_keys(file: Path | None) -> None:
+    from epd.gate import use_cluster_keys
+    from epd.keys import load_keys
+
+    if file is not None:
+        use_cluster_keys(load_keys(file))
 
 
 def _quieten_transformers() -> None:
@@ -210,7 +228,16 @@ def _up(arguments: argparse.Namespace) -> int:
 
     config = read_flags(UpConfig, arguments)
     setup_logging("up", config.log_level)
+    _use_cluster_keys(config.cluster_keys)
     return asyncio.run(run_cluster(config))
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    from epd.keys import new_key_file
+
+    new_key_file(arguments.file)
+    print(f"{arguments.file}: a new key pair; start every process of the cluster with --cluster-keys and a copy of it")
+    return 0
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -224,6 +251,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _ping(arguments: argparse.Namespace) -> int:
     from epd.ping import ping
 
+    _use_cluster_keys(arguments.cluster_keys)
     is_well, told = asyncio.run(ping(arguments.address, timeout_s=arguments.timeout, ready=arguments.ready))
     print(f"{arguments.address}: {told}", file=sys.stdout if is_well else sys.stderr)
     return 0 if is_well else 1

@@ -35,6 +35,11 @@ class ProcessConfig:
 
     model: Path = required("checkpoint folder in Hugging Face format", metavar="DIR")
     log_level: str = option("info", "what to log", choices=("debug", "info", "warning", "error"))
+    cluster_keys: Path | None = option(
+        None,
+        "key file of `epd keys new`, the same in all processes: encrypts what they say, lets nobody else in",
+        metavar="FILE",
+    )
 
     def __post_init__(self) -> None:
         if not (self.model / "config.json").is_file():
@@ -96,7 +101,15 @@ class ProxyConfig(ProcessConfig):
 class WorkerConfig(ProcessConfig):
     """What encoder and prefill-decode workers share."""
 
-    worker_addr: str = required("address to listen on (/tmp/encoder_0, host:port)", metavar="ADDR")
+    worker_addr: str = required(
+        "address to listen on (/tmp/encoder_0, host:port; *:port listens on all interfaces, port 0 is a free one)",
+        metavar="ADDR",
+    )
+    advertise_addr: str | None = option(
+        None,
+        "where others reach this worker; default: --worker-addr, or this host's address when that is all interfaces",
+        metavar="HOST:PORT",
+    )
     proxy_addr: tuple[str, ...] = option((), "proxies to announce this worker to", metavar="ADDR")
     device: str = option("auto", "where the model runs; auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
     load_format: str = option(

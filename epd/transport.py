@@ -3,20 +3,16 @@
 A worker binds one `Router` on its address; proxies and encoders connect a `Dealer` to it; answers come back on the
 connection that asked. Both have finite queues, never linger, and turn a vanished peer into `PeerGone`.
 
-Addresses (`endpoint`): `/tmp/x` is `ipc:///tmp/x`; `host:port` and `[v6]:port` are TCP; full URLs stay
-as they are.
+Addresses are those of `epd.addresses`; `epd.gate` puts the cluster's keys on every socket.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
-import os
 import socket as unix_socket
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +21,8 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from epd import codec
+from epd import codec, gate
+from epd.addresses import endpoint, endpoints, is_public, listening_endpoint, with_port
 from epd.codec import Buffer
 from epd.errors import ConfigError, ProtocolError
 from epd.messages import AnyMessage
@@ -36,70 +33,37 @@ HIGH_WATER_MARK = 4096
 """Messages queued per peer and direction before a send waits."""
 SEND_TIMEOUT_S = 5.0
 """A peer that takes nothing for so long is treated as gone."""
+LOST_AFTER_S = 5.0
+"""A host that acknowledges nothing for so long is gone: without it the kernel would try for a quarter of an hour."""
+_CONNECT_TIMEOUT_S = 2.0
+_HANDSHAKE_TIMEOUT_S = 10.0
 _FULL_PIPE_RETRY_S = 0.002
-_MAX_IPC_PATH_BYTES = 107
-"""`sun_path` of a Unix socket, less the closing NUL."""
+_FRAME_OVERHEAD_BYTES = 64
+"""What encryption adds to a frame."""
 
 
 class PeerGone(Exception):
     """The peer of a connection has vanished or does not take messages any more."""
 
 
-def endpoint(address: str) -> str:
-    """The ZeroMQ endpoint that an address means.
-
-    Raises:
-        ConfigError: neither a path, nor host:port, nor an ipc:// or tcp:// URL.
-    """
-    address = address.strip()
-    if address.startswith("/"):
-        address = f"ipc://{address}"
-    elif "://" not in address:
-        address = f"tcp://{address}"
-    scheme, _, rest = address.partition("://")
-    if scheme == "ipc" and rest:
-        if len(os.fsencode(rest)) > _MAX_IPC_PATH_BYTES:
-            raise ConfigError(f"address {address!r}: a socket path can have at most {_MAX_IPC_PATH_BYTES} bytes")
-        return address
-    if scheme == "tcp" and _is_host_and_port(address):
-        return address
-    raise ConfigError(f"address {address!r}: use a path (/tmp/worker_0), host:port, ipc:///path or tcp://host:port")
-
-
-def _is_host_and_port(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        # Port 0 is a free one that no peer could know.
-        return bool(parts.hostname) and bool(parts.port) and not parts.path
-    except ValueError:
-        return False
-
-
-def endpoints(addresses: Iterable[str]) -> tuple[str, ...]:
-    """The endpoints in a list given as several words, comma-separated, or both; order kept, repetitions dropped."""
-    words = (word for entry in addresses for word in entry.split(",") if word.strip())
-    return tuple(dict.fromkeys(endpoint(word) for word in words))
-
-
-def _is_public(address: str) -> bool:
-    host = urlsplit(address).hostname or ""
-    if host == "localhost":
-        return False
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return True
+class HandshakeFailed(PeerGone):
+    """Somebody listens there, and the two do not agree on how to talk. Trying again at once does not help."""
 
 
 def _make_socket(kind: int) -> zmq.asyncio.Socket:
-    socket = zmq.asyncio.Context.instance().socket(kind)
+    context = zmq.asyncio.Context.instance()
+    socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     # libzmq drops the connection of a peer that announces a larger frame, before it allocates anything.
-    socket.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BUFFER_BYTES)
+    socket.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BUFFER_BYTES + _FRAME_OVERHEAD_BYTES)
+    socket.setsockopt(zmq.TCP_MAXRT, round(LOST_AFTER_S * 1000))
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, round(_CONNECT_TIMEOUT_S * 1000))
+    socket.setsockopt(zmq.HANDSHAKE_IVL, round(_HANDSHAKE_TIMEOUT_S * 1000))
+    gate.secure(context, socket, is_server=kind == zmq.ROUTER)
     return socket
 
 
@@ -122,28 +86,48 @@ async def _send(socket: zmq.asyncio.Socket, frames: list[Buffer], timeout_s: flo
 
 
 class Router:
-    """The server side: many peers on one bound address."""
+    """The server side: many peers on one bound address.
 
-    def __init__(self, address: str) -> None:
-        self.address = endpoint(address)
+    Args:
+        address: where to listen, on one interface or on all.
+        any_port: port 0 is taken, and means a free one.
+    """
+
+    def __init__(self, address: str, *, any_port: bool = False) -> None:
+        self.address = listening_endpoint(address, any_port=any_port)
+        """As it was asked for; from `bind` on, with the real port."""
         self._socket = _make_socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._guard = gate.Guard(self._socket, self.address)
         self._is_bound = False
 
+    @property
+    def refused(self) -> int:
+        """Connections that were turned away: no keys, other keys, no ZMTP, an oversized frame."""
+        return self._guard.refused
+
     def bind(self) -> None:
-        """Start to listen.
+        """Start to listen; needs a running event loop.
 
         Raises:
             ConfigError: the address is in use or can't be bound.
         """
-        if self.address.startswith("tcp://") and _is_public(self.address):
-            log.warning("%s is reachable from other hosts, without encryption or authentication", self.address)
+        if is_public(self.address) and not gate.has_keys():
+            log.warning(
+                "%s is reachable from other hosts without encryption or authentication: use --cluster-keys",
+                self.address,
+            )
         _refuse_address_in_use(self.address)
+        self._guard.start()
         try:
             self._socket.bind(self.address)
         except zmq.ZMQError as error:
             raise ConfigError(f"can't listen on {self.address}: {error}") from error
         self._is_bound = True
+        if self.address.startswith("tcp://"):
+            bound = urlsplit(self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
+            # The host stays as it was written: others may know this worker by its name.
+            self.address = with_port(self.address, bound.port or 0)
 
     async def receive(self) -> tuple[bytes, AnyMessage, list[memoryview]]:
         """The next message, with the id of its sender to answer to.
@@ -165,6 +149,7 @@ class Router:
 
     def close(self) -> None:
         """Stop listening; a socket file goes too. Answers that are on their way get a moment."""
+        self._guard.close()
         self._socket.close(linger=500)
         if self._is_bound and self.address.startswith("ipc://"):
             Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
@@ -191,26 +176,33 @@ class Dealer:
         self._socket = _make_socket(zmq.DEALER)
         # ZMQ_IMMEDIATE would keep messages from queueing for a peer that is not there yet, but it also throws away what
         # has arrived and was not read when the peer disconnects. So `send` waits for the handshake instead.
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | gate.HANDSHAKE_FAILED
+        )
         self._pending: asyncio.Future[list[zmq.Frame]] | None = None
-        self._connected = asyncio.Event()
-        self._lost: asyncio.Future[None] | None = None
+        self._connected: asyncio.Future[None] | None = None
+        self._lost: asyncio.Future[tuple[type[PeerGone], str]] | None = None
         self._watcher: asyncio.Task[None] | None = None
 
     def connect(self) -> None:
         """Begin to connect; needs a running event loop. libzmq keeps trying until the peer is there or `close`."""
-        self._lost = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._lost, self._connected = loop.create_future(), loop.create_future()
         self._watcher = asyncio.create_task(self._watch_connection(), name=f"watch {self.address}")
         self._socket.connect(self.address)
 
     async def _watch_connection(self) -> None:
         assert self._lost is not None
+        assert self._connected is not None
+        why: tuple[type[PeerGone], str] = (PeerGone, f"lost the connection to {self.address}")
         while not self._lost.done():
-            event = parse_monitor_message(await self._monitor.recv_multipart())
-            if event["event"] == zmq.EVENT_DISCONNECTED:
-                self._lost.set_result(None)
-            else:
-                self._connected.set()
+            event = parse_monitor_message(await self._monitor.recv_multipart())["event"]
+            if event == zmq.EVENT_DISCONNECTED:
+                self._lost.set_result(why)
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._connected.set_result(None)
+            else:  # the end of the connection follows
+                why = (HandshakeFailed, "it does not answer the handshake; are --cluster-keys the same?")
 
     async def receive(self) -> tuple[AnyMessage, list[memoryview]]:
         """The next message; what arrived before the peer vanished is still delivered.
@@ -229,7 +221,7 @@ class Dealer:
             # The poll also lets `pending` take what is there, after which there is nothing to poll.
             is_readable = await self._socket.poll(0)
             if not is_readable and not pending.done():
-                raise PeerGone(f"lost the connection to {self.address}")
+                raise _gone(self._lost.result())
         frames = await pending
         self._pending = None
         return codec.decode([frame.buffer for frame in frames])
@@ -239,19 +231,17 @@ class Dealer:
 
         Raises:
             PeerGone: the connection was lost, or the peer took nothing for so long.
+            HandshakeFailed: this process and the peer have different keys, or only one of them has any.
         """
-        if self._lost is None or self._lost.done():
-            raise PeerGone(f"not connected to {self.address}")
-        if not self._connected.is_set():
-            await self._wait_connected(timeout_s)
+        assert self._lost is not None, "connect first"
+        assert self._connected is not None
+        if not self._connected.done():
+            await asyncio.wait((self._connected, self._lost), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if self._lost.done():
+            raise _gone(self._lost.result())
+        if not self._connected.done():
+            raise PeerGone(f"nobody answers at {self.address}")
         await _send(self._socket, codec.encode(message, *buffers), timeout_s)
-
-    async def _wait_connected(self, timeout_s: float) -> None:
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._connected.wait()
-        except TimeoutError:
-            raise PeerGone(f"nobody answers at {self.address}") from None
 
     def close(self) -> None:
         """Drop the connection and what is queued on it."""
@@ -264,4 +254,9 @@ class Dealer:
         self._socket.close(linger=0)
 
 
-__all__ = ["Dealer", "PeerGone", "ProtocolError", "Router", "endpoint", "endpoints"]
+def _gone(why: tuple[type[PeerGone], str]) -> PeerGone:
+    kind, text = why
+    return kind(text)
+
+
+__all__ = ["Dealer", "HandshakeFailed", "PeerGone", "ProtocolError", "Router", "endpoint", "endpoints"]

@@ -7,7 +7,7 @@ proxy's own numbers is what workers last said of themselves; each proxy tells it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
@@ -35,27 +35,35 @@ def wants_prometheus(accept: str, form: str | None) -> bool:
     return "openmetrics" in accept or "version=0.0.4" in accept or "version=1.0.0" in accept
 
 
-def expose(workers: Sequence[WorkerConnection], in_work: int, accept: str) -> tuple[bytes, str]:
+def expose(
+    workers: Sequence[WorkerConnection], in_work: int, counters: Mapping[str, int], accept: str
+) -> tuple[bytes, str]:
     """The figures, and their content type.
 
     Args:
         workers: all that the proxy knows.
         in_work: requests that the proxy has in work.
+        counters: what the proxy itself counted, by name.
         accept: the Accept header, which chooses between the text format and OpenMetrics.
     """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Figures(workers, in_work))
+    registry.register(_Figures(workers, in_work, counters))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
 
 
 class _Figures(Collector):
-    def __init__(self, workers: Sequence[WorkerConnection], in_work: int) -> None:
+    def __init__(self, workers: Sequence[WorkerConnection], in_work: int, counters: Mapping[str, int]) -> None:
         self._workers = workers
         self._in_work = in_work
+        self._own_counters = counters
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("epd_proxy_requests_in_work", "Requests in work at this proxy", value=self._in_work)
+        own = CounterMetricFamily("epd_proxy_events", "What this proxy counted", labels=("event",))
+        for event, count in self._own_counters.items():
+            own.add_metric((event,), count)
+        yield own
         for name, text, value in _GAUGES:
             gauge = GaugeMetricFamily(f"epd_worker_{name}", text, labels=_LABELS)
             for worker in self._workers:

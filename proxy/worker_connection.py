@@ -39,7 +39,7 @@ from epd.messages import (
     WorkerInfo,
 )
 from epd.observability import StageRecorder
-from epd.transport import Dealer, PeerGone, ProtocolError
+from epd.transport import Dealer, HandshakeFailed, PeerGone, ProtocolError
 from epd.types import WorkerRole, WorkerState
 from metastore.roster import Member
 from proxy.known_pictures import KnownPictures
@@ -214,6 +214,9 @@ class WorkerConnection:
                 await self._session()
             except _Refused as refusal:
                 self._note_problem(f"refused: {refusal}")
+                pause = REFUSED_RETRY_S
+            except HandshakeFailed as error:
+                self._note_problem(str(error))
                 pause = REFUSED_RETRY_S
             except PeerGone as error:
                 self._note_problem(str(error))
@@ -400,6 +403,8 @@ async def _send_when_connected(dealer: Dealer, hello: Hello) -> None:
     for _ in range(CONNECT_ATTEMPTS):
         try:
             await dealer.send(hello, timeout_s=0)
+        except HandshakeFailed:
+            raise
         except PeerGone:
             await asyncio.sleep(CONNECT_RETRY_S)
         else:

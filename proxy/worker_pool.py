@@ -59,6 +59,7 @@ class WorkerPool:
         self._complaints: set[str] = set()
         self.picture_sizes = PictureSizes()
         """Of all pictures that this proxy saw."""
+        self._malformed_announcements = 0
 
     async def start(self) -> None:
         """Connect to the workers of the roster and follow its changes.
@@ -82,6 +83,13 @@ class WorkerPool:
         self._connections.clear()
         if self._router is not None:
             self._router.close()
+
+    def counters(self) -> dict[str, int]:
+        """What went wrong at the address for announcements since the start."""
+        return {
+            "malformed_announcements": self._malformed_announcements,
+            "refused_connections": self._router.refused if self._router is not None else 0,
+        }
 
     def connections(self, role: WorkerRole | None = None) -> list[WorkerConnection]:
         """All connections, or those of a role, up or not."""
@@ -170,7 +178,8 @@ class WorkerPool:
             try:
                 _, message, _ = await router.receive()
             except ProtocolError as error:
-                log.warning("malformed announcement, dropped: %s", error)
+                self._malformed_announcements += 1
+                self._complain(f"dropped a malformed announcement: {error}")
                 continue
             if isinstance(message, Announcement):
                 self._announced(message)

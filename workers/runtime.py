@@ -17,6 +17,7 @@ from typing import Protocol
 import msgspec
 
 from epd import __version__
+from epd.addresses import advertised, host_of
 from epd.codec import Buffer
 from epd.config import WorkerConfig
 from epd.errors import ProtocolError
@@ -33,7 +34,7 @@ from epd.messages import (
     Welcome,
     WorkerInfo,
 )
-from epd.transport import SEND_TIMEOUT_S, Dealer, PeerGone, Router, endpoints
+from epd.transport import SEND_TIMEOUT_S, Dealer, HandshakeFailed, PeerGone, Router, endpoints
 from epd.types import WorkerRole, WorkerState, WorkerTask
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ log = logging.getLogger(__name__)
 _STARTED = time.monotonic()
 """Of the process, nearly: this is imported before a model is loaded."""
 ANNOUNCE_INTERVAL_S = 1.0
+ANNOUNCE_RETRY_S = 0.2
+MAX_WARNED = 1000
+"""Senders of malformed messages that were warned of; of more than these only the count tells."""
 PEER_TIMEOUT_S = 10.0
 """Proxies ping twice a second; one that is silent for so long has gone, and its requests with it."""
 
@@ -108,7 +112,7 @@ class WorkerRuntime:
     ) -> None:
         self._config = config
         self._proxies = endpoints(config.proxy_addr)
-        self._router = Router(config.worker_addr)
+        self._router = Router(config.worker_addr, any_port=bool(self._proxies))
         self._info = WorkerInfo(
             role=role,
             address=self._router.address,
@@ -155,8 +159,7 @@ class WorkerRuntime:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        self._router.bind()
-        log.info("%s ready on %s (%s)", self._info.role, self._info.address, self._info.dtype)
+        self._listen()
         tasks = [asyncio.create_task(self._receive_loop()), asyncio.create_task(self._watch_peers())]
         tasks += [asyncio.create_task(self._announce_to(proxy)) for proxy in self._proxies]
         stop = asyncio.create_task(self._stop.wait())
@@ -173,6 +176,20 @@ class WorkerRuntime:
             await service.stop()
             self._router.close()
         return self._exit_code
+
+    def _listen(self) -> None:
+        """Bind, and find out where others reach this worker.
+
+        Raises:
+            ConfigError: the address is in use, or names all interfaces of a host whose own address can't be found.
+        """
+        self._router.bind()
+        address = self._router.address
+        if self._proxies or self._config.advertise_addr is not None:  # else nobody is told
+            towards = [host for proxy in self._proxies if (host := host_of(proxy))]
+            address = advertised(address, self._config.advertise_addr, towards)
+        self._info = msgspec.structs.replace(self._info, address=address)
+        log.info("%s ready on %s (%s)", self._info.role, self._info.address, self._info.dtype)
 
     async def _leave(self) -> None:
         self._state = WorkerState.DRAINING
@@ -231,14 +248,14 @@ class WorkerRuntime:
         return None
 
     def _pong(self, sequence: int) -> Pong:
-        counters = self._service.counters() | {"malformed_messages": self._malformed}
+        own = {"malformed_messages": self._malformed, "refused_connections": self._router.refused}
         return Pong(
             sequence=sequence,
             incarnation=self._info.incarnation,
             state=self._state,
             load=self._service.load(),
             stages=self._service.stages(),
-            counters=counters,
+            counters=self._service.counters() | own,
         )
 
     def _current_info(self) -> WorkerInfo:
@@ -246,7 +263,7 @@ class WorkerRuntime:
 
     def _count_malformed(self, sender: str, error: ProtocolError) -> None:
         self._malformed += 1
-        if sender not in self._warned:
+        if sender not in self._warned and len(self._warned) < MAX_WARNED:
             self._warned.add(sender)
             log.warning("dropped a malformed message from %s (further ones are only counted): %s", sender, error)
 
@@ -269,6 +286,7 @@ class WorkerRuntime:
 
     async def _announce_to(self, proxy: str) -> None:
         """Tell a proxy where this worker is, every second and for ever: a proxy that restarts learns it again."""
+        problem = ""
         while True:
             dealer = Dealer(proxy)
             dealer.connect()
@@ -278,5 +296,9 @@ class WorkerRuntime:
                         announcement = Announcement(protocol_version=PROTOCOL_VERSION, worker=self._current_info())
                         await dealer.send(announcement, timeout_s=60.0)
                         await asyncio.sleep(ANNOUNCE_INTERVAL_S if self._state is WorkerState.READY else 0.1)
-                except PeerGone:
-                    log.debug("proxy %s is not there; trying again", proxy)
+                except PeerGone as error:
+                    if str(error) != problem:
+                        problem = str(error)
+                        level = logging.WARNING if isinstance(error, HandshakeFailed) else logging.DEBUG
+                        log.log(level, "proxy %s is not there, trying again: %s", proxy, problem)
+            await asyncio.sleep(ANNOUNCE_RETRY_S)

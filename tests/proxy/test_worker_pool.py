@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
+from epd import gate
 from epd.checkpoint import fingerprint
 from epd.config import ProxyConfig
 from epd.errors import ConfigError
+from epd.keys import ClusterKeys
 from epd.messages import PROTOCOL_VERSION, Announcement, GenerateRequest, Refusal
 from epd.transport import Dealer
 from epd.types import SamplingParams, WorkerRole
@@ -155,3 +158,16 @@ async def test_address_in_use_is_a_config_error(model: Path, sockets: Path) -> N
         await service.start()
     await service.close()
     await taken.stop()
+
+
+async def test_a_worker_with_other_keys_is_no_riddle(cluster: Cluster) -> None:
+    await cluster.pd.stop()
+    gate.use_cluster_keys(ClusterKeys(*zmq.curve_keypair()))
+    try:
+        await cluster.pd.start()
+    finally:
+        gate.use_cluster_keys(None)
+    entry = await condition(cluster, "handshake")
+    assert "are --cluster-keys the same?" in entry
+    metrics = await cluster.http.get("/metrics?format=prometheus")
+    assert 'epd_proxy_events_total{event="refused_connections"} 0.0' in metrics.text

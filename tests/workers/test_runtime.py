@@ -126,7 +126,7 @@ async def test_hello_and_ping(worker: Worker) -> None:
         assert (pong.sequence, pong.load.running, pong.state) == (9, 3, WorkerState.READY)
         assert pong.incarnation == welcome.worker.incarnation
         assert pong.stages["e2e"].count == 1
-        assert pong.counters == {"things": 5, "malformed_messages": 0}
+        assert pong.counters == {"things": 5, "malformed_messages": 0, "refused_connections": 0}
 
 
 @pytest.mark.parametrize(
@@ -257,3 +257,38 @@ async def test_workers_announce_themselves_to_proxies_that_come_later(tmp_path: 
             assert isinstance(message, Announcement)
             assert message.worker.address == f"ipc://{worker.address}"
     assert await worker.end() == 0
+
+
+async def announced(folder: Path, **config: object) -> str:
+    """The address that a worker with these flags tells a proxy."""
+    proxy_address = str(folder / "proxy")
+    with contextlib.closing(Router(proxy_address)) as proxy:
+        proxy.bind()
+        worker = Worker(folder, proxy_addr=(proxy_address,), **config)
+        async with asyncio.timeout(10):
+            _, message, _ = await proxy.receive()
+        assert isinstance(message, Announcement)
+        assert await worker.end() == 0
+        return message.worker.address
+
+
+async def test_all_interfaces_and_a_free_port_are_announced_as_what_others_can_dial(tmp_path: Path) -> None:
+    address = await announced(tmp_path, worker_addr="*:0")
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    assert host not in ("*", "0.0.0.0", "[::]")
+    assert int(port) > 0
+
+
+async def test_what_the_user_wants_to_be_announced_is(tmp_path: Path) -> None:
+    address = await announced(tmp_path, worker_addr="127.0.0.1:0", advertise_addr="worker-7.example:7001")
+    assert address == "tcp://worker-7.example:7001"
+
+
+async def test_a_free_port_is_refused_when_nobody_is_told_of_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="host:port"):
+        WorkerRuntime(
+            WorkerConfig(model=CHECKPOINT_DIR, worker_addr="127.0.0.1:0"),
+            role=WorkerRole.ENCODER,
+            model="m",
+            dtype="float32",
+        )
