@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from workers.engine import attention_dense
 from workers.engine.attention import AttentionBackend, PackedChunk
+from workers.engine.paged_kv import PagedKVCache
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,16 @@ class _Prefill:
 
 
 class SdpaBackend(AttentionBackend):
-    """Gathers blocks, then calls SDPA."""
+    """Gathers blocks, then calls SDPA, or for prompts what is faster on this processor (`attention_dense`)."""
 
-    _groups: list[_DecodeGroup]
-    _prefills: list[_Prefill]
-    _unwritten: torch.Tensor
-    """Slots behind the last token of blocks that are entered in this step."""
+    def __init__(self, cache: PagedKVCache, device: torch.device) -> None:
+        """See the base class."""
+        super().__init__(cache, device)
+        self._has_kernel = attention_dense.is_faster(cache.keys[0].dtype, device)
+        self._groups: list[_DecodeGroup] = []
+        self._prefills: list[_Prefill] = []
+        self._unwritten = torch.empty(0, dtype=torch.int64)
+        """Slots behind the last token of blocks that are entered in this step."""
 
     def _prepare(self, chunks: Sequence[PackedChunk]) -> None:
         decodes = [chunk for chunk in chunks if chunk.length == 1]
@@ -153,7 +159,15 @@ class SdpaBackend(AttentionBackend):
             k, v = keys[rows], values[rows]
             if prefill.blocks is not None:
                 k, v = (side[: prefill.chunk.end] for side in self._gather(layer, prefill.blocks))
-            output[rows] = _attend_prefill(queries[rows], k, v, prefill.mask(window), scale)
+            if self._takes_kernel(prefill.chunk):
+                ends = {"row_ends": (prefill.chunk.length,), "token_ends": (prefill.chunk.end,)}
+                output[rows] = attention_dense.attend(queries[rows], k, v, scale, **ends, causal=True, window=window)
+            else:
+                output[rows] = _attend_prefill(queries[rows], k, v, prefill.mask(window), scale)
+
+    def _takes_kernel(self, chunk: PackedChunk) -> bool:
+        is_long = chunk.length * chunk.end >= attention_dense.WORTHWHILE_SCORES
+        return self._has_kernel and is_long and not chunk.bidirectional
 
     def _attend_decode(
         self, layer: int, group: _DecodeGroup, queries: torch.Tensor, scale: float, window: int | None
