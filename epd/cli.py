@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -186,6 +187,8 @@ def _prepare_worker(config: WorkerConfig) -> None:
         cpu_runtime.ensure()
     setup_logging(config.name, config.log_level)
     _use_cluster_keys(config.cluster_keys)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave_while_loading)
     try:
         import torch
 
@@ -207,6 +210,13 @@ def _use_cluster_keys(file: Path | None) -> None:
 
     if file is not None:
         use_cluster_keys(load_keys(file))
+
+
+def _leave_while_loading(number: int, _: Any) -> None:
+    """Nobody waits for anything yet, and loading can't be interrupted otherwise. Until the worker is ready."""
+    log.info("%s while loading: nothing to finish", signal.Signals(number).name)
+    logging.shutdown()
+    os._exit(0)
 
 
 def _quieten_transformers() -> None:

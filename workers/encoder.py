@@ -24,6 +24,7 @@ from epd.errors import (
     DeadlineExceeded,
     EPDError,
     ErrorInfo,
+    HandedOver,
     NoWorker,
     Overloaded,
     ProtocolError,
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 MAX_HELD_BYTES = 1 << 30
 """Image files in memory at once; more are refused as overloaded."""
 _LONGEST_TIMEOUT_S = 24 * 3600.0
+_ABORTED = ErrorInfo(code="aborted", message="The request was aborted.")
 
 
 class Transfer(Protocol):
@@ -58,7 +60,7 @@ class Transfer(Protocol):
     async def close(self) -> None: ...  # noqa: D102
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Accepted:
     """A request in work."""
 
@@ -66,6 +68,7 @@ class _Accepted:
     request: EncodeRequest
     nbytes: int
     work: asyncio.Task[EncodeResult]
+    cancelled_because: ErrorInfo = _ABORTED
 
 
 class Encoder(Generic[P]):
@@ -133,11 +136,14 @@ class Encoder(Generic[P]):
         while self._answers:
             await asyncio.wait(self._answers)
 
-    async def stop(self) -> None:
-        """Abort what is left, answer it, end threads and connections."""
-        self._draining = True
-        self._cancel(lambda _: True)
+    async def hand_over(self) -> None:
+        """Give the pictures in work back, for another encoder."""
+        self._cancel(lambda _: True, HandedOver("The encoder is shutting down; another one can go on.").to_info())
         await self.drain()
+
+    async def stop(self) -> None:
+        """Give back what is left, end threads and connections."""
+        await self.hand_over()
         await self.pipeline.stop()
         await self._transfer.close()
 
@@ -234,16 +240,16 @@ class Encoder(Generic[P]):
         self._failed += result.error is not None
         await self._send(peer, result)
 
-    def _cancel(self, chosen: Callable[[_Accepted], bool]) -> None:
+    def _cancel(self, chosen: Callable[[_Accepted], bool], because: ErrorInfo = _ABORTED) -> None:
         for accepted in self._accepted:
-            if chosen(accepted):
-                accepted.work.cancel()
+            if chosen(accepted) and accepted.work.cancel():
+                accepted.cancelled_because = because
 
 
 def _result_of(accepted: _Accepted) -> EncodeResult:
     work = accepted.work
     if work.cancelled():
-        return _failure(accepted.request, ErrorInfo(code="aborted", message="The request was aborted."))
+        return _failure(accepted.request, accepted.cancelled_because)
     error = work.exception()
     if error is not None:
         return _failure(accepted.request, for_client(error).to_info())

@@ -23,7 +23,16 @@ import torch
 
 from epd.checkpoint import fingerprint
 from epd.config import PrefillDecodeConfig
-from epd.errors import EPDError, ErrorInfo, InternalError, InvalidRequest, NoWorker, Overloaded, ProtocolError
+from epd.errors import (
+    EPDError,
+    ErrorInfo,
+    HandedOver,
+    InternalError,
+    InvalidRequest,
+    NoWorker,
+    Overloaded,
+    ProtocolError,
+)
 from epd.messages import (
     Abort,
     AnyMessage,
@@ -52,6 +61,7 @@ MAX_ARRIVING_BYTES = 1 << 30
 """Embeddings that the engine has not looked at yet; more are refused as overloaded."""
 _LAST_WORDS_S = 5.0
 """For answers to leave when the worker stops."""
+_HANDED_OVER = HandedOver("The prefill-decode worker is shutting down; another one can go on.")
 
 
 @dataclass
@@ -92,6 +102,8 @@ class PrefillDecodeService:
         self._replies: set[asyncio.Task[bool]] = set()
         self._arriving_bytes = 0
         self._is_draining = False
+        self._is_deaf = False
+        """All requests were answered without the engine, which may not have heard of it yet."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._stages = StageRecorder()
@@ -135,19 +147,33 @@ class PrefillDecodeService:
             outbox.close()
 
     async def drain(self) -> None:
-        """Refuse new requests; return when the last one is answered."""
+        """Refuse new requests, hand over those for which there is no room; return when the last one is answered."""
         self._is_draining = True
+        self._engine.submit(Engine.leave)
         await self._idle.wait()
         await asyncio.gather(*(outbox.flushed() for outbox in self._outboxes.values()))
 
-    async def stop(self) -> None:
-        """End the engine's thread, and answer the requests that it leaves behind."""
+    async def hand_over(self) -> None:
+        """Give all requests back, each with the tokens made for it so far."""
         self._is_draining = True
-        for task in self._compiling.values():
-            task.cancel()
+        for engine_id in list(self._compiling):
+            self._forget_compiling(engine_id)
+            self._answer(_error_output(engine_id, _HANDED_OVER.to_info()))
+        self._engine.submit(Engine.hand_over)
+        with contextlib.suppress(TimeoutError):  # the engine does not come out of a step: `stop` tells them
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await self._idle.wait()
+
+    async def stop(self) -> None:
+        """End the engine's thread, and give back the requests that it leaves behind."""
+        self._is_draining = True
+        for engine_id in list(self._compiling):
+            self._forget_compiling(engine_id)
         self._compile_thread.shutdown(wait=False, cancel_futures=True)
+        # Tokens of a step under way are lost, and no matter: they are made again where the requests go on.
+        self._is_deaf = True
+        self._fail_all(_HANDED_OVER)
         await self._engine.stop()
-        self._fail_all(NoWorker("The prefill-decode worker is shutting down."))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_S):
                 await asyncio.gather(*(outbox.flushed() for outbox in self._outboxes.values()), *self._replies)
@@ -267,10 +293,13 @@ class PrefillDecodeService:
     def _abort(self, engine_ids: Iterable[str]) -> None:
         for engine_id in engine_ids:
             if engine_id in self._compiling:  # the engine does not know it yet, and never will
-                self._compiling.pop(engine_id).cancel()
+                self._forget_compiling(engine_id)
                 self._answer(TokenOutput(request_id=engine_id, finish_reason=FinishReason.ABORT))
             else:
                 self._engine.submit(methodcaller("abort", engine_id))
+
+    def _forget_compiling(self, engine_id: str) -> None:
+        self._compiling.pop(engine_id).cancel()
 
     def _take_embeddings(self, peer: bytes, message: Embeddings, buffer: memoryview) -> None:
         self._arriving_bytes += buffer.nbytes
@@ -294,7 +323,7 @@ class PrefillDecodeService:
     # -- answers ---------------------------------------------------------------------------------------------------
 
     def _deliver(self, outputs: Sequence[StepOutput]) -> None:
-        if self._crashed.is_set():  # all were answered; a step was still under way
+        if self._is_deaf:  # all were answered; a step was still under way
             return
         for output in outputs:
             self._answer(
@@ -349,6 +378,7 @@ class PrefillDecodeService:
         self._outboxes[peer].put(output)
 
     def _engine_crashed(self) -> None:
+        self._is_deaf = True
         self._fail_all(InternalError("The prefill-decode worker has failed."))
         self._crashed.set()
 

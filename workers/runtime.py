@@ -73,6 +73,12 @@ class Service(Protocol):
     async def drain(self) -> None:
         """Refuse new work from now on; return when the running work is finished and answered."""
 
+    async def hand_over(self) -> None:
+        """End the work that is left with `HandedOver`, so that its askers go on elsewhere; return when they were told.
+
+        Called after `drain`, which may not have returned, when the time for draining is over.
+        """
+
     async def stop(self) -> None:
         """End threads and connections. Called once, whether drained or not."""
 
@@ -130,6 +136,8 @@ class WorkerRuntime:
         self._malformed = 0
         self._warned: set[str] = set()
         self._stop = asyncio.Event()
+        self._is_hurried = asyncio.Event()
+        """A second signal came: the time for draining is over."""
         self._exit_code = 0
 
     async def send(self, peer: bytes, message: AnyMessage, *buffers: Buffer) -> bool:
@@ -154,11 +162,11 @@ class WorkerRuntime:
         self._stop.set()
 
     async def run(self, service: Service) -> int:
-        """Serve until SIGTERM or SIGINT, then drain and leave. Returns the exit code."""
+        """Serve until SIGTERM or SIGINT, then drain and leave; at the second one at once. Returns the exit code."""
         self._service = service
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+            loop.add_signal_handler(number, self._on_signal)
         self._listen()
         tasks = [asyncio.create_task(self._receive_loop()), asyncio.create_task(self._watch_peers())]
         tasks += [asyncio.create_task(self._announce_to(proxy)) for proxy in self._proxies]
@@ -191,16 +199,41 @@ class WorkerRuntime:
         self._info = msgspec.structs.replace(self._info, address=address)
         log.info("%s ready on %s (%s)", self._info.role, self._info.address, self._info.dtype)
 
+    def _on_signal(self) -> None:
+        (self._is_hurried if self._stop.is_set() else self._stop).set()
+
     async def _leave(self) -> None:
+        """Refuse what comes, finish what runs, and hand over what is not finished in time."""
         self._state = WorkerState.DRAINING
         load = self._service.load()
         log.info("draining: %d running, %d waiting", load.running, load.waiting)
+        # Refusing comes first: what a peer sends before it knows is refused, and retried elsewhere.
+        draining = asyncio.create_task(self._service.drain())
+        hurried = asyncio.create_task(self._is_hurried.wait())
         try:
-            async with asyncio.timeout(self._config.drain_timeout):
-                await self._service.drain()
+            await asyncio.sleep(0)
+            await self._tell_state()
+            await asyncio.wait(
+                {draining, hurried}, timeout=self._config.drain_timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if draining.done():
+                draining.result()
                 log.info("drained")
-        except TimeoutError:
-            log.warning("not drained after %g s: the rest is aborted", self._config.drain_timeout)
+            else:
+                why = "a second signal" if hurried.done() else f"not drained after {self._config.drain_timeout:g} s"
+                load = self._service.load()
+                log.warning("%s: %d running and %d waiting are handed over", why, load.running, load.waiting)
+                await self._service.hand_over()
+        finally:
+            draining.cancel()
+            hurried.cancel()
+            await asyncio.gather(draining, hurried, return_exceptions=True)
+
+    async def _tell_state(self) -> None:
+        """Have all peers know the new state now, and not at their next ping."""
+        pong = self._pong(0)  # the number of no ping
+        for peer in list(self._names):
+            await self._reply(peer, pong)
 
     # -- messages --------------------------------------------------------------------------------------------------
 

@@ -542,6 +542,17 @@ async def test_draining_finishes_what_runs_and_refuses_what_comes(bench: Bench) 
     assert (await bench.until(2))[1].error is None
 
 
+async def test_what_is_not_drained_is_given_back_for_another_encoder(bench: Bench) -> None:
+    bench.vision.may_run.clear()
+    bench.ask("running", 10)
+    await bench.vision.entered()
+    bench.ask("waiting", 11)
+    await bench.encoder.hand_over()
+    results = await bench.until(2)
+    assert [result.error and result.error.code for result in results] == ["handed_over"] * 2
+    bench.vision.may_run.set()
+
+
 async def test_stopping_answers_everything(bench: Bench) -> None:
     bench.vision.may_run.clear()
     bench.ask("running", 10)
@@ -550,7 +561,7 @@ async def test_stopping_answers_everything(bench: Bench) -> None:
         bench.ask(f"waiting {n}", 20 + n)
     stopping = asyncio.create_task(bench.encoder.stop())
     results = await bench.until(6)
-    assert {result.error.code for result in results if result.error} == {"aborted"}
+    assert {result.error.code for result in results if result.error} == {"handed_over"}
     bench.vision.may_run.set()
     await stopping
     assert bench.vision.batches == [[10]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 
@@ -262,6 +263,42 @@ async def test_draining_refuses_new_work_and_finishes_the_old(setup: Setup) -> N
     assert setup.peers.outputs[PROXY, "old"][-1].finish_reason is FinishReason.LENGTH
 
 
+async def test_what_is_not_drained_is_handed_over_behind_all_its_tokens(setup: Setup) -> None:
+    setup.runner.steps = threading.Semaphore(5)
+    setup.generate("running", max_tokens=60)
+    await setup.peers.until(lambda: len(setup.peers.tokens_of("running")) == 5)
+    setup.generate("waiting", keys=("never",))
+    handing_over = asyncio.create_task(setup.service.hand_over())
+    await asyncio.wait([handing_over], timeout=0)
+    setup.runner.steps.release()
+    await handing_over
+    for name in ("running", "waiting"):
+        error = (await setup.peers.end_of(name)).error
+        assert error is not None
+        assert error.code == "handed_over"
+    assert setup.peers.tokens_of("running") == [3, 4, 5, 6, 7, 8], "those of the step under way too"
+
+
+async def test_an_engine_that_hangs_in_a_step_keeps_nobody_from_going_on_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefill_decode, "_LAST_WORDS_S", 0.01)
+    monkeypatch.setattr(engine_thread, "_LONGEST_STEP_S", 0.01)
+    setup = Setup()
+    setup.runner.steps = threading.Semaphore(2)
+    setup.generate("r", max_tokens=60)
+    await setup.peers.until(lambda: len(setup.peers.tokens_of("r")) == 2)
+    await setup.service.hand_over()
+    await setup.service.stop()
+    error = (await setup.peers.end_of("r")).error
+    assert error is not None
+    assert error.code == "handed_over"
+    setup.runner.steps.release(1000)
+    await asyncio.to_thread(setup.service._engine._thread.join, 20)
+    await asyncio.sleep(0)  # what the step made comes too late
+    assert setup.peers.tokens_of("r") == [3, 4]
+
+
 async def test_a_failing_step_costs_its_requests_only(setup: Setup) -> None:
     setup.runner.poison = {1}  # in everybody's prompt
     setup.generate("unlucky")
@@ -319,7 +356,7 @@ async def test_what_is_left_when_the_worker_stops_is_answered() -> None:
     setup.embed("late")
     error = (await setup.peers.end_of("undrained")).error
     assert error is not None
-    assert error.code == "no_worker"
+    assert error.code == "handed_over"
     await setup.peers.until(lambda: bool(setup.peers.replies))
 
 

@@ -44,6 +44,7 @@ class Service:
         self.gone: list[bytes] = []
         self.may_drain = asyncio.Event()
         self.is_draining = asyncio.Event()
+        self.is_handed_over = False
         self.is_stopped = False
 
     def handle(self, peer: bytes, message: AnyMessage, buffers: list[memoryview]) -> None:
@@ -57,6 +58,9 @@ class Service:
     async def drain(self) -> None:
         self.is_draining.set()
         await self.may_drain.wait()
+
+    async def hand_over(self) -> None:
+        self.is_handed_over = True
 
     async def stop(self) -> None:
         self.is_stopped = True
@@ -222,22 +226,36 @@ async def test_draining_goes_on_answering_pings(worker: Worker) -> None:
         await dealer.send(hello())
         await dealer.receive()
         os.kill(os.getpid(), signal.SIGTERM)
-        await asyncio.wait_for(worker.service.is_draining.wait(), 20)
+        told, _ = await dealer.receive()
+        assert isinstance(told, Pong)
+        assert (told.sequence, told.state) == (0, WorkerState.DRAINING), "it says so without being asked"
+        assert worker.service.is_draining.is_set(), "refusing begins before anybody is told"
         await dealer.send(Ping(sequence=1))
         pong, _ = await dealer.receive()
         assert isinstance(pong, Pong)
-        assert pong.state is WorkerState.DRAINING
+        assert (pong.sequence, pong.state) == (1, WorkerState.DRAINING)
         worker.service.may_drain.set()
         assert await asyncio.wait_for(worker.exit_code, 20) == 0
+        assert not worker.service.is_handed_over
 
 
-async def test_what_does_not_drain_in_time_is_left(tmp_path: Path) -> None:
+async def test_a_second_signal_hands_over_at_once(worker: Worker) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(worker.service.is_draining.wait(), 20)
+    assert not worker.service.is_handed_over
+    os.kill(os.getpid(), signal.SIGINT)
+    assert await asyncio.wait_for(worker.exit_code, 20) == 0
+    assert worker.service.is_handed_over
+
+
+async def test_what_does_not_drain_in_time_is_handed_over(tmp_path: Path) -> None:
     worker = Worker(tmp_path, drain_timeout=0.01)
     with contextlib.closing(await worker.connect()) as dealer:
         await dealer.send(Ping(sequence=1))
         await dealer.receive()
     os.kill(os.getpid(), signal.SIGINT)
     assert await asyncio.wait_for(worker.exit_code, 20) == 0
+    assert worker.service.is_handed_over
     assert worker.service.is_stopped
 
 

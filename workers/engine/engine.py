@@ -17,6 +17,7 @@ import torch
 from epd.errors import (
     DeadlineExceeded,
     EPDError,
+    HandedOver,
     InternalError,
     InvalidRequest,
 )
@@ -86,6 +87,7 @@ class Engine:
         """Request id → content keys that it still waits for."""
         self._deadlines = Deadlines(self._requests, clock)
         self._outputs: list[StepOutput] = []
+        self._is_leaving = False
 
     @classmethod
     def from_checkpoint(
@@ -222,6 +224,15 @@ class Engine:
         if request is not None:
             self._finish(request, RequestStatus.FINISHED_ABORTED)
 
+    def leave(self) -> None:
+        """From now on, hand over requests that a step finds no room for, instead of having them wait."""
+        self._is_leaving = True
+
+    def hand_over(self) -> None:
+        """End all requests with `HandedOver`: `resume_token_ids` lets another engine go on with them."""
+        for request in list(self._requests.values()):
+            self._hand_over(request)
+
     # -- output ----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[StepOutput]:
@@ -240,6 +251,9 @@ class Engine:
             for request, sampled in self._compute(chunks):
                 self._accept(request, sampled)
             self._finish_pooled(chunks)
+        if self._is_leaving:
+            for request in self._scheduler.not_begun():
+                self._hand_over(request)
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -362,6 +376,10 @@ class Engine:
             waited_for = "image embeddings" if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS else "tokens"
             error = DeadlineExceeded(f"The request's time ran out while it waited for {waited_for}.")
             self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
+
+    def _hand_over(self, request: EngineRequest) -> None:
+        error = HandedOver("The prefill-decode worker is shutting down; another one can go on.")
+        self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
 
     def _compute(self, chunks: list[ScheduledChunk]) -> list[tuple[EngineRequest, Sampled]]:
         """Run the step. Returns new tokens by request, without those that the model fails on, which end."""

@@ -115,6 +115,10 @@ class Scheduler:
         yield from self._waiting
         yield from self._waiting_for_embeddings.values()
 
+    def not_begun(self) -> list[EngineRequest]:
+        """Requests that could be computed and never were, for want of room."""
+        return [request for request in self._waiting if request.status is RequestStatus.WAITING]
+
     def can_step(self) -> bool:
         """Whether `schedule` would find something to compute."""
         return bool(self._running or self._waiting or self._early)

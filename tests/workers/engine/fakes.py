@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -46,6 +47,8 @@ class FakeRunner:
         """What the rows of the last step must not become."""
         self.chunks: list[ScheduledChunk] = []
         """All that were computed."""
+        self.steps: threading.Semaphore | None = None
+        """How many steps may run; None: any number. The next one hangs."""
 
     def add(self, request_id: str, token_ids: Sequence[int], images: Sequence[PlacedImage]) -> None:
         if self.placing_failure is not None:
@@ -62,6 +65,8 @@ class FakeRunner:
         return (float(len(self.prompts[request_id])),)
 
     def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[Sampled]:
+        if self.steps is not None:
+            self.steps.acquire(timeout=20)
         if self.failure is not None:
             raise self.failure
         if any(self.poison.intersection(chunk.request.token_ids) for chunk in chunks):

@@ -374,3 +374,25 @@ def test_bad_embeddings_are_refused_and_better_ones_still_help(
     engine.check_integrity()
     provide(engine)
     assert run(engine).tokens["a"] == [6]
+
+
+def test_an_engine_that_leaves_hands_over_what_it_has_no_room_for_and_finishes_the_rest() -> None:
+    engine = fake_engine(FakeRunner())
+    for name in "abcd":
+        engine.add_request(name, [1, 2], SamplingParams(max_tokens=6))
+    engine.step()
+    engine.add_request("waits", [1, 2], SamplingParams(max_tokens=6))
+    engine.add_request(
+        "needs a picture", [1, IMAGE_TOKEN], SamplingParams(max_tokens=6), images=[ImagePlaceholder("k", 1)]
+    )
+    engine.leave()
+    answers = Answers()
+    answers.take(engine.step())
+    assert [(name, end.error and end.error.code) for name, end in answers.ends.items()] == [("waits", "handed_over")]
+    engine.add_request("late", [1, 2], SamplingParams(max_tokens=6))
+    answers.drain(engine)
+    codes = {name: end.error and end.error.code for name, end in answers.ends.items()}
+    assert codes == {"waits": "handed_over", "late": "handed_over"} | dict.fromkeys("abcd")
+    engine.hand_over()
+    assert [output.error and output.error.code for output in engine.step()] == ["handed_over"]
+    engine.check_integrity()
