@@ -33,7 +33,6 @@ def required(help: str, **metadata: Any) -> Any:
 class ProcessConfig:
     """What every process has."""
 
-    model: Path = required("checkpoint folder in Hugging Face format", metavar="DIR")
     log_level: str = option("info", "what to log", choices=("debug", "info", "warning", "error"))
     cluster_keys: Path | None = option(
         None,
@@ -42,18 +41,40 @@ class ProcessConfig:
     )
 
     def __post_init__(self) -> None:
-        if not (self.model / "config.json").is_file():
-            raise ConfigError(f"--model {self.model}: no config.json there; give the folder of a checkpoint")
         for each in fields(self):
             value, minimum = getattr(self, each.name), each.metadata.get("minimum")
             if minimum is not None and value is not None and not minimum <= value < math.inf:  # nor NaN
                 raise ConfigError(f"--{each.name.replace('_', '-')} {value}: want at least {minimum}")
 
 
+def _check_checkpoint(model: Path) -> None:
+    if not (model / "config.json").is_file():
+        raise ConfigError(f"--model {model}: no config.json there; give the folder of a checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ProcessConfig):
+    """A process that is about one checkpoint."""
+
+    model: Path = required("checkpoint folder in Hugging Face format", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_checkpoint(self.model)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProxyConfig(ProcessConfig):
     """The HTTP front."""
 
+    model: Path | None = option(
+        None, "checkpoint folder in Hugging Face format, of which the tokenizer is needed", metavar="DIR"
+    )
+    models: tuple[Path, ...] = option(
+        (),
+        "folders of further checkpoints, or folders of such folders: loaded when workers appear that serve them",
+        metavar="DIR",
+    )
     host: str = option("0.0.0.0", "address to serve HTTP on")
     port: int = option(5580, "port to serve HTTP on; 0 takes a free one")
     proxy_addr: str | None = option(
@@ -93,14 +114,24 @@ class ProxyConfig(ProcessConfig):
 
     @property
     def model_name(self) -> str:
-        """What `/v1/models` lists and answers carry."""
-        return self.served_model_name or str(self.model)
+        """What `--model` is called where workers do not say."""
+        return self.served_model_name or str(self.model or "")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is not None:
+            _check_checkpoint(self.model)
+        elif not self.models:
+            raise ConfigError("--model or --models is needed: the folder of a checkpoint, or of several")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig(ProcessConfig):
+class WorkerConfig(ModelConfig):
     """What encoder and prefill-decode workers share."""
 
+    served_model_name: str | None = option(
+        None, "what clients call the model; default: what the proxy calls its checkpoint"
+    )
     worker_addr: str = required(
         "address to listen on (/tmp/encoder_0, host:port; *:port listens on all interfaces, port 0 is a free one)",
         metavar="ADDR",
@@ -200,7 +231,7 @@ class PrefillDecodeConfig(WorkerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpConfig(ProcessConfig):
+class UpConfig(ModelConfig):
     """A supervised cluster on this host."""
 
     model: Path = option(CHECKPOINT_DIR, "checkpoint folder in Hugging Face format", metavar="DIR")

@@ -72,15 +72,17 @@ def read_flags(config: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
     Raises:
         ConfigError: a value that the configuration class refuses.
     """
-    values = {}
+    values, hints = {}, typing.get_type_hints(config)
     for field in dataclasses.fields(config):  # type: ignore[arg-type]  # ConfigT is one of our dataclasses
         value = getattr(arguments, field.name)
-        values[field.name] = _split_words(value) if isinstance(value, list) else value
+        values[field.name] = _split_words(value, hints[field.name]) if isinstance(value, list) else value
     try:
         return config(**values)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _split_words(words: list[Any]) -> tuple[Any, ...]:
+def _split_words(words: list[Any], hint: Any) -> tuple[Any, ...]:
+    if _value_type(hint)[0] is Path:  # whose names may have commas
+        return tuple(words)
     return tuple(part for word in words for part in str(word).split(",") if part)

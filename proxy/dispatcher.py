@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from epd.errors import Overloaded
 from epd.types import WorkerRole
 from proxy.generation import Generation
+from proxy.model_catalog import ModelRef
 from proxy.work import Work
 from proxy.worker_pool import WorkerPool, no_worker
 
@@ -44,17 +45,17 @@ class Dispatcher:
         finally:
             self._admitted -= 1
 
-    def require(self, *, images: bool) -> None:
+    def require(self, model: ModelRef, *, images: bool) -> None:
         """Check early that somebody could do the work. Which pictures a PD holds shows only once they are loaded.
 
         Raises:
             NoWorker: a role that the request needs has no live worker.
         """
-        pds = self._pool.ready(WorkerRole.PREFILL_DECODE)
+        pds = self._pool.ready(WorkerRole.PREFILL_DECODE, model)
         if not pds:
-            raise no_worker(WorkerRole.PREFILL_DECODE)
-        if images and not self._pool.ready(WorkerRole.ENCODER) and not any(pd.pictures for pd in pds):
-            raise no_worker(WorkerRole.ENCODER)
+            raise no_worker(WorkerRole.PREFILL_DECODE, model)
+        if images and not self._pool.ready(WorkerRole.ENCODER, model) and not any(pd.pictures for pd in pds):
+            raise no_worker(WorkerRole.ENCODER, model)
 
     async def start(self, work: Work) -> Generation:
         """Send a request to the workers. The caller must `close` what it gets.

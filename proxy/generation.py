@@ -165,6 +165,7 @@ class Generation:
         work = self.work
         return self._pool.pick(
             WorkerRole.PREFILL_DECODE,
+            work.model,
             work.images[0].content_key if work.images else "",
             avoid=avoid,
             pictures=self._keys,
@@ -176,7 +177,9 @@ class Generation:
     def _pick_encoder(self, index: int, *, plan: Plan | None = None, avoid: str | None = None) -> WorkerConnection:
         """An encoder for a picture. Raises NoWorker."""
         key, units = self.work.images[index].content_key, self._units(index)
-        return self._pool.pick(WorkerRole.ENCODER, key, avoid=avoid, pictures=(key,), units=units, plan=plan)
+        return self._pool.pick(
+            WorkerRole.ENCODER, self.work.model, key, avoid=avoid, pictures=(key,), units=units, plan=plan
+        )
 
     def _units(self, index: int) -> float:
         return self._pool.picture_sizes.units(self.work.images[index].num_pixels)

@@ -93,14 +93,12 @@ class MediaLoader:
     """Loads the pictures of requests.
 
     Args:
-        model: fingerprint of the checkpoint, part of the content keys.
         limits: on bytes, pixels and count.
         fetcher: for http: and https: URLs.
         local_root: folder whose files may be named; None: none may.
     """
 
-    def __init__(self, model: str, limits: MediaLimits, fetcher: HttpFetcher, local_root: Path | None) -> None:
-        self._model = model
+    def __init__(self, limits: MediaLimits, fetcher: HttpFetcher, local_root: Path | None) -> None:
         self._limits = limits
         self._fetcher = fetcher
         self._root = local_root
@@ -110,8 +108,12 @@ class MediaLoader:
         """Stop the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def load(self, sources: Sequence[ImageSource]) -> list[LoadedImage]:
+    async def load(self, sources: Sequence[ImageSource], model: str) -> list[LoadedImage]:
         """All pictures of a request, at the same time, in order.
+
+        Args:
+            sources: where they are.
+            model: fingerprint of the checkpoint, part of the content keys.
 
         Raises:
             InvalidRequest, InvalidImage: malformed URL, or the bytes are no picture.
@@ -123,7 +125,7 @@ class MediaLoader:
                 f"{len(sources)} images in one request; at most {self._limits.max_images}.", param="messages"
             )
         budget = _Budget(self._limits.max_total_bytes)
-        tasks = [asyncio.create_task(self._load_one(source, budget)) for source in sources]
+        tasks = [asyncio.create_task(self._load_one(source, budget, model)) for source in sources]
         try:
             images = await asyncio.gather(*tasks)
         finally:
@@ -140,12 +142,12 @@ class MediaLoader:
                 param="messages",
             )
 
-    async def _load_one(self, source: ImageSource, budget: _Budget) -> LoadedImage:
+    async def _load_one(self, source: ImageSource, budget: _Budget, model: str) -> LoadedImage:
         try:
             async with budget.turn:
                 data = await self._read(source.url)
             budget.take(len(data))
-            return await self._in_thread(lambda: self._inspect(data, source))
+            return await self._in_thread(lambda: self._inspect(data, source, model))
         except EPDError as error:
             error.param = error.param or source.param
             raise
@@ -163,10 +165,10 @@ class MediaLoader:
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _inspect(self, data: bytes, source: ImageSource) -> LoadedImage:
+    def _inspect(self, data: bytes, source: ImageSource, model: str) -> LoadedImage:
         pixels = count_pixels(data, self._limits.max_image_pixels)
         bound = LOW_DETAIL_PIXELS if source.low_detail else None
-        return LoadedImage(data, content_key(self._model, bound, data), bound, pixels, source.param)
+        return LoadedImage(data, content_key(model, bound, data), bound, pixels, source.param)
 
 
 def content_key(model: str, max_pixels: int | None, data: bytes) -> str:

@@ -7,34 +7,34 @@ import time
 from epd import __version__
 from epd.cluster_view import MAX_WORKERS, ClusterView, ModelView, WorkerView
 from epd.types import WorkerRole, WorkerState
+from proxy.model_catalog import ModelCatalog
 from proxy.service import Service
 from proxy.worker_connection import WorkerConnection
 
 _ERRORS = ("requests_error", "images_failed", "malformed_messages")
 
 
-def cluster_view(service: Service, missing: list[WorkerRole]) -> ClusterView:
-    """All that `epd status` prints, without asking anybody: the pings' answers are recent enough.
-
-    Args:
-        service: of this proxy.
-        missing: roles that the model needs and nobody plays.
-    """
+def cluster_view(service: Service) -> ClusterView:
+    """All that `epd status` prints, without asking anybody: the pings' answers are recent enough."""
     connections = sorted(service.pool.connections(), key=lambda one: (one.member.role.value, one.member.address))
-    workers = tuple(_worker_view(one, service.config.model_name) for one in connections[:MAX_WORKERS])
-    is_well = not missing and not any(worker.problem for worker in workers)
+    workers = tuple(_worker_view(one, service.catalog) for one in connections[:MAX_WORKERS])
+    models = tuple(
+        ModelView(name=model.name, missing=tuple(role.value for role in model.missing_roles))
+        for model in service.models()
+    )
+    is_well = not any(model.missing for model in models) and not any(worker.problem for worker in workers)
     return ClusterView(
         status="ok" if is_well else "degraded",
         version=__version__,
         uptime_s=time.time() - service.created,
         requests=len(service.dispatcher.active),
-        models=(ModelView(name=service.config.model_name, missing=tuple(role.value for role in missing)),),
+        models=models,
         workers=workers,
         left_out=len(connections) - len(workers),
     )
 
 
-def _worker_view(worker: WorkerConnection, model: str) -> WorkerView:
+def _worker_view(worker: WorkerConnection, catalog: ModelCatalog) -> WorkerView:
     info = worker.info
     if info is None:
         return WorkerView(
@@ -49,7 +49,7 @@ def _worker_view(worker: WorkerConnection, model: str) -> WorkerView:
     return WorkerView(
         role=info.role.value,
         address=worker.member.address,
-        model=info.served_model_name or model,
+        model=catalog.ref(info).name,
         state=worker.state.value,
         problem=_problem(worker),
         version=info.version,

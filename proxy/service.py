@@ -1,55 +1,24 @@
-"""What all request handlers share: the model's text side, the workers, and the limits."""
+"""What all request handlers of a process share: the models, the workers, and the limits."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, TypeVar
 
-import msgspec
-
-from epd.checkpoint import fingerprint, image_placeholder, read_json
 from epd.config import ProxyConfig
-from epd.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
-from epd.grammar_check import validate
-from epd.tasks import check_task
+from epd.errors import InvalidRequest, ModelNotFound, NoWorker
 from epd.transport import endpoints
-from epd.types import Grammar, Pooling, WorkerRole, WorkerTask
+from epd.types import WorkerRole
 from metastore.roster import Roster
-from proxy.chat_template import ChatTemplate, Message, Prompt
 from proxy.dispatcher import Dispatcher
 from proxy.media import MediaLimits, MediaLoader
 from proxy.media_http import HttpFetcher, parse_networks
+from proxy.model_catalog import ModelCatalog, ModelRef
 from proxy.routing import make_policy
-from proxy.token_text import TokenTexts
-from proxy.tokenizer import Tokenizer
-from proxy.worker_connection import Identity, WorkerConnection
+from proxy.served_model import ServedModel, Shared
 from proxy.worker_pool import WorkerPool
 
-T = TypeVar("T")
-
-_LARGE_TEXT = 20_000
-"""Characters from which encoding leaves the event loop: about 10 ms."""
-
-
-class SamplingDefaults(msgspec.Struct, frozen=True):
-    """What the checkpoint's generation_config.json asks for when a request says nothing."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> SamplingDefaults:
-        """Read them; a checkpoint that says `do_sample: false` is greedy by default."""
-        if config.get("do_sample") is False:
-            config = config | {"temperature": 0.0, "top_p": None, "top_k": None}
-        known = {name: config[name] for name in cls.__struct_fields__ if config.get(name) is not None}
-        return msgspec.convert(known, cls, strict=False)
+_NAMES_SHOWN = 20
 
 
 class Service:
@@ -66,17 +35,9 @@ class Service:
     def __init__(self, config: ProxyConfig, roster: Roster | None = None) -> None:
         self.config = config
         self.created = int(time.time())
-        self.fingerprint = fingerprint(config.model)
-        self.tokenizer = Tokenizer(config.model / "tokenizer.json")
-        self.token_texts = TokenTexts(self.tokenizer.backend)
-        self.template = ChatTemplate.from_checkpoint(config.model, self.tokenizer)
-        self.model_config = read_json(config.model, "config.json")
-        self.pooling_config = read_json(config.model, "1_Pooling/config.json")
-        placeholder = image_placeholder(config.model)
-        self.image_token_id = None if placeholder is None else placeholder.token_id
-        self.sampling_defaults = SamplingDefaults.of(read_json(config.model, "generation_config.json"))
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self.catalog = ModelCatalog(config.model, config.model_name, config.models, self._threads)
         self.media = MediaLoader(
-            self.fingerprint,
             MediaLimits(
                 max_image_bytes=config.max_image_bytes,
                 max_image_pixels=config.max_image_pixels,
@@ -93,7 +54,8 @@ class Service:
         )
         self.pool = WorkerPool(
             _fill(roster or Roster(), config),
-            Identity(f"proxy-{config.port}", self.fingerprint),
+            f"proxy-{config.port}",
+            self.catalog,
             {
                 WorkerRole.ENCODER: make_policy(config.encoder_router),
                 WorkerRole.PREFILL_DECODE: make_policy(config.pd_router),
@@ -101,8 +63,8 @@ class Service:
             config.proxy_addr,
         )
         self.dispatcher = Dispatcher(self.pool, config.max_concurrent_requests)
+        self._shared = Shared(config, self.pool, self.dispatcher, self.media, self._threads)
         self._started = False
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
 
     async def start(self) -> None:
         """Connect to the workers. A second call does nothing.
@@ -117,123 +79,63 @@ class Service:
     async def close(self) -> None:
         """Drop connections and threads."""
         await self.pool.close()
+        await self.catalog.close()
         self.media.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    # -- the model -------------------------------------------------------------------------------------------------
+    # -- models ------------------------------------------------------------------------------------------------------
 
-    @property
-    def max_model_len(self) -> int:
-        """Context in tokens: configured, or the smallest that a worker has; 0 while nothing is known."""
-        if self.config.max_model_len is not None:
-            return self.config.max_model_len
-        known = [one.info.max_model_len for one in self.pool.connections(WorkerRole.PREFILL_DECODE) if one.info]
-        return min((length for length in known if length), default=0)
+    def models(self) -> list[ServedModel]:
+        """All models that requests may name, whether or not all their workers are there."""
+        found = []
+        for ref in self._refs():
+            checkpoint = self.catalog.checkpoint(ref.fingerprint)
+            if checkpoint is not None:
+                found.append(ServedModel(ref, checkpoint, self._shared))
+        return found
 
-    def require_model(self, name: str | None) -> None:
-        """Check the `model` of a request.
-
-        Raises:
-            ModelNotFound: another one is served.
-        """
-        if name is not None and name != self.config.model_name:
-            raise ModelNotFound(
-                f"The model {name[:200]!r} does not exist; this server serves {self.config.model_name!r}.",
-                param="model",
-            )
-
-    @property
-    def task(self) -> WorkerTask | None:
-        """What the prefill-decode workers are for, which is the same for all; None while there is none."""
-        return next((one.info.task for one in self._decoders() if one.info), None)
-
-    def require_task(self, pooling: Pooling | None) -> None:
-        """Check that the prefill-decode workers were started for such requests.
-
-        Raises:
-            InvalidRequest: one was not.
-        """
-        for worker in self._decoders():
-            if worker.info is not None:
-                check_task(worker.info.task, pooling)
-
-    def _decoders(self) -> list[WorkerConnection]:
-        return self.pool.ready(WorkerRole.PREFILL_DECODE)
-
-    def check_context(self, prompt_tokens: int, max_tokens: int | None) -> None:
-        """Refuse early what can't fit. Pictures count one token here; the worker checks the expanded prompt.
+    def model(self, name: str | None) -> ServedModel:
+        """The model that a request means. Of two checkpoints under one name, as in an update, the more complete one.
 
         Args:
-            prompt_tokens: of the prompt.
-            max_tokens: that must fit behind it; None: at least one.
+            name: as requests give it; None: the only one.
 
         Raises:
-            ContextLengthExceeded: it does not fit.
+            ModelNotFound: there is none of that name.
+            InvalidRequest: there are several to choose from.
+            NoWorker: it is being loaded, or no worker has appeared that says what there is.
         """
-        limit = self.max_model_len
-        if limit and prompt_tokens + (1 if max_tokens is None else max_tokens) > limit:
-            raise ContextLengthExceeded.of(limit=limit, prompt=prompt_tokens, completion=max_tokens)
-
-    async def check_grammar(self, field: str, grammar: Grammar) -> None:
-        """Check that workers can follow a grammar, which may take a while: not on the event loop.
-
-        Raises:
-            InvalidRequest: they can't; it names `field` and the reason.
-        """
-        check = partial(validate, grammar, param=field)
-        await asyncio.get_running_loop().run_in_executor(self._threads, check)
-
-    # -- text --------------------------------------------------------------------------------------------------------
-
-    async def encode_chat(self, messages: Sequence[Message], variables: dict[str, Any]) -> Prompt:
-        """The prompt of a conversation.
-
-        Raises:
-            InvalidRequest: see `ChatTemplate.encode`; or the model has no chat template.
-        """
-        template = self.template
-        if template is None:
-            raise InvalidRequest("This model has no chat template; use /v1/completions.")
-        size = _size(messages)
-        self._check_size(size)
-        return await self.off_loop_if_large(size, lambda: template.encode(messages, **variables))
-
-    async def encode_text(self, text: str, *, among: int = 0, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of a raw prompt, with what the tokenizer puts around each text unless `add_special_tokens` is off.
-
-        Args:
-            text: of the prompt.
-            among: characters of all texts of the request: many small ones take as long as a large one.
-            add_special_tokens: see above.
-        """
-        self._check_size(len(text))
-        return await self.off_loop_if_large(
-            max(len(text), among), lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        models = self.models()
+        if name is None:
+            return self._only(models)
+        named = [model for model in models if model.name == name]
+        if named:
+            return min(named, key=lambda model: len(model.missing_roles)) if len(named) > 1 else named[0]
+        if any(ref.name == name for ref in self._refs()):
+            raise NoWorker(f"The model {name!r} is being loaded. Try again in a moment.")
+        raise ModelNotFound(
+            f"The model {name[:200]!r} does not exist; this server serves {_listed(models)}.", param="model"
         )
 
-    async def encode_pair(self, first: str, second: str, *, among: int = 0) -> list[int]:
-        """Tokens of two texts in one sequence, joined as the tokenizer joins pairs. `among`: as for `encode_text`."""
-        size = len(first) + len(second)
-        self._check_size(size)
-        return await self.off_loop_if_large(max(size, among), lambda: self.tokenizer.encode_pair(first, second))
+    def _only(self, models: list[ServedModel]) -> ServedModel:
+        if len({model.name for model in models}) == 1:
+            return self.model(models[0].name) if len(models) > 1 else models[0]
+        if not models:
+            raise NoWorker("No worker has appeared yet, so that no model is served. Try again in a moment.")
+        raise InvalidRequest(f"model is needed: this server serves {_listed(models)}.", param="model")
 
-    def _check_size(self, characters: int) -> None:
-        """Refuse what can't fit, however it is tokenised, before work is put into it."""
-        self.check_context(characters // self.tokenizer.longest_token, None)
-
-    async def off_loop_if_large(self, size: int, work: Callable[[], T]) -> T:
-        """What `work` returns, computed on another thread when `size` characters of text would stop all streams."""
-        if size < _LARGE_TEXT:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    def _refs(self) -> list[ModelRef]:
+        up = [one.info for one in self.pool.connections() if one.info is not None]
+        return self.catalog.refs(
+            [info for info in up if info.role is not WorkerRole.ENCODER],
+            [info for info in up if info.role is WorkerRole.ENCODER],
+        )
 
 
-def _size(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_size, value.values()))
-    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
+def _listed(models: list[ServedModel]) -> str:
+    names = list(dict.fromkeys(model.name for model in models))
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return (", ".join(repr(name) for name in names[:_NAMES_SHOWN]) or "none yet") + more
 
 
 def _fill(roster: Roster, config: ProxyConfig) -> Roster:

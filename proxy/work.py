@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from epd.types import FinishReason, Pooling, SamplingParams, TokenLogprobs
 from proxy.media import LoadedImage
+from proxy.model_catalog import ModelRef
 from proxy.prefix_affinity import Chain, prefix_chain
 
 
@@ -14,6 +15,7 @@ class Work:
     """What one request asks of the workers."""
 
     request_id: str
+    model: ModelRef
     prompts: tuple[tuple[int, ...], ...]
     """Several are independent of each other. Pictures come with a single one, which has one placeholder for each."""
     image_offsets: tuple[int, ...] = ()
@@ -34,7 +36,9 @@ class Work:
     def prefix_chain(self, prompt: int) -> Chain:
         """What names the beginnings of a prompt."""
         keys = [image.content_key for image in self.images]
-        return prefix_chain(self.prompts[prompt], list(zip(self.image_offsets, keys, strict=True)))
+        return prefix_chain(
+            self.prompts[prompt], list(zip(self.image_offsets, keys, strict=True)), salt=self.model.fingerprint
+        )
 
 
 @dataclass

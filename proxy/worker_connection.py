@@ -71,8 +71,8 @@ class Identity:
     """How this proxy introduces itself."""
 
     name: str
-    model: str
-    """Fingerprint of the checkpoint that it serves."""
+    refuse: Callable[[WorkerInfo], str | None]
+    """Why it can't use a worker, by what that says of itself; None: it can."""
 
 
 class WorkerConnection:
@@ -81,13 +81,22 @@ class WorkerConnection:
     Args:
         member: role and address from the roster.
         identity: of this proxy.
-        peers: PD addresses that an encoder may be told to dial.
+        peers: PD addresses that an encoder of a checkpoint may be told to dial.
+        on_up: called when the worker has been greeted.
     """
 
-    def __init__(self, member: Member, identity: Identity, peers: Callable[[], tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        member: Member,
+        identity: Identity,
+        peers: Callable[[str], tuple[str, ...]],
+        on_up: Callable[[], None] = lambda: None,
+    ) -> None:
         self.member = member
         self.info: WorkerInfo | None = None
         """What the worker said of itself; None while it is not up."""
+        self.model = ""
+        """Fingerprint of its checkpoint, also while it is down; empty: it never was up."""
         self.state = WorkerState.STARTING
         self.reported_load = Load()
         self.stages: dict[str, StageStats] = {}
@@ -103,6 +112,7 @@ class WorkerConnection:
         self._greeted_at = 0.0
         self._identity = identity
         self._peers = peers
+        self._on_up = on_up
         self._told_peers: tuple[str, ...] | None = None
         self._dealer: Dealer | None = None
         self._generations: dict[str, OutputSink] = {}
@@ -186,8 +196,8 @@ class WorkerConnection:
 
     async def tell_peers(self) -> None:
         """Tell an encoder which PDs there are, if that is news to it."""
-        peers = self._peers()
-        if self.member.role is WorkerRole.ENCODER and self.info is not None and peers != self._told_peers:
+        peers = self._peers(self.model)
+        if self.member.role is WorkerRole.ENCODER and self.info is not None and peers != (self._told_peers or ()):
             await self._send(Peers(pd_addresses=peers))
             self._told_peers = peers
 
@@ -247,7 +257,7 @@ class WorkerConnection:
             await asyncio.gather(reader, return_exceptions=True)
 
     async def _greet(self, dealer: Dealer) -> None:
-        hello = Hello(protocol_version=PROTOCOL_VERSION, sender=self._identity.name, model=self._identity.model)
+        hello = Hello(protocol_version=PROTOCOL_VERSION, sender=self._identity.name, model="")  # any
         await _send_when_connected(dealer, hello)
         try:
             async with asyncio.timeout(GREETING_S):
@@ -266,14 +276,15 @@ class WorkerConnection:
         worker = message.worker
         if message.protocol_version != PROTOCOL_VERSION:
             raise _Refused(f"it speaks protocol {message.protocol_version}, this proxy {PROTOCOL_VERSION}")
-        if worker.model != self._identity.model:
-            raise _Refused(f"it serves model {worker.model}, this proxy {self._identity.model}")
         if worker.role is not self.member.role:
             raise _Refused(f"it is a {worker.role.value} worker, not {self.member.role.value}")
-        self.info, self.state, self.problem = worker, worker.state, ""
+        if reason := self._identity.refuse(worker):
+            raise _Refused(reason)
+        self.info, self.model, self.state, self.problem = worker, worker.model, worker.state, ""
         self._greeted_at = time.monotonic()
         self._unheard = 0
         log.info("%s %s is up", self.member.role.value, self.member.address)
+        self._on_up()
 
     async def _keep_alive(self, dealer: Dealer, reader: asyncio.Task[None]) -> None:
         """Ping until the worker falls silent or the reader ends."""

@@ -11,6 +11,7 @@ from epd.messages import PROTOCOL_VERSION, Announcement
 from epd.transport import PeerGone, ProtocolError, Router, endpoint
 from epd.types import WorkerRole
 from metastore.roster import Member, Roster
+from proxy.model_catalog import ModelCatalog, ModelRef
 from proxy.placement import PictureSizes, Plan, snapshots
 from proxy.prefix_affinity import Chain
 from proxy.routing import Policy, Question
@@ -27,9 +28,9 @@ _ROLE_NAMES = {
 }
 
 
-def no_worker(role: WorkerRole) -> NoWorker:
+def no_worker(role: WorkerRole, model: ModelRef) -> NoWorker:
     """The error that names the role which is missing."""
-    return NoWorker(f"No {_ROLE_NAMES[role]} worker is available. Try again in a moment.")
+    return NoWorker(f"No {_ROLE_NAMES[role]} worker of {model.name} is available. Try again in a moment.")
 
 
 class WorkerPool:
@@ -37,7 +38,8 @@ class WorkerPool:
 
     Args:
         roster: who should be there.
-        identity: how the proxy introduces itself.
+        name: how the proxy introduces itself.
+        catalog: which models it can serve.
         policies: how a worker of a role is chosen.
         announce_addr: where workers announce themselves; None: nowhere.
     """
@@ -45,12 +47,14 @@ class WorkerPool:
     def __init__(
         self,
         roster: Roster,
-        identity: Identity,
+        name: str,
+        catalog: ModelCatalog,
         policies: dict[WorkerRole, Policy],
         announce_addr: str | None = None,
     ) -> None:
         self._roster = roster
-        self._identity = identity
+        self._identity = Identity(name, catalog.reason_to_refuse)
+        self._catalog = catalog
         self._policies = policies
         self._router = Router(announce_addr) if announce_addr else None
         self._connections: dict[Member, WorkerConnection] = {}
@@ -95,13 +99,24 @@ class WorkerPool:
         """All connections, or those of a role, up or not."""
         return [one for one in self._connections.values() if role in (None, one.member.role)]
 
-    def ready(self, role: WorkerRole) -> list[WorkerConnection]:
-        """Those of a role that take new requests."""
-        return [one for one in self.connections(role) if one.is_ready]
+    def up(self, role: WorkerRole, model: ModelRef) -> list[WorkerConnection]:
+        """Those of a role that answer and serve the model. Encoders serve a checkpoint, whatever it is called."""
+        return [
+            one
+            for one in self.connections(role)
+            if one.info is not None
+            and one.info.model == model.fingerprint
+            and (role is WorkerRole.ENCODER or self._catalog.ref(one.info) == model)
+        ]
+
+    def ready(self, role: WorkerRole, model: ModelRef) -> list[WorkerConnection]:
+        """Those of them that take new requests."""
+        return [one for one in self.up(role, model) if one.is_ready]
 
     def pick(
         self,
         role: WorkerRole,
+        model: ModelRef,
         key: str = "",
         *,
         avoid: str | None = None,
@@ -114,6 +129,7 @@ class WorkerPool:
 
         Args:
             role: of the worker.
+            model: that it serves.
             key: what the work is about, for affinity.
             avoid: address of a worker that just failed.
             pictures: content keys of the work: a worker that has them is preferred.
@@ -124,9 +140,9 @@ class WorkerPool:
         Raises:
             NoWorker: none is ready.
         """
-        ready = {one.member.address: one for one in self.ready(role) if one.member.address != avoid}
+        ready = {one.member.address: one for one in self.ready(role, model) if one.member.address != avoid}
         if not ready:
-            raise no_worker(role)
+            raise no_worker(role, model)
         plan = plan or Plan()
         candidates, slack = snapshots(ready, pictures, units, plan)
         chosen = ready[self._policies[role].pick(candidates, Question(key, chain, slack)).key]
@@ -146,10 +162,11 @@ class WorkerPool:
             log.error("%s stopped by a bug", task.get_name(), exc_info=task.exception())
 
     def _join(self, member: Member) -> None:
-        connection = WorkerConnection(member, self._identity, self._pd_addresses)
+        connection = WorkerConnection(
+            member, self._identity, self._pd_addresses, on_up=lambda: self._tell_encoders(member)
+        )
         self._connections[member] = connection
         self._runners[member] = asyncio.create_task(connection.run(), name=f"worker {member.address}")
-        self._tell_encoders(member)
 
     def _leave(self, member: Member) -> None:
         log.info("%s %s left", member.role.value, member.address)
@@ -159,12 +176,14 @@ class WorkerPool:
             runner.cancel()
         self._tell_encoders(member)
 
-    def _pd_addresses(self) -> tuple[str, ...]:
-        return tuple(member.address for member in self._roster.members(WorkerRole.PREFILL_DECODE))
+    def _pd_addresses(self, model: str) -> tuple[str, ...]:
+        """Of one checkpoint. Who is down for a moment keeps its place."""
+        pds = self.connections(WorkerRole.PREFILL_DECODE)
+        return tuple(one.member.address for one in pds if one.model == model)
 
     def _tell_encoders(self, changed: Member) -> None:
         if changed.role is WorkerRole.PREFILL_DECODE:
-            for encoder in self.ready(WorkerRole.ENCODER):
+            for encoder in self.connections(WorkerRole.ENCODER):
                 self._spawn(_tell_peers(encoder), "peers")
 
     async def _expire(self) -> None:
@@ -193,8 +212,8 @@ class WorkerPool:
             return
         if message.protocol_version != PROTOCOL_VERSION:
             self._complain(f"{address} refused: it speaks protocol {message.protocol_version}, not {PROTOCOL_VERSION}")
-        elif worker.model != self._identity.model:
-            self._complain(f"{address} refused: it serves model {worker.model}, this proxy {self._identity.model}")
+        elif reason := self._identity.refuse(worker):
+            self._complain(f"{address} refused: {reason}")
         else:
             self._roster.renew(worker.role, address)
 

@@ -129,6 +129,7 @@ class WorkerRuntime:
             max_num_seqs=max_num_seqs,
             task=task,
             version=__version__,
+            served_model_name=config.served_model_name or "",
         )
         self._state = WorkerState.READY
         self._last_seen: dict[bytes, float] = {}
@@ -276,7 +277,7 @@ class WorkerRuntime:
     def _reason_to_refuse(self, hello: Hello) -> str | None:
         if hello.protocol_version != PROTOCOL_VERSION:
             return f"protocol version {hello.protocol_version}, this worker speaks {PROTOCOL_VERSION}"
-        if hello.model != self._info.model:
+        if hello.model not in ("", self._info.model):
             return f"checkpoint {hello.model}, this worker serves {self._info.model} ({self._config.model})"
         return None
 

@@ -20,7 +20,7 @@ from proxy.api.openai_answer import Head
 from proxy.api.openai_prompt import token_prompts
 from proxy.api.requests import deadline, decoded, documented, service_of
 from proxy.api.vectors import MAX_INPUTS, VectorUsage, pooled
-from proxy.service import Service
+from proxy.served_model import ServedModel
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -85,38 +85,38 @@ async def embeddings(request: Request) -> Response:
     """Vectors of texts, by an embedding model or from the last layer of a generating one."""
     arrived, service = time.perf_counter(), service_of(request)
     body = await decoded(request, EmbeddingRequest)
-    return Exchange(lambda client: _embed(client, service, body, arrived))
+    model = service.model(body.model)
+    return Exchange(lambda client: _embed(client, model, body, arrived))
 
 
-async def _embed(client: Client, service: Service, body: EmbeddingRequest, arrived: float) -> None:
-    service.require_model(body.model)
+async def _embed(client: Client, model: ServedModel, body: EmbeddingRequest, arrived: float) -> None:
     for field, is_used in body.unsupported().items():
         if is_used:
             raise InvalidRequest(f"{field} is not supported by this server with this value; leave it out.", param=field)
-    _check_dimensions(service, body)
-    kind = PoolingKind(body.pooling) if body.pooling else default_pooling(service)
+    _check_dimensions(model, body)
+    kind = PoolingKind(body.pooling) if body.pooling else default_pooling(model)
     # What is cut short is rescaled here, if at all.
     pooling = Pooling(kind, normalize=body.normalize is not False and body.dimensions is None)
-    service.dispatcher.require(images=False)
-    service.require_task(pooling)
-    with service.dispatcher.admit():
-        async with deadline(service, arrived):
-            prompts = await token_prompts(body.input, service, field="input", limit=MAX_INPUTS, completion=0)
-        vectors = await pooled(service, Head.new("embd", "").id, prompts, pooling, arrived)
+    model.require(images=False)
+    model.require_task(pooling)
+    with model.dispatcher.admit():
+        async with deadline(model, arrived):
+            prompts = await token_prompts(body.input, model, field="input", limit=MAX_INPUTS, completion=0)
+        vectors = await pooled(model, Head.new("embd", "").id, prompts, pooling, arrived)
     answers = [
         Embedding(index, _encoded(_cut(vector, body), body.encoding_format))
         for index, vector in enumerate(vectors.values)
     ]
-    await client.reply(EmbeddingList(answers, service.config.model_name, VectorUsage.of(vectors.prompt_tokens)))
+    await client.reply(EmbeddingList(answers, model.name, VectorUsage.of(vectors.prompt_tokens)))
 
 
-def default_pooling(service: Service) -> PoolingKind:
+def default_pooling(model: ServedModel) -> PoolingKind:
     """What the checkpoint was trained with, as sentence-transformers writes it down; else the last token.
 
     Raises:
         InvalidRequest: it is a kind that there is not here.
     """
-    config = service.pooling_config
+    config = model.pooling_config
     if config.get("pooling_mode_lasttoken", not config):
         return PoolingKind.LAST
     if config.get("pooling_mode_mean_tokens"):
@@ -125,11 +125,11 @@ def default_pooling(service: Service) -> PoolingKind:
     raise InvalidRequest(f"This model pools by {asked}, which is not supported; set pooling to last or mean.")
 
 
-def _check_dimensions(service: Service, body: EmbeddingRequest) -> None:
+def _check_dimensions(model: ServedModel, body: EmbeddingRequest) -> None:
     if body.dimensions is None:
         return
-    allowed = service.model_config.get("matryoshka_dimensions")
-    if not service.model_config.get("is_matryoshka") and not allowed:
+    allowed = model.model_config.get("matryoshka_dimensions")
+    if not model.model_config.get("is_matryoshka") and not allowed:
         raise InvalidRequest(
             "dimensions: this model's vectors mean nothing when cut short; leave it out.", param="dimensions"
         )

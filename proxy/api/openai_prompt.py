@@ -17,7 +17,7 @@ from proxy.api.openai_schema import (
 )
 from proxy.chat_template import Message
 from proxy.media import ImageSource
-from proxy.service import Service
+from proxy.served_model import ServedModel
 
 MAX_PROMPTS = 128
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -114,14 +114,14 @@ def naming(field: str) -> Iterator[None]:
         raise
 
 
-async def prompts_of(request: CompletionRequest, service: Service, completion: int | None) -> list[tuple[int, ...]]:
+async def prompts_of(request: CompletionRequest, model: ServedModel, completion: int | None) -> list[tuple[int, ...]]:
     """Token ids of each prompt. Arguments and errors are those of `token_prompts`."""
-    return await token_prompts(request.prompt, service, field="prompt", limit=MAX_PROMPTS, completion=completion)
+    return await token_prompts(request.prompt, model, field="prompt", limit=MAX_PROMPTS, completion=completion)
 
 
 async def token_prompts(
     prompt: str | Sequence[str | int | list[int]],
-    service: Service,
+    model: ServedModel,
     *,
     field: str,
     limit: int,
@@ -131,7 +131,7 @@ async def token_prompts(
 
     Args:
         prompt: a text, several, the ids of one, or of several.
-        service: has the tokenizer and knows the context.
+        model: has the tokenizer and knows the context.
         field: what to call it in errors.
         limit: most texts.
         completion: tokens that must fit behind each, as for `Service.check_context`.
@@ -141,16 +141,16 @@ async def token_prompts(
         ContextLengthExceeded: one does not fit.
     """
     with naming(field):
-        return await _token_prompts(prompt, service, field, limit, completion)
+        return await _token_prompts(prompt, model, field, limit, completion)
 
 
 async def _token_prompts(
-    prompt: str | Sequence[str | int | list[int]], service: Service, field: str, limit: int, completion: int | None
+    prompt: str | Sequence[str | int | list[int]], model: ServedModel, field: str, limit: int, completion: int | None
 ) -> list[tuple[int, ...]]:
     if not isinstance(prompt, str) and len(prompt) > limit:  # ids of one prompt, or too many prompts
         if not isinstance(prompt[0], int):
             raise InvalidRequest(f"{len(prompt)} texts; at most {limit}.", param=field)
-        service.check_context(len(prompt), completion)
+        model.check_context(len(prompt), completion)
     entries: Sequence[str | int | list[int]] = [prompt] if isinstance(prompt, str) else prompt
     if entries and all(isinstance(entry, int) for entry in entries):
         entries = [[entry for entry in entries if isinstance(entry, int)]]
@@ -160,7 +160,7 @@ async def _token_prompts(
         raise InvalidRequest(f"{field} is empty; send at least one character or token.", param=field)
     among = sum(len(entry) for entry in entries if isinstance(entry, str))
     prompts = [
-        await _prompt_ids(entry, service, field, completion, among) for entry in entries if not isinstance(entry, int)
+        await _prompt_ids(entry, model, field, completion, among) for entry in entries if not isinstance(entry, int)
     ]
     if not all(prompts):
         raise InvalidRequest(f"{field} has no tokens.", param=field)
@@ -168,14 +168,14 @@ async def _token_prompts(
 
 
 async def _prompt_ids(
-    entry: str | list[int], service: Service, field: str, completion: int | None, among: int
+    entry: str | list[int], model: ServedModel, field: str, completion: int | None, among: int
 ) -> tuple[int, ...]:
     if not isinstance(entry, str):
-        service.check_context(len(entry), completion)
-    token_ids = tuple(await service.encode_text(entry, among=among) if isinstance(entry, str) else entry)
-    service.check_context(len(token_ids), completion)
-    check_token_ids(token_ids, service.tokenizer, field)
-    if service.image_token_id is not None and service.image_token_id in token_ids:
+        model.check_context(len(entry), completion)
+    token_ids = tuple(await model.encode_text(entry, among=among) if isinstance(entry, str) else entry)
+    model.check_context(len(token_ids), completion)
+    check_token_ids(token_ids, model.tokenizer, field)
+    if model.image_token_id is not None and model.image_token_id in token_ids:
         raise InvalidRequest(
             f"{field} holds the placeholder of an image; send images to /v1/chat/completions.", param=field
         )

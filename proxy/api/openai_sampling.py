@@ -10,7 +10,8 @@ from epd.errors import InvalidRequest
 from epd.types import SamplingParams
 from proxy.answer import TextOptions
 from proxy.api.openai_schema import MAX_STOPS, ChatRequest, CompletionRequest, SamplingRequest
-from proxy.service import SamplingDefaults, Service
+from proxy.checkpoint import SamplingDefaults
+from proxy.served_model import ServedModel
 from proxy.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -58,13 +59,13 @@ def max_tokens_of(request: ChatRequest | CompletionRequest) -> int | None:
     return DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
 
 
-def sampling_of(request: ChatRequest | CompletionRequest, service: Service) -> SamplingParams:
+def sampling_of(request: ChatRequest | CompletionRequest, model: ServedModel) -> SamplingParams:
     """Sampling parameters without the grammar, with the model's defaults and a seed drawn where none is given.
 
     Raises:
         InvalidRequest: two fields contradict each other, or a token id does not exist.
     """
-    defaults: SamplingDefaults = service.sampling_defaults
+    defaults: SamplingDefaults = model.sampling_defaults
     max_tokens, min_tokens = max_tokens_of(request), request.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise InvalidRequest(f"min_tokens ({min_tokens}) is larger than max_tokens ({max_tokens}).", param="min_tokens")
@@ -77,14 +78,14 @@ def sampling_of(request: ChatRequest | CompletionRequest, service: Service) -> S
         top_p=_first(request.top_p, defaults.top_p),
         min_p=_first(request.min_p, 0.0),
         seed=secrets.randbits(62) if request.seed is None else request.seed % (1 << 63),
-        stop_token_ids=_token_ids(request.stop_token_ids, service.tokenizer, "stop_token_ids"),
+        stop_token_ids=_token_ids(request.stop_token_ids, model.tokenizer, "stop_token_ids"),
         ignore_eos=bool(request.ignore_eos),
         frequency_penalty=_first(request.frequency_penalty, 0.0),
         presence_penalty=_first(request.presence_penalty, 0.0),
         repetition_penalty=_first(request.repetition_penalty, defaults.repetition_penalty),
-        logit_bias=_logit_bias(request, service.tokenizer),
-        bad_words=_bad_words(request, service.tokenizer),
-        allowed_token_ids=_allowed(request, service.tokenizer),
+        logit_bias=_logit_bias(request, model.tokenizer),
+        bad_words=_bad_words(request, model.tokenizer),
+        allowed_token_ids=_allowed(request, model.tokenizer),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from proxy.api.http import read_body
 from proxy.api.requests import REF, service_of
 from proxy.prometheus import expose, wants_prometheus
 from proxy.roster_view import cluster_view
+from proxy.served_model import ServedModel
 from proxy.service import Service
 from proxy.worker_connection import PROXY_TO_INSTANCE, PROXY_TTFT, WorkerConnection
 
@@ -34,17 +36,21 @@ _NOTHING = StageStats()
 
 @router.get("/v1/models", tags=["OpenAI"])
 async def list_models(request: Request) -> JSONResponse:
-    """The served model, in the keys of all dialects."""
+    """The served models, in the keys of all dialects."""
     service = service_of(request)
-    card, missing = _card(service), _missing_roles(service)
-    entry = {
-        "id": card["id"],
-        "name": card["id"],
-        "status": "unhealthy" if missing else "healthy",
-        "supports": ["text", "image"] if service.image_token_id is not None else ["text"],
-        "endpoint": "/v1/chat/completions",
-    }
-    return JSONResponse({"object": "list", "data": [card], "models": [entry]})
+    models = service.models()
+    entries = [
+        {
+            "id": model.name,
+            "name": model.name,
+            "status": _status(model),
+            "supports": ["text", "image"] if model.image_token_id is not None else ["text"],
+            "endpoint": "/v1/chat/completions",
+        }
+        | ({"missing": [role.value for role in model.missing_roles]} if model.missing_roles else {})
+        for model in models
+    ]
+    return JSONResponse({"object": "list", "data": [_card(service, model) for model in models], "models": entries})
 
 
 @router.get("/v1/models/{model:path}", tags=["OpenAI"])
@@ -53,22 +59,24 @@ async def get_model(request: Request, model: str) -> JSONResponse:
     service = service_of(request)
     if not model:  # /v1/models/ means the list
         return await list_models(request)
-    service.require_model(model)
-    return JSONResponse(_card(service))
+    return JSONResponse(_card(service, service.model(model)))
 
 
-def _card(service: Service) -> dict[str, Any]:
-    name = service.config.model_name
+def _card(service: Service, model: ServedModel) -> dict[str, Any]:
     return {
-        "id": name,
+        "id": model.name,
         "object": "model",
         "created": service.created,
         "owned_by": "epd",
-        "root": name,
+        "root": model.name,
         "parent": None,
-        "max_model_len": service.max_model_len or None,
+        "max_model_len": model.max_model_len or None,
         "permission": [],
     }
+
+
+def _status(model: ServedModel) -> str:
+    return "degraded" if model.missing_roles else "healthy"
 
 
 # -- health ----------------------------------------------------------------------------------------------------------
@@ -79,28 +87,44 @@ def _card(service: Service) -> dict[str, Any]:
 @router.get("/healthz", tags=["operations"])
 @router.get("/health", tags=["operations"])
 async def health(request: Request) -> JSONResponse:
-    """200 while each role that the model needs has a live worker, else 503."""
-    service = service_of(request)
-    missing = _missing_roles(service)
-    status = "unhealthy" if missing else "healthy"
+    """200 while a model has live workers of each role that it needs, else 503. Models that lack some are `degraded`."""
+    models = service_of(request).models()
+    missing = _missing(models)
+    can_serve = any(model.name not in missing for model in models)
     body: dict[str, Any] = {
-        "message": "Error" if missing else "Ok",
-        "status": status,
-        "models": {service.config.model_name: status},
-        "total": 1,
+        "message": "Ok" if can_serve else "Error",
+        "status": ("degraded" if missing else "healthy") if can_serve else "unhealthy",
+        "models": {model.name: "degraded" if model.name in missing else "healthy" for model in models},
+        "total": len(models),
     }
     if missing:
-        body["missing"] = [role.value for role in missing]
-    return JSONResponse(body, 503 if missing else 200)
+        body["missing"] = missing
+    return JSONResponse(body, 200 if can_serve else 503)
 
 
 @router.get("/check_health", tags=["operations"])
 async def check_health(request: Request) -> JSONResponse:
-    """Each worker by name, and whether it answers."""
+    """Each worker by name, and whether it answers; 503 when no model can be served."""
     service = service_of(request)
-    results = {f"{_name(one)}-{one.member.address}": _condition(one) for one in service.pool.connections()}
-    missing = _missing_roles(service)
-    return JSONResponse({"status": "error" if missing else "ok", "results": results}, 503 if missing else 200)
+    models = service.models()
+    missing = _missing(models)
+    can_serve = any(model.name not in missing for model in models)
+    body: dict[str, Any] = {
+        "status": ("degraded" if missing else "ok") if can_serve else "error",
+        "results": {f"{_name(one)}-{one.member.address}": _condition(one) for one in service.pool.connections()},
+    }
+    if missing:
+        body["missing"] = missing
+    return JSONResponse(body, 200 if can_serve else 503)
+
+
+def _missing(models: Sequence[ServedModel]) -> dict[str, list[str]]:
+    """Name of a model → roles that it needs and nobody plays. Of two checkpoints under one name the better counts."""
+    found: dict[str, list[str]] = {}
+    for model in models:
+        roles = [role.value for role in model.missing_roles]
+        found[model.name] = min(found.get(model.name, roles), roles, key=len)
+    return {name: roles for name, roles in found.items() if roles}
 
 
 @router.head("/ping", include_in_schema=False)
@@ -117,13 +141,6 @@ async def get_version() -> JSONResponse:
         return JSONResponse({"version": version("epd")})
     except PackageNotFoundError:  # run from a checkout
         return JSONResponse({"version": "unknown"})
-
-
-def _missing_roles(service: Service) -> list[WorkerRole]:
-    needed = [WorkerRole.PREFILL_DECODE]
-    if service.image_token_id is not None:
-        needed.insert(0, WorkerRole.ENCODER)
-    return [role for role in needed if not service.pool.ready(role)]
 
 
 def _condition(worker: WorkerConnection) -> str:
@@ -177,7 +194,7 @@ _CLUSTER_SCHEMA = {"application/json": {"schema": {"$ref": REF.format(name=Clust
 async def get_cluster(request: Request) -> Response:
     """Each worker that this proxy knows of: state, load, what is wrong. `epd status` prints it. Always 200."""
     service = service_of(request)
-    view = cluster_view(service, _missing_roles(service))
+    view = cluster_view(service)
     return Response(msgspec.json.encode(view), media_type="application/json")
 
 

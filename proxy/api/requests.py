@@ -13,6 +13,7 @@ from fastapi import Request
 from epd.errors import DeadlineExceeded
 from proxy.api.http import read_body
 from proxy.api.openai_schema import decode_body
+from proxy.served_model import ServedModel
 from proxy.service import Service
 
 T = TypeVar("T")
@@ -37,9 +38,9 @@ async def decoded(request: Request, kind: type[T]) -> T:
 
 
 @asynccontextmanager
-async def deadline(service: Service, arrived: float) -> AsyncIterator[None]:
+async def deadline(model: ServedModel, arrived: float) -> AsyncIterator[None]:
     """Bound what happens before workers have the request by the time that it may take in all."""
-    limit = service.config.request_timeout
+    limit = model.config.request_timeout
     try:
         async with asyncio.timeout(arrived + limit - time.perf_counter()):
             yield

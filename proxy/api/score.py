@@ -21,7 +21,7 @@ from proxy.api.openai_answer import Head
 from proxy.api.openai_prompt import naming, token_prompts
 from proxy.api.requests import deadline, decoded, documented, service_of
 from proxy.api.vectors import MAX_INPUTS, Vectors, VectorUsage, pooled
-from proxy.service import Service
+from proxy.served_model import ServedModel
 
 router = APIRouter(tags=["Scores"])
 
@@ -115,7 +115,8 @@ async def score(request: Request) -> Response:
     """How well pairs of texts go together, as the model sees it."""
     arrived, service = time.perf_counter(), service_of(request)
     body = await decoded(request, ScoreRequest)
-    return Exchange(lambda client: _score(client, service, body, arrived))
+    model = service.model(body.model)
+    return Exchange(lambda client: _score(client, model, body, arrived))
 
 
 @router.post("/rerank", response_model=None, include_in_schema=False)
@@ -125,7 +126,8 @@ async def rerank(request: Request) -> Response:
     """Documents in the order of their scores with a query."""
     arrived, service = time.perf_counter(), service_of(request)
     body = await decoded(request, RerankRequest)
-    return Exchange(lambda client: _rerank(client, service, body, arrived))
+    model = service.model(body.model)
+    return Exchange(lambda client: _rerank(client, model, body, arrived))
 
 
 @router.post("/get_score", response_model=None, openapi_extra=documented(RewardRequest, Reward))
@@ -133,60 +135,60 @@ async def get_score(request: Request) -> Response:
     """The reward of one conversation."""
     arrived, service = time.perf_counter(), service_of(request)
     body = await decoded(request, RewardRequest)
-    return Exchange(lambda client: _get_score(client, service, body, arrived))
+    model = service.model(None)
+    return Exchange(lambda client: _get_score(client, model, body, arrived))
 
 
-async def _score(client: Client, service: Service, body: ScoreRequest, arrived: float) -> None:
-    _check(service, body)
-    head = Head.new("score", service.config.model_name)
-    found = await _scores(service, head.id, _pairs(body), "text_2", arrived)
+async def _score(client: Client, model: ServedModel, body: ScoreRequest, arrived: float) -> None:
+    _check(body)
+    head = Head.new("score", model.name)
+    found = await _scores(model, head.id, _pairs(body), "text_2", arrived)
     data = [Score(index, value) for index, (value, *_) in enumerate(found.values)]
     await client.reply(ScoreList(head.id, head.created, head.model, data, VectorUsage.of(found.prompt_tokens)))
 
 
-async def _rerank(client: Client, service: Service, body: RerankRequest, arrived: float) -> None:
-    _check(service, body)
-    head = Head.new("rerank", service.config.model_name)
+async def _rerank(client: Client, model: ServedModel, body: RerankRequest, arrived: float) -> None:
+    _check(body)
+    head = Head.new("rerank", model.name)
     documents = [one if isinstance(one, Document) else Document(one) for one in body.documents]
     if not all(one.text for one in documents):
         raise InvalidRequest("documents: one of them is empty.", param="documents")
     pairs = [(body.query, one.text) for one in documents]
-    found = await _scores(service, head.id, pairs, "documents", arrived)
+    found = await _scores(model, head.id, pairs, "documents", arrived)
     results = [Ranked(index, documents[index], value) for index, (value, *_) in enumerate(found.values)]
     results.sort(key=lambda one: -one.relevance_score)  # stable: equals stay in the order of the request
     shown = results[: body.top_n or None]
     await client.reply(Ranking(head.id, head.model, VectorUsage.of(found.prompt_tokens), shown))
 
 
-def _check(service: Service, body: ScoreRequest | RerankRequest) -> None:
-    service.require_model(body.model)
+def _check(body: ScoreRequest | RerankRequest) -> None:
     if body.truncate_prompt_tokens is not None:
         raise InvalidRequest("truncate_prompt_tokens is not supported; leave it out.", param="truncate_prompt_tokens")
 
 
 async def _scores(
-    service: Service, request_id: str, pairs: Sequence[tuple[str, str]], field: str, arrived: float
+    model: ServedModel, request_id: str, pairs: Sequence[tuple[str, str]], field: str, arrived: float
 ) -> Vectors:
     """One number for each pair, in whichever way the model has. `field` is to blame for a text that is too long."""
-    service.dispatcher.require(images=False)
-    is_embedding = service.task is WorkerTask.EMBED
-    service.require_task(Pooling(default_pooling(service)) if is_embedding else _SCORE)
-    with service.dispatcher.admit():
-        return await (_cosines if is_embedding else _rewards)(service, request_id, pairs, field, arrived)
+    model.require(images=False)
+    is_embedding = model.task is WorkerTask.EMBED
+    model.require_task(Pooling(default_pooling(model)) if is_embedding else _SCORE)
+    with model.dispatcher.admit():
+        return await (_cosines if is_embedding else _rewards)(model, request_id, pairs, field, arrived)
 
 
-async def _get_score(client: Client, service: Service, body: RewardRequest, arrived: float) -> None:
+async def _get_score(client: Client, model: ServedModel, body: RewardRequest, arrived: float) -> None:
     if isinstance(body.multimodal_params, dict) and any(body.multimodal_params.values()):
         raise InvalidRequest("multimodal_params: reward models here read text only.", param="multimodal_params")
-    service.dispatcher.require(images=False)
-    service.require_task(_SCORE)
-    with service.dispatcher.admit():
-        async with deadline(service, arrived):
+    model.require(images=False)
+    model.require_task(_SCORE)
+    with model.dispatcher.admit():
+        async with deadline(model, arrived):
             with naming("chat"):
                 # The template has put all special tokens there already.
-                prompt = tuple(await service.encode_text(body.chat, add_special_tokens=False))
-                service.check_context(len(prompt), 0)
-        found = await pooled(service, Head.new("reward", "").id, [prompt], _SCORE, arrived)
+                prompt = tuple(await model.encode_text(body.chat, add_special_tokens=False))
+                model.check_context(len(prompt), 0)
+        found = await pooled(model, Head.new("reward", "").id, [prompt], _SCORE, arrived)
     await client.reply(Reward(found.values[0][0], found.prompt_tokens))
 
 
@@ -210,26 +212,26 @@ def _listed(texts: _Texts) -> list[str]:
 
 
 async def _rewards(
-    service: Service, request_id: str, pairs: Sequence[tuple[str, str]], field: str, arrived: float
+    model: ServedModel, request_id: str, pairs: Sequence[tuple[str, str]], field: str, arrived: float
 ) -> Vectors:
     """Each pair is one sequence, joined as the tokenizer joins pairs."""
     among = sum(len(first) + len(second) for first, second in pairs)
-    async with deadline(service, arrived):
+    async with deadline(model, arrived):
         with naming(field):
-            prompts = [tuple(await service.encode_pair(*pair, among=among)) for pair in pairs]
+            prompts = [tuple(await model.encode_pair(*pair, among=among)) for pair in pairs]
             for prompt in prompts:
-                service.check_context(len(prompt), 0)
-    return await pooled(service, request_id, prompts, _SCORE, arrived)
+                model.check_context(len(prompt), 0)
+    return await pooled(model, request_id, prompts, _SCORE, arrived)
 
 
 async def _cosines(
-    service: Service, request_id: str, pairs: Sequence[tuple[str, str]], field: str, arrived: float
+    model: ServedModel, request_id: str, pairs: Sequence[tuple[str, str]], field: str, arrived: float
 ) -> Vectors:
     """A text that stands in several pairs is computed once."""
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    async with deadline(service, arrived):
-        prompts = await token_prompts(list(texts), service, field=field, limit=len(texts), completion=0)
-    found = await pooled(service, request_id, prompts, Pooling(default_pooling(service)), arrived)
+    async with deadline(model, arrived):
+        prompts = await token_prompts(list(texts), model, field=field, limit=len(texts), completion=0)
+    found = await pooled(model, request_id, prompts, Pooling(default_pooling(model)), arrived)
     vectors = dict(zip(texts, found.values, strict=True))
     cosines = [sum(a * b for a, b in zip(vectors[one], vectors[two], strict=True)) for one, two in pairs]
     return Vectors([(cosine,) for cosine in cosines], found.prompt_tokens)

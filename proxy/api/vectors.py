@@ -9,7 +9,7 @@ import msgspec
 
 from epd.errors import WorkerFailed
 from epd.types import FinishReason, Pooling, SamplingParams
-from proxy.service import Service
+from proxy.served_model import ServedModel
 from proxy.work import Work
 
 MAX_INPUTS = 2048
@@ -38,7 +38,7 @@ class Vectors:
 
 
 async def pooled(
-    service: Service, request_id: str, prompts: Sequence[tuple[int, ...]], pooling: Pooling, arrived: float
+    model: ServedModel, request_id: str, prompts: Sequence[tuple[int, ...]], pooling: Pooling, arrived: float
 ) -> Vectors:
     """Ask the workers for a vector of each prompt.
 
@@ -50,20 +50,21 @@ async def pooled(
     for first in range(0, len(prompts), AT_ONCE):
         work = Work(
             request_id=f"{request_id}-{first}",
+            model=model.ref,
             prompts=tuple(prompts[first : first + AT_ONCE]),
             sampling=SamplingParams(),
             pooling=pooling,
             arrived=arrived,
-            timeout_s=service.config.request_timeout,
+            timeout_s=model.config.request_timeout,
         )
-        part = await _one_group(service, work)
+        part = await _one_group(model, work)
         values += part.values
         prompt_tokens += part.prompt_tokens
     return Vectors(values, prompt_tokens)
 
 
-async def _one_group(service: Service, work: Work) -> Vectors:
-    generation = await service.dispatcher.start(work)
+async def _one_group(model: ServedModel, work: Work) -> Vectors:
+    generation = await model.dispatcher.start(work)
     found: dict[int, tuple[float, ...]] = {}
     try:
         while not generation.done:
@@ -72,5 +73,5 @@ async def _one_group(service: Service, work: Work) -> Vectors:
                     raise WorkerFailed("The prefill-decode worker gave no vector.")
                 found[update.index] = update.pooled
     finally:
-        await service.dispatcher.close(generation)
+        await model.dispatcher.close(generation)
     return Vectors([found[index] for index in range(len(work.prompts))], generation.prompt_tokens)

@@ -23,6 +23,7 @@ from epd.checkpoint import fingerprint
 from epd.config import ProxyConfig
 from epd.types import WorkerTask
 from proxy.app import create_app
+from proxy.served_model import ServedModel
 from proxy.service import Service
 from proxy.tokenizer import Tokenizer
 from tests.proxy.fakes import FakeEncoder, FakePrefillDecode
@@ -88,6 +89,11 @@ class Cluster:
     @property
     def pd(self) -> FakePrefillDecode:
         return self.pds[0]
+
+    @property
+    def model(self) -> ServedModel:
+        """The only one."""
+        return self.service.model(None)
 
     @property
     def encoder(self) -> FakeEncoder:

@@ -45,7 +45,7 @@ async def test_picture_and_prompt_go_out_together(cluster: Cluster) -> None:
     assert encode.data == picture
     assert encode.request.pd_address == cluster.pd.address
     assert [slot.content_key for slot in request.images] == [encode.request.content_key]
-    pad = cluster.service.image_token_id
+    pad = cluster.model.image_token_id
     assert [i for i, token in enumerate(request.prompt_token_ids) if token == pad] == [request.images[0].offset]
     assert cluster.encoder.peers == [(cluster.pd.address,)]
 
@@ -205,7 +205,7 @@ async def test_openai_client_streams_and_reads(cluster: Cluster) -> None:
         final = await stream.get_final_completion()
     assert [choice.message.content for choice in final.choices] == ["hello world"] * 2
     assert final.usage is not None
-    text = cluster.service.tokenizer.decode(cluster.pd.requests[-1].prompt_token_ids, skip_special_tokens=False)
+    text = cluster.model.tokenizer.decode(cluster.pd.requests[-1].prompt_token_ids, skip_special_tokens=False)
     assert text.startswith("<|im_start|>system\nbe brief<|im_end|>")
 
 
@@ -213,7 +213,7 @@ async def test_user_text_can_not_smuggle_a_picture(cluster: Cluster) -> None:
     response = await cluster.chat("<|image_pad|><|im_end|>", png())
     assert response.status_code == 200, response.text
     [request] = cluster.pd.requests
-    assert request.prompt_token_ids.count(cluster.service.image_token_id or -1) == 1
+    assert request.prompt_token_ids.count(cluster.model.image_token_id or -1) == 1
     assert len(request.images) == 1
 
 

@@ -34,7 +34,7 @@ async def test_default_limit_is_sixteen(cluster: Cluster) -> None:
 async def test_several_prompts_and_samples(cluster: Cluster) -> None:
     body = await complete(cluster, ["one", "two words"], n=2)
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
-    prompts = [cluster.service.tokenizer.decode(request.prompt_token_ids) for request in cluster.pd.requests]
+    prompts = [cluster.model.tokenizer.decode(request.prompt_token_ids) for request in cluster.pd.requests]
     assert prompts == ["one", "one", "two words", "two words"]
     tokens = [len(request.prompt_token_ids) for request in cluster.pd.requests]
     assert body["usage"]["prompt_tokens"] == tokens[0] + tokens[2]

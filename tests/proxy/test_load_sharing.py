@@ -60,7 +60,9 @@ class SimulatedProxy:
         self.workers: dict[str, WorkerConnection] = {}
         self.pings = self.requests = 0
         for i in range(WORKERS):
-            connection = WorkerConnection(Member(WorkerRole.ENCODER, f"w{i}"), Identity("test", ""), tuple)
+            connection = WorkerConnection(
+                Member(WorkerRole.ENCODER, f"w{i}"), Identity("test", lambda _: None), lambda _: ()
+            )
             connection.ledger = WorkLedger(is_serial=True, clock=clock)
             self.workers[f"w{i}"] = connection
 

@@ -224,7 +224,7 @@ async def test_echo_has_the_prompt_first(cluster: Cluster, tokenizer: Tokenizer,
 async def test_many_are_put_together_off_the_event_loop(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    texts = cluster.service.token_texts
+    texts = cluster.model.token_texts
     make, threads = texts.raw, set()
 
     def raw(token_id: int) -> bytes:

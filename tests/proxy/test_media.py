@@ -397,7 +397,7 @@ async def test_names_in_other_scripts() -> None:
 
 
 def loader(**limits: int) -> MediaLoader:
-    return MediaLoader("model", MediaLimits(**limits), fetcher(), None)
+    return MediaLoader(MediaLimits(**limits), fetcher(), None)
 
 
 def sources(*images: bytes) -> list[ImageSource]:
@@ -406,7 +406,7 @@ def sources(*images: bytes) -> list[ImageSource]:
 
 async def test_content_keys_depend_on_bytes_detail_and_model() -> None:
     first, second, low = await loader().load(
-        [*sources(PNG, png("blue")), ImageSource(data_url(PNG), "part2", low_detail=True)]
+        [*sources(PNG, png("blue")), ImageSource(data_url(PNG), "part2", low_detail=True)], "model"
     )
     assert len({first.content_key, second.content_key, low.content_key, content_key("other", None, PNG)}) == 4
     assert first.content_key == content_key("model", None, PNG)
@@ -425,13 +425,13 @@ async def test_content_keys_depend_on_bytes_detail_and_model() -> None:
 )
 async def test_limits_of_a_request(limits: dict[str, int]) -> None:
     with pytest.raises(RequestTooLarge):
-        await loader(**limits).load(sources(PNG, PNG))
+        await loader(**limits).load(sources(PNG, PNG), "model")
 
 
 @pytest.mark.parametrize("url", ["ftp://a/b", "javascript:1", "just text", "", "C:\\x.png"])
 async def test_other_schemes(url: str) -> None:
     with pytest.raises(InvalidRequest, match="start with data:") as caught:
-        await loader().load([ImageSource(url, "messages[0].content[1]")])
+        await loader().load([ImageSource(url, "messages[0].content[1]")], "model")
     assert caught.value.param == "messages[0].content[1]"
 
 
@@ -445,5 +445,5 @@ async def test_pictures_over_the_limit_together_are_not_all_fetched_first() -> N
     async with web_server(answer) as port:
         urls = [ImageSource(f"http://127.0.0.1:{port}/{i}", "x") for i in range(32)]
         with pytest.raises(RequestTooLarge, match="together"):
-            await loader(max_total_bytes=len(PNG)).load(urls)
+            await loader(max_total_bytes=len(PNG)).load(urls, "model")
     assert len(fetched) < 16

@@ -282,7 +282,7 @@ async def test_request_ids_are_echoed_when_harmless(cluster: Cluster, sent: str,
 
 
 async def test_bugs_are_500_in_the_same_shape(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.service, "require_model", lambda name: 1 / 0)
+    monkeypatch.setattr(cluster.service, "model", lambda name: 1 / 0)
     response = await cluster.chat("x")
     assert response.status_code == 500
     assert_error(response.json(), 500, code="internal_error")

@@ -47,7 +47,7 @@ async def test_defaults_change_nothing(cluster: Cluster) -> None:
 
 
 async def test_bad_words_with_and_without_a_blank(cluster: Cluster) -> None:
-    encode = cluster.service.tokenizer.encode
+    encode = cluster.model.tokenizer.encode
     sampling = await sent(cluster, "/v1/chat/completions", bad_words=["world", " are you"])
     wanted = ["world", " world", "are you", " are you"]
     assert sampling.bad_words == tuple(tuple(encode(text)) for text in wanted)

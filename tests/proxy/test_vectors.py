@@ -216,7 +216,7 @@ async def test_many_small_texts_leave_the_event_loop_too(
         return run
 
     cluster = await start_cluster(task=task)
-    tokenizer = cluster.service.tokenizer
+    tokenizer = cluster.model.tokenizer
     monkeypatch.setattr(tokenizer, "encode", noted(tokenizer.encode))
     monkeypatch.setattr(tokenizer, "encode_pair", noted(tokenizer.encode_pair))
     if task is WorkerTask.GENERATE:
@@ -250,7 +250,7 @@ async def test_scores_of_pairs(start_cluster: ClusterFactory, path: str) -> None
     body = await post(cluster, path, text_1="hello", text_2=["world", "hello world how are you"])
     assert body["status"] == 200
     assert [request.pooling for request in cluster.pd.requests] == [Pooling(PoolingKind.SCORE)] * 2
-    texts = [cluster.service.tokenizer.decode(request.prompt_token_ids) for request in cluster.pd.requests]
+    texts = [cluster.model.tokenizer.decode(request.prompt_token_ids) for request in cluster.pd.requests]
     assert texts == ["helloworld", "hellohello world how are you"]
     assert body["data"] == [{"index": i, "score": float(n), "object": "score"} for i, n in enumerate(lengths(cluster))]
     assert body["usage"]["prompt_tokens"] == sum(lengths(cluster))
@@ -319,7 +319,7 @@ async def test_get_score(start_cluster: ClusterFactory) -> None:
     chat = "<|im_start|>user\nhello<|im_end|>\n"
     body = await post(cluster, "/get_score", chat=chat, parameters={"frequency_penalty": 1})
     (request,) = cluster.pd.requests
-    assert cluster.service.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False) == chat
+    assert cluster.model.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False) == chat
     assert len(request.prompt_token_ids) < len(chat) / 2  # special tokens are single ones
     tokens = lengths(cluster)[0]
     assert body == {"status": 200, "score": float(tokens), "prompt_tokens": tokens, "finish_reason": "stop"}

@@ -101,7 +101,9 @@ def test_pictures_in_work_are_known_until_the_last_request_for_them_ends(ledger:
 def workers(*loads: Load) -> dict[str, WorkerConnection]:
     found = {}
     for i, load in enumerate(loads):
-        found[f"w{i}"] = WorkerConnection(Member(WorkerRole.ENCODER, f"w{i}"), Identity("test", ""), tuple)
+        found[f"w{i}"] = WorkerConnection(
+            Member(WorkerRole.ENCODER, f"w{i}"), Identity("test", lambda _: None), lambda _: ()
+        )
         found[f"w{i}"].ledger.report(load, 1)
     return found
 

@@ -1,0 +1,53 @@
+"""The text side of a checkpoint: all that a proxy reads of its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from epd.checkpoint import fingerprint, image_placeholder, read_json
+from proxy.chat_template import ChatTemplate
+from proxy.token_text import TokenTexts
+from proxy.tokenizer import Tokenizer
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True):
+    """What the checkpoint's generation_config.json asks for when a request says nothing."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> SamplingDefaults:
+        """Read them; a checkpoint that says `do_sample: false` is greedy by default."""
+        if config.get("do_sample") is False:
+            config = config | {"temperature": 0.0, "top_p": None, "top_k": None}
+        known = {name: config[name] for name in cls.__struct_fields__ if config.get(name) is not None}
+        return msgspec.convert(known, cls, strict=False)
+
+
+class Checkpoint:
+    """Tokenizer, chat template and settings of one checkpoint. Loading takes up to seconds; nothing changes after.
+
+    Args:
+        folder: in Hugging Face format.
+
+    Raises:
+        ConfigError: one of its files is wrong.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.fingerprint = fingerprint(folder)
+        self.tokenizer = Tokenizer(folder / "tokenizer.json")
+        self.token_texts = TokenTexts(self.tokenizer.backend)
+        self.template = ChatTemplate.from_checkpoint(folder, self.tokenizer)
+        self.model_config = read_json(folder, "config.json")
+        self.pooling_config = read_json(folder, "1_Pooling/config.json")
+        placeholder = image_placeholder(folder)
+        self.image_token_id = None if placeholder is None else placeholder.token_id
+        self.sampling_defaults = SamplingDefaults.of(read_json(folder, "generation_config.json"))
