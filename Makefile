@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help demo serve test bench check format clean
+.PHONY: help demo serve test faults bench check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/' | expand -t 14
@@ -17,6 +17,9 @@ serve: $(READY) ## run a cluster with the shipped model on port 5580 until Ctrl-
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+faults: $(READY) ## break a cluster under load in every way we know, report what clients noticed
+	$(BIN)/python -m tests.faults
 
 bench: $(READY) ## measure everything, write BENCHMARKS.md
 	$(BIN)/epd bench report

@@ -21,6 +21,7 @@ CONNECT_TIMEOUT_S = 10.0
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 OnBody = Callable[[bytes], None]
+OnHeader = Callable[[bytes, bytes], None]
 
 
 class ServerGone(Exception):
@@ -52,7 +53,14 @@ class HttpClient:
         self._idle: list[_Connection] = []
         self._all: set[_Connection] = set()
 
-    async def request(self, method: str, path: str, body: bytes = b"", on_body: OnBody | None = None) -> int:
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        on_body: OnBody | None = None,
+        on_header: OnHeader | None = None,
+    ) -> int:
         """Send a request and pass the answer's body on, piece by piece, as it arrives.
 
         Args:
@@ -60,6 +68,7 @@ class HttpClient:
             path: below the base URL, such as `/models`; `body` is JSON.
             body: empty for none.
             on_body: called for each piece, chunks decoded. May be called before the status is known to the caller.
+            on_header: called for each header of the answer, name and value, before the body.
 
         Returns:
             The HTTP status, once the answer is complete.
@@ -70,13 +79,13 @@ class HttpClient:
         head = self._head(method, path, len(body))
         connection, is_reused = await self._connection()
         try:
-            status = await connection.exchange(head + body, on_body or _ignore)
+            status = await connection.exchange(head + body, on_body or _ignore, on_header)
         except ServerGone:
             # The server may have closed a connection that idled; a fresh one has no such excuse.
             if not is_reused or connection.has_received:
                 raise
             connection = await self._connect()
-            status = await connection.exchange(head + body, on_body or _ignore)
+            status = await connection.exchange(head + body, on_body or _ignore, on_header)
         if connection.is_reusable:
             self._idle.append(connection)
         return status
@@ -145,13 +154,14 @@ class _Connection(asyncio.Protocol):
         self._parser: httptools.HttpResponseParser | None = None
         self._answer: asyncio.Future[int] | None = None
         self._on_body: OnBody = _ignore
+        self._on_header: OnHeader | None = None
         self.has_received = False
         """Something of the answer to the last request has arrived."""
         self.is_reusable = False
 
-    async def exchange(self, request: bytes, on_body: OnBody) -> int:
+    async def exchange(self, request: bytes, on_body: OnBody, on_header: OnHeader | None) -> int:
         self.has_received = self.is_reusable = False
-        self._on_body = on_body
+        self._on_body, self._on_header = on_body, on_header
         self._parser = httptools.HttpResponseParser(self)
         self._answer = asyncio.get_running_loop().create_future()
         if self._transport is None or self._transport.is_closing():
@@ -193,6 +203,10 @@ class _Connection(asyncio.Protocol):
             self._answer.set_exception(ServerGone(reason))
 
     # -- httptools -----------------------------------------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._on_header is not None:
+            self._on_header(name, value)
 
     def on_body(self, body: bytes) -> None:
         self._on_body(body)

@@ -73,6 +73,10 @@ class RequestFailed(Exception):
     """The server refused a request, or answered it with something else than an answer."""
 
 
+class CutOff(RequestFailed):
+    """A stream ended without its end, and without an error."""
+
+
 async def ask(
     client: HttpClient, request: SoakRequest, *, stream: bool, leave_after: int | None = None, timeout_s: float = 120.0
 ) -> Answer | None:
@@ -94,7 +98,7 @@ async def ask(
         ServerGone: the connection broke.
         TimeoutError: it took too long.
     """
-    collector = _Collector()
+    collector = Collector()
     sending = asyncio.ensure_future(client.request("POST", PATH, request.body(stream=stream), collector.feed))
     leaving: asyncio.Task[None] | None = None
     waited: set[asyncio.Future[Any]] = {sending}
@@ -118,7 +122,7 @@ async def ask(
     return collector.streamed() if stream else collector.whole()
 
 
-async def _leave(collector: _Collector, after: int, stream: bool) -> None:
+async def _leave(collector: Collector, after: int, stream: bool) -> None:
     if stream:
         while collector.pieces < after:
             await collector.news.wait()
@@ -128,21 +132,26 @@ async def _leave(collector: _Collector, after: int, stream: bool) -> None:
         await asyncio.sleep(0)
 
 
-class _Collector:
+class Collector:
+    """The pieces of one answer's body, and what they come to."""
+
     def __init__(self) -> None:
         self._data: list[bytes] = []
         self.pieces = 0
         self.news = asyncio.Event()
 
     def feed(self, data: bytes) -> None:
+        """Take the next piece."""
         self._data.append(data)
         self.pieces += 1
         self.news.set()
 
     def text(self) -> str:
+        """All of it, as it came."""
         return b"".join(self._data).decode(errors="replace")
 
     def whole(self) -> Answer:
+        """The answer that came at once. Raises RequestFailed: it is none."""
         try:
             body = msgspec.json.decode(b"".join(self._data))
             choices = sorted(body["choices"], key=lambda choice: choice["index"])
@@ -154,14 +163,15 @@ class _Collector:
             raise RequestFailed(f"no answer: {error!r} in {self.text()[:200]}") from error
 
     def streamed(self) -> Answer:
+        """The answer that came as events. Raises RequestFailed: an error came, or the stream was cut off."""
         texts: dict[int, str] = {}
         tokens: dict[int, list[int]] = {}
         reasons: dict[int, str] = {}
-        lines = [line[5:].strip() for line in b"".join(self._data).split(b"\n") if line.startswith(b"data:")]
-        if not lines or lines[-1] != b"[DONE]":
-            raise RequestFailed(f"the stream was cut off: {self.text()[-200:]}")
-        for line in lines[:-1]:
-            event = msgspec.json.decode(line)
+        *lines, rest = b"".join(self._data).split(b"\n")
+        payloads = [line[5:].strip() for line in lines if line.startswith(b"data:")]
+        is_whole = bool(payloads) and payloads[-1] == b"[DONE]" and not rest
+        for payload in payloads[: len(payloads) - is_whole]:
+            event = msgspec.json.decode(payload)
             if event.get("error"):
                 raise RequestFailed(f"error in the stream: {event['error']}")
             for choice in event["choices"]:
@@ -170,6 +180,8 @@ class _Collector:
                 tokens.setdefault(index, []).extend(choice.get("token_ids") or ())
                 if choice.get("finish_reason"):
                     reasons[index] = choice["finish_reason"]
+        if not is_whole:
+            raise CutOff(f"the stream was cut off: {self.text()[-200:]}")
         return tuple(Sample(texts[i], tuple(tokens[i]), reasons.get(i)) for i in sorted(texts))
 
 
