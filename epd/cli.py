@@ -17,7 +17,7 @@ from epd import __version__
 from epd.bench.commands import add_bench
 from epd.config import EncoderConfig, PrefillDecodeConfig, ProxyConfig, UpConfig, WorkerConfig
 from epd.demo import CHECKPOINT_DIR
-from epd.environment import router_defaults, unused_variables
+from epd.environment import metastore_client_config, router_defaults, unused_variables
 from epd.errors import ConfigError
 from epd.flags import HelpFormatter, add_flags, read_flags
 
@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = _parser().parse_args(arguments)
         command: Command = parsed.command
+        if "metastore_client_config" in parsed and command is not _up:  # whose children read the same variables
+            parsed.metastore_client_config = metastore_client_config(parsed.metastore_client_config, os.environ)
         return command(parsed)
     except ConfigError as error:
         print(f"epd: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import Any
 
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
+from metastore.config import MetastoreConfig
 
 ROUTERS = ("random", "round_robin", "least_loaded", "power_of_two", "affinity")
 """Policies of `--encoder-router` and `--pd-router`; see `proxy.routing`."""
@@ -22,6 +23,11 @@ ROUTERS = ("random", "round_robin", "least_loaded", "power_of_two", "affinity")
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A field with a default and the text that `--help` shows. `metadata`: metavar, choices, minimum."""
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def secret_option(default: Any, help: str, **metadata: Any) -> Any:
+    """As `option`, for values that may hold a password: `repr` leaves them out."""
+    return field(default=default, repr=False, metadata={"help": help, **metadata})
 
 
 def required(help: str, **metadata: Any) -> Any:
@@ -39,8 +45,21 @@ class ProcessConfig:
         "key file of `epd keys new`, the same in all processes: encrypts what they say, lets nobody else in",
         metavar="FILE",
     )
+    metastore_client_config: str | None = secret_option(
+        None,
+        "where workers register and proxies find them, as JSON: "
+        '{"metastore_client":"RedisMetastoreClient","metastore_address":"redis://host:6379/0"}; default: nowhere',
+        metavar="JSON",
+    )
+
+    @property
+    def metastore(self) -> MetastoreConfig | None:
+        """The store that `--metastore-client-config` names; None: there is none."""
+        text = self.metastore_client_config
+        return None if text is None else MetastoreConfig.from_json(text)
 
     def __post_init__(self) -> None:
+        _ = self.metastore  # what is wrong with it is told now
         for each in fields(self):
             value, minimum = getattr(self, each.name), each.metadata.get("minimum")
             if minimum is not None and value is not None and not minimum <= value < math.inf:  # nor NaN

@@ -1,11 +1,25 @@
 """Environment variables that stand for flags, for deployments written for LM-Service. A flag that is given wins.
 
 Read by `epd.cli`, never deeper. `LM_SERVICE_{E,P,D,PD}_INSTANCE_ROUTER` take that system's names of policies or ours.
+
+The metastore:
+
+| variable | stands for |
+|---|---|
+| `LM_SERVICE_METASTORE_CLIENT_CONFIG` | `--metastore-client-config` |
+| `LM_SERVICE_METASTORE_CLIENT` | its key `metastore_client` |
+| `LM_SERVICE_REDIS_ADDRESS` | its key `metastore_address`, as a URL or as host:port |
+| `LM_SERVICE_REDIS_DB`, `LM_SERVICE_REDIS_PASSWORD` | database and password, where the address has none |
+| `LM_SERVICE_REDIS_KEY_PREFIX` | its key `metastore_key_prefix` |
+| `LM_SERVICE_SOCKET_TIMEOUT` | its key `metastore_socket_timeout` |
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from epd.config import ROUTERS
 from epd.errors import ConfigError
@@ -47,3 +61,60 @@ def unused_variables(environment: Mapping[str, str]) -> list[str]:
         for variable in _UNUSED_ROUTERS
         if environment.get(variable)
     ]
+
+
+_KEYS = {
+    "LM_SERVICE_METASTORE_CLIENT": "metastore_client",
+    "LM_SERVICE_REDIS_ADDRESS": "metastore_address",
+    "LM_SERVICE_REDIS_KEY_PREFIX": "metastore_key_prefix",
+    "LM_SERVICE_SOCKET_TIMEOUT": "metastore_socket_timeout",
+}
+
+
+def metastore_client_config(flag: str | None, environment: Mapping[str, str]) -> str | None:
+    """The JSON of `--metastore-client-config`, completed from the environment; None: there is to be no metastore.
+
+    Args:
+        flag: its value, None when it was not given.
+        environment: of the process.
+
+    Raises:
+        ConfigError: a variable makes no sense. What the JSON says is for `MetastoreConfig` to check.
+    """
+    given = {name: value for name, value in environment.items() if value}
+    text = flag if flag is not None else given.get("LM_SERVICE_METASTORE_CLIENT_CONFIG")
+    if text is None and "LM_SERVICE_REDIS_ADDRESS" not in given:
+        return None  # the other variables describe a store that nobody asked for
+    try:
+        values = json.loads(text or "{}")
+    except ValueError:
+        return text
+    if not isinstance(values, dict):
+        return text
+    for variable, key in _KEYS.items():
+        if variable in given and values.get(key) is None:
+            values[key] = _value(variable, given[variable])
+    if isinstance(values.get("metastore_address"), str):
+        values["metastore_address"] = _complete(values["metastore_address"], given)
+    return json.dumps(values)
+
+
+def _value(variable: str, text: str) -> Any:
+    if variable != "LM_SERVICE_SOCKET_TIMEOUT":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{variable}={text}: want a number of seconds") from None
+
+
+def _complete(address: str, given: Mapping[str, str]) -> str:
+    if "://" not in address:
+        address = f"redis://{address}"
+    parts = urlsplit(address)
+    location, path = parts.netloc, parts.path
+    if "LM_SERVICE_REDIS_PASSWORD" in given and "@" not in location:
+        location = f":{quote(given['LM_SERVICE_REDIS_PASSWORD'], safe='')}@{location}"
+    if "LM_SERVICE_REDIS_DB" in given and parts.scheme in ("redis", "rediss") and path in ("", "/"):
+        path = f"/{given['LM_SERVICE_REDIS_DB']}"
+    return urlunsplit(parts._replace(netloc=location, path=path))

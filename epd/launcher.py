@@ -52,7 +52,8 @@ def plan_cluster(config: UpConfig, folder: Path) -> list[ChildSpec]:
     """The processes of a cluster, workers first; their sockets are in `folder`."""
     encoders = [str(folder / f"encoder_{i}") for i in range(config.encoders)]
     pds = [str(folder / f"prefill_decode_{i}") for i in range(config.pds)]
-    worker = _flags(config, "model", "load_format", "device", "dtype", "log_level", "cluster_keys")
+    everywhere = _flags(config, "log_level", "cluster_keys", "metastore_client_config")
+    worker = _flags(config, "model", "load_format", "device", "dtype") + everywhere
     worker += ("--threads", str(config.threads or _threads_per_worker(config)))
     generate = worker + _flags(
         config, "task", "max_model_len", "kv_cache_memory_bytes", "quantization", "compile", "tp"
@@ -83,6 +84,7 @@ def _plan_proxy(config: UpConfig, folder: Path, index: int, encoders: list[str],
         "pd_router",
         "log_level",
         "cluster_keys",
+        "metastore_client_config",
     )
     name = config.served_model_name or ("epd-demo" if config.model == CHECKPOINT_DIR else str(config.model))
     lists = ("--pd-addr-list", *pds) + (("--encode-addr-list", *encoders) if encoders else ())

@@ -218,6 +218,8 @@ async def _serve(config: ProxyConfig) -> int:
     listener = _listen(config.host, config.port)
     await service.start()  # before the lifespan, so that a wrong address is told as such
     host, port = listener.getsockname()[:2]
+    if service.discovery is not None:
+        service.discovery.register(host, port)
     models = ", ".join([config.model_name] * (config.model is not None) + [f"{root}/*" for root in config.models])
     log.info("serving %s on http://%s:%d", models, f"[{host}]" if ":" in host else host, port)
     server = _Server(

@@ -10,6 +10,7 @@ from epd.errors import InvalidRequest, ModelNotFound, NoWorker
 from epd.transport import endpoints
 from epd.types import WorkerRole
 from metastore.roster import Roster
+from proxy.discovery import Discovery
 from proxy.dispatcher import Dispatcher
 from proxy.media import MediaLimits, MediaLoader
 from proxy.media_http import HttpFetcher, parse_networks
@@ -52,8 +53,9 @@ class Service:
             ),
             config.allowed_local_media_path,
         )
+        self.roster = _fill(roster or Roster(), config)
         self.pool = WorkerPool(
-            _fill(roster or Roster(), config),
+            self.roster,
             f"proxy-{config.port}",
             self.catalog,
             {
@@ -62,6 +64,8 @@ class Service:
             },
             config.proxy_addr,
         )
+        store = config.metastore
+        self.discovery = None if store is None else Discovery(store, self.roster, self.pool.is_up)
         self.dispatcher = Dispatcher(self.pool, config.max_concurrent_requests)
         self._shared = Shared(config, self.pool, self.dispatcher, self.media, self._threads)
         self._started = False
@@ -75,9 +79,13 @@ class Service:
         if not self._started:
             self._started = True
             await self.pool.start()
+            if self.discovery is not None:
+                self.discovery.start()
 
     async def close(self) -> None:
         """Drop connections and threads."""
+        if self.discovery is not None:
+            await self.discovery.close()
         await self.pool.close()
         await self.catalog.close()
         self.media.close()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Coroutine
 from epd.errors import ConfigError, NoWorker, WorkerFailed
 from epd.messages import PROTOCOL_VERSION, Announcement
 from epd.transport import PeerGone, ProtocolError, Router, endpoint
-from epd.types import WorkerRole
+from epd.types import WorkerRole, WorkerState
 from metastore.roster import Member, Roster
 from proxy.model_catalog import ModelCatalog, ModelRef
 from proxy.placement import PictureSizes, Plan, snapshots
@@ -20,6 +20,7 @@ from proxy.worker_connection import Identity, WorkerConnection
 log = logging.getLogger(__name__)
 
 _EXPIRE_INTERVAL_S = 1.0
+_RETIRE_POLL_S = 0.05
 _ROLE_NAMES = {
     WorkerRole.ENCODER: "encoder",
     WorkerRole.PREFILL: "prefill",
@@ -59,6 +60,7 @@ class WorkerPool:
         self._router = Router(announce_addr) if announce_addr else None
         self._connections: dict[Member, WorkerConnection] = {}
         self._runners: dict[Member, asyncio.Task[None]] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
         self._chores: set[asyncio.Task[None]] = set()
         self._complaints: set[str] = set()
         self.picture_sizes = PictureSizes()
@@ -75,11 +77,11 @@ class WorkerPool:
             self._router.bind()
             self._spawn(self._listen(self._router), "announcements")
         self._spawn(self._expire(), "roster leases")
-        self._roster.subscribe(self._join, self._leave)
+        self._roster.subscribe(self._join, self._leave, self._change)
 
     async def close(self) -> None:
         """Drop all connections; requests in hand fail."""
-        tasks = [*self._runners.values(), *self._chores]
+        tasks = [*self._runners.values(), *self._retiring, *self._chores]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -170,11 +172,36 @@ class WorkerPool:
 
     def _leave(self, member: Member) -> None:
         log.info("%s %s left", member.role.value, member.address)
-        self._connections.pop(member, None)
-        runner = self._runners.pop(member, None)
-        if runner is not None:
-            runner.cancel()
+        self._retire(member)
         self._tell_encoders(member)
+
+    def _change(self, member: Member) -> None:
+        """Another state or incarnation, told faster than by the next ping."""
+        connection, worker = self._connections.get(member), self._roster.worker(member)
+        if connection is None or connection.info is None or worker is None:
+            return  # it finds out when it connects
+        if worker.incarnation != connection.info.incarnation:
+            self._retire(member)
+            self._join(member)
+        elif worker.state is WorkerState.DRAINING:
+            connection.state = worker.state
+
+    def _retire(self, member: Member) -> None:
+        """Take a connection out; requests in hand may end on it, if it lasts."""
+        connection, runner = self._connections.pop(member, None), self._runners.pop(member, None)
+        if connection is None or runner is None:
+            return
+        if not connection.in_hand:
+            runner.cancel()
+            return
+        retiring = asyncio.create_task(_run_out(connection, runner), name=f"retire {member.address}")
+        self._retiring.add(retiring)
+        retiring.add_done_callback(self._retiring.discard)
+
+    def is_up(self, member: Member) -> bool:
+        """Whether a worker is connected and answers."""
+        connection = self._connections.get(member)
+        return connection is not None and connection.info is not None
 
     def _pd_addresses(self, model: str) -> tuple[str, ...]:
         """Of one checkpoint. Who is down for a moment keeps its place."""
@@ -215,13 +242,22 @@ class WorkerPool:
         elif reason := self._identity.refuse(worker):
             self._complain(f"{address} refused: {reason}")
         else:
-            self._roster.renew(worker.role, address)
+            self._roster.renew(worker.role, address, worker=worker)
 
     def _complain(self, text: str) -> None:
         """Log once: announcements come every second."""
         if text not in self._complaints and len(self._complaints) < 1000:
             self._complaints.add(text)
             log.warning("%s", text)
+
+
+async def _run_out(connection: WorkerConnection, runner: asyncio.Task[None]) -> None:
+    """Cancel a connection when its last request has ended, as each does by its deadline."""
+    try:
+        while connection.in_hand and not runner.done():
+            await asyncio.wait({runner}, timeout=_RETIRE_POLL_S)
+    finally:
+        runner.cancel()
 
 
 async def _tell_peers(encoder: WorkerConnection) -> None:

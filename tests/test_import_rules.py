@@ -22,7 +22,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "workers.engine.block_pool": ("torch",),
     "workers.encode_scheduler": ("torch",),
     "workers.embedding_cache": ("torch",),
-    "metastore": ("torch", "transformers", "fastapi", "proxy", "workers"),
+    "metastore": ("torch", "transformers", "fastapi", "redis", "proxy", "workers"),
 }
 EXCEPTIONS: dict[str, tuple[str, ...]] = {
     # These wire the parts together, inside functions.
@@ -38,6 +38,7 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     # Random weights need the model's class.
     "epd.bench.checkpoint": ("torch", "transformers"),
     "metastore.redis_store": ("redis",),
+    "metastore.redis_client": ("redis",),
 }
 
 

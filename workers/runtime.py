@@ -36,6 +36,9 @@ from epd.messages import (
 )
 from epd.transport import SEND_TIMEOUT_S, Dealer, HandshakeFailed, PeerGone, Router, endpoints
 from epd.types import WorkerRole, WorkerState, WorkerTask
+from metastore.base import Record
+from metastore.connect import make_metastore
+from metastore.registry import Registration
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +105,7 @@ class WorkerRuntime:
         dtype: of embeddings made or taken.
 
     Raises:
-        ConfigError: an address is none.
+        ConfigError: an address is none, or the metastore's client is.
     """
 
     def __init__(
@@ -118,7 +121,7 @@ class WorkerRuntime:
     ) -> None:
         self._config = config
         self._proxies = endpoints(config.proxy_addr)
-        self._router = Router(config.worker_addr, any_port=bool(self._proxies))
+        self._router = Router(config.worker_addr, any_port=bool(self._proxies or config.metastore))
         self._info = WorkerInfo(
             role=role,
             address=self._router.address,
@@ -131,6 +134,10 @@ class WorkerRuntime:
             version=__version__,
             served_model_name=config.served_model_name or "",
         )
+        self._store = None if config.metastore is None else make_metastore(config.metastore)
+        self._registration = None
+        if config.metastore is not None and self._store is not None:
+            self._registration = Registration(self._store, self._record, config.metastore.safe_address)
         self._state = WorkerState.READY
         self._last_seen: dict[bytes, float] = {}
         self._names: dict[bytes, str] = {}
@@ -171,6 +178,8 @@ class WorkerRuntime:
         self._listen()
         tasks = [asyncio.create_task(self._receive_loop()), asyncio.create_task(self._watch_peers())]
         tasks += [asyncio.create_task(self._announce_to(proxy)) for proxy in self._proxies]
+        if self._registration is not None:
+            tasks.append(asyncio.create_task(self._registration.run(), name="metastore registration"))
         stop = asyncio.create_task(self._stop.wait())
         try:
             done, _ = await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -184,6 +193,7 @@ class WorkerRuntime:
             await asyncio.gather(*tasks, stop, return_exceptions=True)
             await service.stop()
             self._router.close()
+            await self._deregister()
         return self._exit_code
 
     def _listen(self) -> None:
@@ -194,8 +204,10 @@ class WorkerRuntime:
         """
         self._router.bind()
         address = self._router.address
-        if self._proxies or self._config.advertise_addr is not None:  # else nobody is told
-            towards = [host for proxy in self._proxies if (host := host_of(proxy))]
+        store = self._config.metastore
+        if self._proxies or store or self._config.advertise_addr is not None:  # else nobody is told
+            told = (*self._proxies, store.first_server if store else "")
+            towards = [host for one in told if (host := host_of(one))]
             address = advertised(address, self._config.advertise_addr, towards)
         self._info = msgspec.structs.replace(self._info, address=address)
         log.info("%s ready on %s (%s)", self._info.role, self._info.address, self._info.dtype)
@@ -203,9 +215,16 @@ class WorkerRuntime:
     def _on_signal(self) -> None:
         (self._is_hurried if self._stop.is_set() else self._stop).set()
 
+    async def _deregister(self) -> None:
+        if self._registration is not None and self._store is not None:
+            await self._registration.leave()
+            await self._store.close()
+
     async def _leave(self) -> None:
         """Refuse what comes, finish what runs, and hand over what is not finished in time."""
         self._state = WorkerState.DRAINING
+        if self._registration is not None:
+            self._registration.tell()
         load = self._service.load()
         log.info("draining: %d running, %d waiting", load.running, load.waiting)
         # Refusing comes first: what a peer sends before it knows is refused, and retried elsewhere.
@@ -294,6 +313,19 @@ class WorkerRuntime:
 
     def _current_info(self) -> WorkerInfo:
         return msgspec.structs.replace(self._info, state=self._state, uptime_s=time.monotonic() - _STARTED)
+
+    def _record(self) -> Record:
+        """What stands in the metastore."""
+        worker = self._current_info()
+        return Record(
+            role=worker.role,
+            address=worker.address,
+            incarnation=worker.incarnation,
+            protocol_version=PROTOCOL_VERSION,
+            worker=worker,
+            load=self._service.load(),
+            uptime_s=worker.uptime_s,
+        )
 
     def _count_malformed(self, sender: str, error: ProtocolError) -> None:
         self._malformed += 1
