@@ -219,7 +219,7 @@ def _add_engine(benches: Any) -> None:
         type=float,
         default=0.0,
         metavar="S",
-        help=_default("seconds of steps beforehand, for a step that is compiled in the background"),
+        help=_default("seconds to wait at most for a step that is compiled in the background"),
     )
     parser.add_argument("--engine", default="{}", metavar="JSON", help="further settings of the engine, by their names")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")

@@ -23,6 +23,7 @@ from epd.bench.output import markdown_table, number
 from epd.errors import ConfigError
 from epd.types import SamplingParams
 from workers import model_parts
+from workers.engine.compiled_forward import CompiledForward
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.forward import Forward
@@ -55,7 +56,7 @@ class EngineBench:
     steps: int = 8
     """Decode steps of each side in a round."""
     settle_s: float = 0.0
-    """Steps that nobody measures are run for so long: for a step that is compiled in the background."""
+    """At most so long, nothing is measured while steps are compiled in the background."""
     load_format: str = "auto"
     engine: dict[str, Any] = field(default_factory=dict)
     """Further fields of `EngineConfig`."""
@@ -132,8 +133,8 @@ def run_engine_bench(bench: EngineBench, notify: Callable[[str], None] = lambda 
     theirs = _Theirs(bench)
     machine = _measure_machine(theirs.dtype)
     if bench.settle_s:
-        notify(f"running steps for {bench.settle_s:g} s before measuring")
-        ours.settle(bench.settle_s)
+        notify("waiting for compiled steps")
+        notify("steps are compiled" if ours.settle(bench.settle_s) else "steps are not compiled")
     notify(f"prefill of {bench.prefill} tokens")
     prefill = _measure_prefill(bench, ours, theirs, machine)
     decode = []
@@ -195,7 +196,8 @@ class _Ours:
         if load.kv_total_blocks * 16 < tokens:
             raise ConfigError(f"the KV cache has no room for {tokens} tokens; lower --batch or --context")
         runner: Any = self.engine._runner  # the seam between scheduling and computing has no public name
-        self.forward = runner._forward = _TimedForward(runner._forward)
+        self._forward: Forward = runner._forward
+        self.forward = runner._forward = _TimedForward(self._forward)
         self.engine.warm_up()
         self._rng = random.Random(0)
         self._count = 0
@@ -232,13 +234,12 @@ class _Ours:
             self.engine.abort(name)
         self.engine.step()
 
-    def settle(self, seconds: float) -> None:
-        """Steps of all kinds until the time is over."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            self.start(self.prompt(16), 32)
-            while self.engine.has_work():
-                self.engine.step()
+    def settle(self, seconds: float) -> bool:
+        """Stay idle, since compiled steps wait for that, until they are there or the time is over. Returns which."""
+        if not isinstance(self._forward, CompiledForward):
+            return False
+        self._forward.ended.wait(seconds)
+        return self._forward.is_compiled
 
 
 # -- theirs ------------------------------------------------------------------------------------------------------------

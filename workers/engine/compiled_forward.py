@@ -49,7 +49,7 @@ _LONGEST_WAIT_S = 600.0
 _SWITCH_INTERVAL_S = 0.0005
 """How long the tracing thread may keep the engine's thread waiting: 5 ms, the default, are half a step."""
 
-_SOURCES = ("compiled_forward.py", "attention.py", "packed_linear.py", "int8_linear.py")
+_SOURCES = ("compiled_forward.py", "attention.py", "packed_linear.py", "int8_linear.py", "int8_kernel.py")
 """What of ours is part of the graph."""
 _FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -164,12 +164,12 @@ def compile_hidden(model: LanguageModel) -> Hidden:
         # The compiler takes 1 for a number that never varies, so a lone token gets company, which nobody looks at.
         return graph(embeds.expand(2, -1).contiguous(), positions.expand(-1, 2).contiguous())[:1]
 
-    with attention.use_backend(_Echo()):
+    # Inputs of inference mode, as those of steps are: for others the compiler would make a second graph.
+    with attention.use_backend(_Echo()), torch.inference_mode():
         embeds, positions = _example(model, _EXAMPLE_TOKENS)
         torch._dynamo.mark_dynamic(embeds, 0)
         torch._dynamo.mark_dynamic(positions, 1)
-        with torch.inference_mode():
-            graph(embeds, positions)
+        graph(embeds, positions)
     return hidden
 
 

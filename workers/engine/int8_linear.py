@@ -1,17 +1,20 @@
 """Linear layers in eight bits on a CPU, from ordinary checkpoints (`--quantization int8`).
 
 Weights get a scale for each output, rounded once at start; activations a scale for each row, at every call. So a row's
-result depends on that row alone, whatever it is batched with. The products are exact in integers, by oneDNN, which
-reads half the bytes of bfloat16 and computes twice as fast.
+result depends on that row alone, whatever it is batched with. The products are exact in integers: by a kernel of our
+own where it can be made (`int8_kernel`), else by oneDNN, which needs several calls around its product.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from workers.engine import int8_kernel
 
 _SMALLEST_OUTPUT = 128
 """Layers with fewer outputs choose experts or give scores: little work, and rounding them would do most harm."""
@@ -19,6 +22,8 @@ _MIDDLE = 128
 """oneDNN takes activations without sign."""
 _ROWS = 16
 """A hint to oneDNN; its layout is good for all numbers of rows."""
+_SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers beside each other, by their names in transformers, that may have the same input."""
 
 
 def is_available(device: torch.device) -> bool:
@@ -26,8 +31,61 @@ def is_available(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_vnni_supported())
 
 
+class KernelLinear(nn.Linear):
+    """A linear layer after `convert`, computed by our kernel; never constructed."""
+
+    scales: torch.Tensor
+    """float32 [out]."""
+    shared: SharedProduct | None = None
+    """What computes this layer together with those that have the same input."""
+    columns: slice
+    """Of the shared product."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """[…, in] → […, out]."""
+        if self.shared is None:
+            return _linear(rows, self.weight, self.scales, self.bias)
+        return self.shared(rows, is_last=self.columns.stop == self.shared.outputs)[..., self.columns]
+
+
+class SharedProduct:
+    """Several layers that a model calls with the same input, as one product, which the first call computes."""
+
+    def __init__(self, layers: Sequence[KernelLinear]) -> None:
+        """Take over the weights of `layers`, in the order in which they are called."""
+        self._weight = torch.cat([layer.weight for layer in layers])
+        self._scales = torch.cat([layer.scales for layer in layers])
+        self._bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Input and product, as one value: the thread that compiles steps calls layers beside the engine's."""
+        self.outputs = 0
+        panel = 0
+        for layer in layers:
+            layer.shared, layer.columns = self, slice(self.outputs, self.outputs + layer.out_features)
+            layer.weight = self._weight[panel : panel + len(layer.weight)]  # its own memory is free now
+            panel, self.outputs = panel + len(layer.weight), layer.columns.stop
+
+    def __call__(self, rows: torch.Tensor, *, is_last: bool) -> torch.Tensor:
+        """All columns. The last call for an input says so, that the product is not kept."""
+        last = self._last
+        if last is not None and last[0] is rows:
+            product = last[1]
+        else:
+            product = _linear(rows, self._weight, self._scales, self._bias)
+        self._last = None if is_last else (rows, product)
+        return product
+
+
+def _linear(
+    rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        return torch.ops.epd_int8.linear(rows, weight, scales, bias)  # type: ignore[no-any-return]
+    return int8_kernel.linear(rows, weight, scales, bias)
+
+
 class Int8Linear(nn.Linear):
-    """A linear layer after `convert`; never constructed."""
+    """A linear layer after `convert`, computed by oneDNN; never constructed."""
 
     scales: torch.Tensor
     """float32 [out]."""
@@ -40,7 +98,7 @@ class Int8Linear(nn.Linear):
         scales = wide.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / 127
         codes = ((wide / scales).round() + _MIDDLE).to(torch.uint8)
         if torch.compiler.is_compiling():
-            products: torch.Tensor = torch.ops.epd_int8.linear(codes, self.weight, self.scales, self.zeros)
+            products: torch.Tensor = torch.ops.epd_int8.products(codes, self.weight, self.scales, self.zeros)
         else:
             products = _multiply(codes, self.weight, self.scales, self.zeros)
         products = products * scales
@@ -62,35 +120,69 @@ def _arguments(weight: Any, scales: Any, zeros: Any) -> tuple[Any, ...]:
 def convert(model: nn.Module) -> int:
     """Round the linear layers of `model` in place, but for small ones. Returns how many there were."""
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear and layer.out_features >= _SMALLEST_OUTPUT]
-    prepack: Any = torch.ops.onednn.qlinear_prepack
+    to_codes = _to_kernel if int8_kernel.is_available() else _to_onednn
     for layer in layers:
         weight = layer.weight.detach().float()
         scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
         codes = (weight / scales[:, None]).round().to(torch.int8)
         del layer.weight
-        layer.register_buffer("weight", prepack(codes, [_ROWS, layer.in_features]), persistent=False)
-        layer.register_buffer("scales", scales, persistent=False)
-        layer.register_buffer("zeros", torch.zeros(layer.out_features, dtype=torch.int32), persistent=False)
         # The same object, since others may hold it.
-        layer.__class__ = Int8Linear
+        to_codes(layer, codes)
+        layer.register_buffer("scales", scales, persistent=False)
+    for module in model.modules():
+        _share(module)
     return len(layers)
+
+
+def _to_kernel(layer: nn.Linear, codes: torch.Tensor) -> None:
+    layer.register_buffer("weight", int8_kernel.pack(codes), persistent=False)
+    if layer.bias is not None:
+        bias = layer.bias.detach().float()
+        del layer.bias
+        layer.register_buffer("bias", bias, persistent=False)
+    layer.__class__ = KernelLinear
+
+
+def _to_onednn(layer: nn.Linear, codes: torch.Tensor) -> None:
+    weight = torch.ops.onednn.qlinear_prepack(codes, [_ROWS, layer.in_features])
+    layer.register_buffer("weight", weight, persistent=False)
+    layer.register_buffer("zeros", torch.zeros(layer.out_features, dtype=torch.int32), persistent=False)
+    layer.__class__ = Int8Linear
+
+
+def _share(module: nn.Module) -> None:
+    for names in _SHARING:
+        found = [getattr(module, name, None) for name in names]
+        layers = [layer for layer in found if isinstance(layer, KernelLinear)]
+        # The weights of all but the last must fill their panels, or there would be gaps between columns.
+        if (
+            len(layers) == len(names)
+            and len({(layer.in_features, layer.bias is None) for layer in layers}) == 1
+            and all(layer.out_features % int8_kernel.PANEL == 0 for layer in layers[:-1])
+        ):
+            SharedProduct(layers)
 
 
 @functools.cache
 def register_compiled() -> Any:
-    """Let torch's compiler call oneDNN with weights that are packed already, and fuse what stands around it."""
+    """Let torch's compiler call products with weights that are packed already, and fuse what stands around them."""
     from torch._inductor import lowering  # noqa: PLC0415  # the compiler takes seconds to import, and few need it
 
     rules: Any = lowering
     library: Any = torch.library.Library("epd_int8", "DEF")  # type: ignore[no-untyped-call]
-    library.define("linear(Tensor codes, Tensor weight, Tensor scales, Tensor zeros) -> Tensor")
-    library.impl("linear", _multiply, "CompositeExplicitAutograd")
-    torch.library.register_fake("epd_int8::linear", _shape, lib=library)
+    library.define("linear(Tensor rows, Tensor weight, Tensor scales, Tensor? bias) -> Tensor")
+    library.impl("linear", int8_kernel.linear, "CompositeExplicitAutograd")
+    torch.library.register_fake("epd_int8::linear", lambda rows, _, scales, __: _shape(rows, scales), lib=library)
+    library.define("products(Tensor codes, Tensor weight, Tensor scales, Tensor zeros) -> Tensor")
+    library.impl("products", _multiply, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        "epd_int8::products", lambda codes, _, scales, __: _shape(codes, scales, torch.float32), lib=library
+    )
     plain = rules.fallback_handler(torch.ops.onednn.qlinear_pointwise.default, add_to_fallback_set=False)
-    lower = rules.register_lowering(torch.ops.epd_int8.linear.default, type_promotion_kind=None)
+    lower = rules.register_lowering(torch.ops.epd_int8.products.default, type_promotion_kind=None)
     lower(lambda codes, *weights: plain(codes, *_arguments(*weights)))
     return library
 
 
-def _shape(codes: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    return codes.new_empty((*codes.shape[:-1], scales.shape[0]), dtype=torch.float32)
+def _shape(rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return rows.new_empty((*rows.shape[:-1], scales.shape[0]), dtype=dtype or rows.dtype)
