@@ -150,13 +150,13 @@ def use_cache_folder() -> None:
     settings.compile_threads = 1
 
 
-def compile_hidden(model: LanguageModel) -> Hidden:
+def compile_hidden(model: LanguageModel, compiler: str | Callable[..., Any] = "inductor") -> Hidden:
     """`model.hidden` as one graph for two tokens or more; what it returns takes one token too."""
     use_cache_folder()
     attention.register_compiled()
     packed_linear.register_compiled()
     int8_linear.register_compiled()
-    graph = torch.compile(lambda embeds, positions: model.hidden(embeds, positions), fullgraph=True)
+    graph = torch.compile(lambda embeds, positions: model.hidden(embeds, positions), backend=compiler, fullgraph=True)
 
     def hidden(embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if embeds.shape[0] > 1:

@@ -76,9 +76,7 @@ class SharedProduct:
         return product
 
 
-def _linear(
-    rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _linear(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.epd_int8.linear(rows, weight, scales, bias)  # type: ignore[no-any-return]
     return int8_kernel.linear(rows, weight, scales, bias)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.workers.engine.oracle import Encoded, Oracle, add, greedy, make_engine, picture, provide, run
-from workers.engine import attention_cpu, compiled_forward
+from workers.engine import attention_cpu, compiled_forward, int8_kernel, int8_linear
 from workers.engine.compiled_forward import CompiledForward
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
@@ -61,6 +61,29 @@ def test_compiled_steps_give_the_same_tokens(qwen2_5_vl: Oracle) -> None:
         forward.prepare()
     assert answers_of(engine, qwen2_5_vl, encoded) == expected
     assert forward.is_compiled == HAS_COMPILER  # no step fell back
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_model_is_traced_once(qwen2_5_vl: Oracle, quantization: str) -> None:
+    """One graph, which takes seconds to make, for any number of tokens; compiled by something quick here."""
+    if quantization == "int8" and not int8_linear.is_available(torch.device("cpu")):
+        pytest.skip("needs a processor with AVX512-VNNI")
+    engine = make_engine(qwen2_5_vl.path, dtype="bfloat16", compile="off", quantization=quantization)
+    runner: Any = engine._runner
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = compiled_forward.compile_hidden(runner._forward._model, keep)
+    compiled_forward._check(compiled, runner._forward._model)
+    assert len(graphs) == 1
+    int8_ops = (torch.ops.epd_int8.linear, torch.ops.epd_int8.products)
+    products = [node for node in graphs[0].graph.nodes if node.target in int8_ops]
+    # Of two layers, whose other products have too few outputs; ours computes gate and up in one.
+    assert len(products) == (0 if quantization == "none" else 2 if int8_kernel.is_available() else 4)
 
 
 def test_steps_go_on_plainly_when_the_compiler_fails(

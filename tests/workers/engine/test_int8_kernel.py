@@ -18,7 +18,8 @@ def expected_of(
 ) -> torch.Tensor:
     wide = rows.float()
     largest = wide.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
-    rounded = (wide * (127 / largest)).round().double()
+    factor = torch.tensor(127.0) / largest  # not 127 / largest, which torch rounds twice
+    rounded = (wide * factor).round().double()
     sums = (rounded @ codes.double().T).float()  # whole numbers below 2^53: exact
     factors = scales * (largest / 127)
     if bias is None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +11,21 @@ from torch import nn
 
 from epd.errors import ConfigError
 from tests.workers.engine.oracle import Oracle, add, make_engine, run
-from workers.engine import int8_linear
+from workers.engine import int8_kernel, int8_linear
 
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(params=["kernel", "oneDNN"])
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[nn.Linear]:
+    """What layers become: with our kernel, and where it can't be made."""
+    if request.param == "oneDNN" or not int8_kernel.is_available():
+        monkeypatch.setattr(int8_kernel, "is_available", lambda: False)
+        return int8_linear.Int8Linear
+    return int8_linear.KernelLinear
+
+
+@pytest.mark.usefixtures("product")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_those_of_the_rounded_numbers(dtype: torch.dtype) -> None:
     """Written out in plain arithmetic; a row's result does not depend on the rows beside it."""
@@ -37,6 +50,7 @@ def test_products_are_those_of_the_rounded_numbers(dtype: torch.dtype) -> None:
     torch.testing.assert_close(alone, actual[1, 2], rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("product")
 def test_values_that_are_no_numbers_spread_in_their_row_alone() -> None:
     layer, rows = nn.Linear(64, 128), torch.ones(2, 64)
     rows[0, 3] = torch.nan
@@ -45,7 +59,46 @@ def test_values_that_are_no_numbers_spread_in_their_row_alone() -> None:
         assert layer(rows).isnan().all(dim=-1).tolist() == [True, False]
 
 
-def test_an_engine_answers_in_eight_bits(qwen2_5_vl: Oracle) -> None:
+class Layers(nn.Module):
+    """Of a kind that share their input, in a model that calls `calls` of them."""
+
+    def __init__(self, calls: Sequence[str] = ("q_proj", "k_proj", "v_proj"), outputs: int = 192) -> None:
+        super().__init__()
+        self.calls = calls
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(64, outputs), nn.Linear(64, 128), nn.Linear(64, 130)
+
+    def forward(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        return [getattr(self, name)(rows) for name in self.calls]
+
+
+@pytest.mark.parametrize(
+    "calls", [("q_proj", "k_proj", "v_proj"), ("v_proj", "q_proj"), ("k_proj", "q_proj", "k_proj")]
+)
+def test_layers_of_one_input_are_one_product(calls: Sequence[str]) -> None:
+    """Whatever the order of the calls is, each gives what it gives by itself, for its own input."""
+    if not int8_kernel.is_available():
+        pytest.skip("oneDNN computes layers one by one")
+    model = Layers(calls)
+    alone = copy.deepcopy(model)
+    int8_linear.convert(model)
+    for layer in (alone.q_proj, alone.k_proj, alone.v_proj):
+        int8_linear.convert(layer)
+    assert model.q_proj.shared is model.v_proj.shared is not None
+    with torch.inference_mode():
+        for rows in torch.randn(3, 5, 64):
+            for actual, expected in zip(model(rows), alone(rows), strict=True):
+                assert torch.equal(actual, expected)
+
+
+def test_layers_that_would_leave_gaps_stay_apart() -> None:
+    model = Layers(outputs=130)
+    assert int8_linear.convert(model) == 3
+    assert getattr(model.q_proj, "shared", None) is None
+    with torch.inference_mode():
+        assert [output.shape[1] for output in model(torch.randn(2, 64))] == [130, 128, 130]
+
+
+def test_an_engine_answers_in_eight_bits(qwen2_5_vl: Oracle, product: type[nn.Linear]) -> None:
     """Rounded weights of random models answer something of their own, but the same alone and in company."""
     if not int8_linear.is_available(CPU):
         with pytest.raises(ConfigError, match="VNNI"):
@@ -53,6 +106,8 @@ def test_an_engine_answers_in_eight_bits(qwen2_5_vl: Oracle) -> None:
         return
     prompts = [qwen2_5_vl.prompt(text) for text in ("what is it?", "describe", "what")]
     engine = make_engine(qwen2_5_vl.path, quantization="int8", enable_prefix_caching=False)
+    head: Any = engine._runner
+    assert type(head._forward._model._head) is product
     alone = []
     for prompt in prompts:
         add(engine, "a", prompt)
