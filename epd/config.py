@@ -109,6 +109,15 @@ class ProxyConfig(ProcessConfig):
         None, "context in tokens; default: what the prefill-decode workers say", minimum=1
     )
     request_timeout: float = option(120.0, "seconds a request may take in all", minimum=0.001)
+    queue_timeout: float | None = option(
+        None, "seconds from arrival to the first token at most; default: only --request-timeout counts", minimum=0.001
+    )
+    encode_timeout: float = option(
+        30.0, "seconds until a picture that one encoder does not finish goes to another one", minimum=0.001
+    )
+    failover_wait: float = option(
+        10.0, "seconds that a request which lost its worker waits for another one to appear", minimum=0
+    )
     encoder_router: str = option(
         "affinity",
         "how an encoder is chosen for a picture; least_loaded: where it would be done first, power_of_two: the better "

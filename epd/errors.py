@@ -8,7 +8,8 @@
     │   ├── MediaForbidden       403
     │   ├── ModelNotFound        404
     │   ├── RequestTooLarge      413
-    │   └── MediaUnavailable     422
+    │   ├── MediaUnavailable     422
+    │   └── RequestAborted       499
     └── ServerError              5xx: we, or a part of the cluster, failed
         ├── Overloaded           429 (retryable)
         ├── WorkerFailed         502
@@ -126,6 +127,14 @@ class MediaUnavailable(ClientError):
 
     status = 422
     code = "media_unavailable"
+
+
+class RequestAborted(ClientError):
+    """Somebody asked for its end; clients should not try again by themselves, as they do after a 5xx."""
+
+    status = 499
+    code = "aborted"
+    type = "aborted_error"
 
 
 class ServerError(EPDError):

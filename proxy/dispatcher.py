@@ -12,6 +12,7 @@ from epd.errors import Overloaded
 from epd.types import WorkerRole
 from proxy.generation import Generation
 from proxy.model_catalog import ModelRef
+from proxy.retries import RetryLimits
 from proxy.work import Work
 from proxy.worker_pool import WorkerPool, no_worker
 
@@ -22,10 +23,12 @@ class Dispatcher:
     Args:
         pool: the workers.
         max_requests: in work at once, those whose media are still loading included.
+        limits: on the patience with workers.
     """
 
-    def __init__(self, pool: WorkerPool, max_requests: int) -> None:
+    def __init__(self, pool: WorkerPool, max_requests: int, limits: RetryLimits) -> None:
         self._pool = pool
+        self._limits = limits
         self._max_requests = max_requests
         self._admitted = 0
         self.active: dict[str, Generation] = {}
@@ -61,9 +64,9 @@ class Dispatcher:
         """Send a request to the workers. The caller must `close` what it gets.
 
         Raises:
-            NoWorker, WorkerFailed: it could not be sent; nothing is left to close.
+            NoWorker: it could not be sent; nothing is left to close.
         """
-        generation = Generation(work, self._pool)
+        generation = Generation(work, self._pool, self._limits)
         try:
             await generation.send()
         except BaseException:

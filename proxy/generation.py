@@ -2,13 +2,13 @@
 
     pick PD and encoders → GenerateRequest × n, EncodeRequest × pictures, all at once → outputs → one terminal answer
 
-    the PD took a picture before → no EncodeRequest for it; if it holds it no more it says so, and one follows
-    encoder reports an error     → Abort to the PD, that error
-    encoder dies or is full      → the picture goes to another encoder once (encoding is idempotent), then an error
-    PD is full or drains         → before any token, all of it goes to another PD once, then an error
-    PD reports an error or dies  → that error
-    deadline passes              → DeadlineExceeded, Abort
-    client goes away             → Abort to all
+    an encoder dies or errs   → its pictures alone go to another one (`proxy.encoding`)
+    the PD dies, is stuck, drains, is full, fails → its samples go to another PD, with their pictures, and are resumed
+                                behind the tokens that are here already: the client sees one unbroken answer
+    nobody else is there      → what was accepted waits for a worker to appear, `--failover-wait` at most
+    tried often enough        → an error (`proxy.retries`)
+    deadline passes           → DeadlineExceeded with the stage, Abort
+    client goes away          → Abort to all
 
 The consumer reads at its own pace: outputs that it has not taken yet merge into one slot per sample, so that a slow
 reader costs no queue.
@@ -17,43 +17,40 @@ reader costs no queue.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
 
-import msgspec
-
-from epd.errors import DeadlineExceeded, EPDError, InternalError, NoWorker, WorkerFailed, from_info
-from epd.messages import EncodeRequest, EncodeResult, GenerateRequest, ImageSlot, TokenOutput
-from epd.types import FinishReason, WorkerRole
+from epd.errors import DeadlineExceeded, EPDError, InternalError, NoWorker, RequestAborted, WorkerFailed
+from epd.messages import TokenOutput
+from epd.types import FinishReason
+from proxy.attempt import Attempt
+from proxy.encoding import Encoding
+from proxy.picker import Picker
 from proxy.placement import Plan
+from proxy.retries import RetryLimits, Trouble, trouble_of
 from proxy.sample import Sample
 from proxy.timings import Timings
 from proxy.work import Update, Work
 from proxy.worker_connection import PROXY_TTFT, WorkerConnection
 from proxy.worker_pool import WorkerPool
 
-_SEED_SPAN = 1 << 63
+log = logging.getLogger(__name__)
 
 
 class Generation:
     """A request in work. Made by `Dispatcher.start`, read by one consumer, closed by it whatever happens."""
 
-    def __init__(self, work: Work, pool: WorkerPool) -> None:
+    def __init__(self, work: Work, pool: WorkerPool, limits: RetryLimits) -> None:
         self.work = work
-        self._timings = Timings(work.arrived)
         self._pool = pool
-        self._encoders: dict[str, WorkerConnection] = {}
-        self._encode_id = work.request_id
-        self._encoding: set[int] = set()
-        """Pictures that an encoder was asked for and has not reported of."""
-        self._held: frozenset[str] = frozenset()
-        """Content keys that the PD should hold, so that no encoder is asked."""
-        self._all_encoded = asyncio.Event()
-        self._is_sending = False
-        self._left: list[tuple[WorkerConnection, tuple[str, ...]]] = []
-        """Workers that this request was taken away from, and the ids that it had there."""
+        self._limits = limits
+        self._picker = Picker(work, pool)
+        self._timings = Timings(work.arrived)
         self._samples = [Sample(i, f"{work.request_id}-{i}", Update(i)) for i in range(work.n * len(work.prompts))]
+        self._attempts: list[Attempt] = []
+        self._num_attempts = 0
         self._error: EPDError | None = None
         self._news = asyncio.Event()
         self._chores: set[asyncio.Task[None]] = set()
@@ -70,7 +67,6 @@ class Generation:
 
     @property
     def _has_tokens(self) -> bool:
-        """Whether a PD has made one: then it had all embeddings."""
         return self._timings.first_token_ms is not None
 
     @property
@@ -97,7 +93,7 @@ class Generation:
                 await self._news.wait()
         except TimeoutError:
             if timeout_s is None or left <= timeout_s:
-                self._fail(DeadlineExceeded(f"The request was not finished within {self.work.timeout_s:g} s."))
+                self.fail(self._too_late())
         updates = [sample.take() for sample in self._samples if sample.has_news]
         if not updates and self._error is not None:
             raise self._error
@@ -110,35 +106,56 @@ class Generation:
         sample = self._samples[index]
         was_running = not sample.finished
         sample.finished = sample.taken = True
-        if was_running and sample.pd is not None:
-            await sample.pd.abort(sample.request_id)
+        if was_running and sample.attempt is not None:
+            await sample.attempt.abort(sample)
 
     async def close(self) -> None:
         """Stop what still runs. Safe to call again, and after a failure."""
         for task in self._chores:
             task.cancel()
-        for sample in self._samples:
-            if sample.pd is not None and not sample.finished:
-                await sample.pd.abort(sample.request_id)
-        for encoder in self._encoders.values():
-            await encoder.abort(self._encode_id)
-        await self._abort_left()
+        for attempt in self._attempts:
+            await attempt.stop()
 
     async def settle(self, timeout_s: float) -> None:
         """Wait a moment for what encoders report: their results may come after the tokens that they made possible."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._all_encoded.wait()
+                for attempt in self._attempts:
+                    if attempt.encoding is not None and attempt.samples:
+                        await attempt.encoding.settled.wait()
 
     def cancel(self) -> None:
         """End with an error, on somebody else's request; the consumer hears of it."""
-        self._fail(WorkerFailed("The request was aborted."))
+        self.fail(RequestAborted("The request was aborted by POST /abort."))
+
+    def timings(self) -> dict[str, float]:
+        """Where the time went so far, in milliseconds."""
+        return self._timings.summary()
 
     def _time_left(self) -> float:
-        return self.work.arrived + self.work.timeout_s - time.perf_counter()
+        limit_s, queue_s = self.work.timeout_s, self._limits.queue_timeout_s
+        if queue_s is not None and not self._has_tokens and self.work.pooling is None:
+            limit_s = min(limit_s, queue_s)
+        return self.work.arrived + limit_s - time.perf_counter()
 
-    def _fail(self, error: EPDError) -> None:
-        """The first error is the answer; later ones are its echoes."""
+    def _too_late(self) -> DeadlineExceeded:
+        """Names the stage that the time ran out in."""
+        spent_s = time.perf_counter() - self.work.arrived
+        encodings = [attempt.encoding for attempt in self._attempts if attempt.samples and attempt.encoding]
+        if any(sample.attempt is None and not sample.finished for sample in self._samples):
+            stage = "while it waited for another worker to take over"
+        elif self._has_tokens:
+            stage = "while the answer was generated"
+        elif any(not encoding.settled.is_set() for encoding in encodings):
+            stage = "while pictures were encoded"
+        else:
+            stage = "before the first token"
+        if spent_s < self.work.timeout_s:
+            return DeadlineExceeded(f"The first token did not come within {spent_s:.3g} s: time ran out {stage}.")
+        return DeadlineExceeded(f"The request was not finished within {self.work.timeout_s:g} s: time ran out {stage}.")
+
+    def fail(self, error: EPDError) -> None:
+        """End with an error; the consumer hears of it. The first one is the answer; later ones are its echoes."""
         if self._error is None and not self.done:
             self._error = error
             self._news.set()
@@ -149,266 +166,96 @@ class Generation:
         """Pick workers and hand the request to all of them.
 
         Raises:
-            NoWorker: a role has no live worker.
-            WorkerFailed: one vanished while we were sending.
+            NoWorker: a role has no live worker. Nothing was sent.
         """
-        work = self.work
-        plan = Plan()
-        for prompt, first in enumerate(range(0, len(self._samples), work.n)):
-            pd = self._pick_pd(prompt, plan=plan)
-            for sample in self._samples[first : first + work.n]:
-                sample.pd = pd
-        await self._send_all(self._samples, *self._pick_encoders(pd))
-
-    def _pick_pd(self, prompt: int, *, plan: Plan | None = None, avoid: str | None = None) -> WorkerConnection:
-        """A PD for all samples of a prompt. Raises NoWorker."""
-        work = self.work
-        return self._pool.pick(
-            WorkerRole.PREFILL_DECODE,
-            work.model,
-            work.images[0].content_key if work.images else "",
-            avoid=avoid,
-            pictures=self._keys,
-            units=len(work.prompts[prompt]),
-            chain=lambda: work.prefix_chain(prompt),
-            plan=plan,
-        )
-
-    def _pick_encoder(self, index: int, *, plan: Plan | None = None, avoid: str | None = None) -> WorkerConnection:
-        """An encoder for a picture. Raises NoWorker."""
-        key, units = self.work.images[index].content_key, self._units(index)
-        return self._pool.pick(
-            WorkerRole.ENCODER, self.work.model, key, avoid=avoid, pictures=(key,), units=units, plan=plan
-        )
-
-    def _units(self, index: int) -> float:
-        return self._pool.picture_sizes.units(self.work.images[index].num_pixels)
-
-    @property
-    def _keys(self) -> dict[str, int]:
-        """Content key → index of the first picture that has it: each content is encoded once."""
-        return {image.content_key: index for index, image in reversed(list(enumerate(self.work.images)))}
-
-    def _pick_encoders(self, pd: WorkerConnection) -> tuple[frozenset[str], dict[int, WorkerConnection]]:
-        """What `pd` should hold, and an encoder for each picture that it does not. Raises NoWorker."""
-        held = pd.pictures.use(self._keys)
-        plan = Plan()
+        starts = []
+        pds, pictures = Plan(), Plan()
         for image in self.work.images:
             self._pool.picture_sizes.note(image.num_pixels)
-        wanted = [index for key, index in self._keys.items() if key not in held]
-        return held, {index: self._pick_encoder(index, plan=plan) for index in wanted}
+        for first in range(0, len(self._samples), self.work.n):
+            samples = self._samples[first : first + self.work.n]
+            attempt = self._attempt(self._picker.pd(first // self.work.n, plan=pds), samples)
+            wanted = attempt.encoding.wanted if attempt.encoding is not None else []
+            starts.append((attempt, {index: self._picker.encoder(index, plan=pictures) for index in wanted}))
+        for attempt, encoders in starts:
+            await attempt.send(encoders)
 
-    async def _send_all(
-        self, samples: list[Sample], held: frozenset[str], encoders: dict[int, WorkerConnection]
-    ) -> None:
-        """Sending waits only while a worker's queue is full, so one after the other is as good as at once."""
-        self._held = held
-        self._encoding = set(encoders)
-        self._note_encoded()
-        self._is_sending = True
-        for sample in samples:
-            await self._send_sample(sample)
-        for index, encoder in encoders.items():
-            await self._send_picture_somewhere(encoder, index)
-        self._is_sending = False
-
-    async def _send_picture_somewhere(self, encoder: WorkerConnection, index: int) -> None:
-        try:
-            await self._send_picture(encoder, index)
-        except WorkerFailed:
-            other = self._pick_encoder(index, avoid=encoder.member.address)
-            await self._send_picture(other, index, retried=True)
-
-    async def _send_sample(self, sample: Sample) -> None:
-        work, pd = self.work, sample.pd
-        assert pd is not None
-        prompt, turn = divmod(sample.index, work.n)
-        slots = tuple(
-            ImageSlot(content_key=image.content_key, offset=offset, expect_cached=image.content_key in self._held)
-            for image, offset in zip(work.images, work.image_offsets, strict=True)
-        )
-        request = GenerateRequest(
-            request_id=sample.request_id,
-            prompt_token_ids=work.prompts[prompt],
-            images=slots,
-            sampling=msgspec.structs.replace(work.sampling, seed=(work.sampling.seed + turn) % _SEED_SPAN),
-            timeout_s=max(self._time_left(), 0.001),
-            priority=work.priority,
-            pooling=work.pooling,
-        )
-        await pd.generate(request, lambda output: self._on_output(sample, pd, output))
-
-    async def _send_picture(self, encoder: WorkerConnection, index: int, retried: bool = False) -> None:
-        pd = self._samples[0].pd
-        assert pd is not None
-        image = self.work.images[index]
-        self._encoders[encoder.member.address] = encoder
-        request = EncodeRequest(
-            request_id=self._encode_id,
-            image_index=index,
-            content_key=image.content_key,
-            pd_address=pd.member.address,
-            max_pixels=image.max_pixels,
-            timeout_s=max(self._time_left(), 0.001),
-        )
-        await encoder.encode(
-            request,
-            image.data,
-            lambda result: self._on_encoded(encoder, pd, request, result, retried=retried),
-            self._units(index),
-        )
+    def _attempt(self, pd: WorkerConnection, samples: list[Sample]) -> Attempt:
+        work, encoding = self.work, None
+        self._num_attempts += 1
+        if work.images:
+            name = f"{work.request_id}-e{self._num_attempts}"
+            encoding = Encoding(work, name, pd, self._picker, self._limits, self._timings)
+        attempt = Attempt(work, pd, samples, encoding, self)
+        self._attempts.append(attempt)
+        return attempt
 
     # -- from the workers: called on the event loop, never blocking ------------------------------------------------
 
-    def _on_output(self, sample: Sample, pd: WorkerConnection, output: TokenOutput | EPDError) -> None:
-        if pd is not sample.pd:
-            return  # another one does it now
-        if isinstance(output, EPDError):
-            sample.finished = True
-            self._fail(output)
-            return
+    def on_output(self, attempt: Attempt, sample: Sample, output: TokenOutput) -> None:
+        """Implements `Listener`."""
         if output.token_ids and not self._has_tokens:
-            pd.records.observe(PROXY_TTFT, self._timings.note_first_token())
-            self._note_held(pd)
-        if output.missing_keys:
-            self._on_missing(pd, output.missing_keys)
+            attempt.pd.records.observe(PROXY_TTFT, self._timings.note_first_token())
         sample.add(output)
-        if output.finish_reason is FinishReason.ERROR:
-            self._on_pd_error(sample, pd, output)
-            return
-        if output.finish_reason is not None:
+        if output.finish_reason not in (None, FinishReason.ERROR):
             sample.end(output)
             self._timings.note(output.timings_ms)
         if sample.lacks_logprobs(output, self.work.sampling):
-            self._fail(WorkerFailed("The prefill-decode worker left out log probabilities."))
+            self.fail(WorkerFailed("The prefill-decode worker left out log probabilities."))
         if sample.has_news:
             self._news.set()
 
-    def _on_pd_error(self, sample: Sample, pd: WorkerConnection, output: TokenOutput) -> None:
-        error = _error_of(output)
-        if error.retryable and self._move(pd):
-            return
-        sample.finished = True
-        self._fail(error)
-
-    def _note_held(self, pd: WorkerConnection) -> None:
-        """The PD has all pictures, whether or not their encoders have reported."""
-        for key in self._keys:
-            pd.pictures.remember(key)
-
-    def _on_missing(self, pd: WorkerConnection, keys: tuple[str, ...]) -> None:
-        """The PD holds pictures no more. Each sample says so; the first to say it has them encoded."""
-        for key in keys:
-            pd.pictures.forget(key)
-        missing = {key: index for key, index in self._keys.items() if key in keys and key in self._held}
-        self._held -= missing.keys()
-        if missing:
-            self._encoding.update(missing.values())
-            self._note_encoded()
-            self._spawn(self._encode_missing(pd, missing), "encode what the PD holds no more")
-
-    def _on_encoded(
-        self,
-        encoder: WorkerConnection,
-        pd: WorkerConnection,
-        request: EncodeRequest,
-        result: EncodeResult | EPDError,
-        *,
-        retried: bool,
-    ) -> None:
-        index = request.image_index
-        if isinstance(result, EncodeResult) and result.error is None:
-            pd.pictures.remember(request.content_key)
-        if request.request_id != self._encode_id:
-            return  # the embeddings were meant for a PD that does not have the request any more
-        if isinstance(result, EncodeResult) and result.error is None:
-            self._timings.note_encoded(result)
-            self._encoding.discard(index)
-            self._note_encoded()
-            return
-        error, is_dead = (result, True) if isinstance(result, EPDError) else (_error_of(result), False)
-        if (is_dead or error.retryable) and not retried and self._error is None and not self._has_tokens:
-            self._spawn(self._encode_elsewhere(encoder, index, error), "encode again")
-        else:
-            error.param = error.param or (None if is_dead else self.work.images[index].param)
-            self._fail_encode(index, error)
-
-    def _fail_encode(self, index: int, error: EPDError) -> None:
-        """No encoder did it. Harmless once the PD has made a token, for then it had all embeddings."""
-        if not self._has_tokens:
-            self._fail(error)
-        self._encoding.discard(index)
-        self._note_encoded()
+    def on_trouble(self, attempt: Attempt, samples: list[Sample], error: EPDError) -> None:
+        """Implements `Listener`."""
+        trouble = trouble_of(error)
+        for sample in samples:
+            sample.retries.note(trouble, attempt.pd.member.address)
+            over = sample.retries.verdict(error, trouble, "prefill-decode")
+            if over is not None or self._error is not None or self._pool.is_closing:
+                self.fail(over or error)
+                return
+        attempt.failed += samples
+        if len(attempt.failed) == len(samples):  # what else fails with these is there before the task runs
+            self._spawn(self._go_on(attempt, error, trouble), "another PD")
 
     # -- once more, elsewhere ----------------------------------------------------------------------------------------
 
     def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
-        task = asyncio.create_task(work, name=name)
+        task = asyncio.create_task(work, name=f"{name} for {self.work.request_id}")
         self._chores.add(task)
-        task.add_done_callback(self._chores.discard)
+        task.add_done_callback(self._chore_done)
 
-    async def _encode_missing(self, pd: WorkerConnection, pictures: dict[str, int]) -> None:
-        try:
-            for index in pictures.values():
-                if pd is self._samples[0].pd:  # else another one has the request, and all pictures were sent there
-                    await self._send_picture_somewhere(self._pick_encoder(index), index)
-        except (NoWorker, WorkerFailed) as error:
-            self._fail(error)
+    def _chore_done(self, task: asyncio.Task[None]) -> None:
+        self._chores.discard(task)
+        if not task.cancelled() and (bug := task.exception()) is not None:
+            log.error("%s stopped by a bug", task.get_name(), exc_info=bug)
+            self.fail(InternalError("A bug in the proxy ended the request."))
 
-    async def _encode_elsewhere(self, encoder: WorkerConnection, index: int, error: EPDError) -> None:
-        """Give the picture of an encoder that can't do it to another one."""
+    async def _go_on(self, old: Attempt, error: EPDError, trouble: Trouble) -> None:
+        """Give samples that a PD does not go on with to another one, all together."""
+        samples, old.failed = old.failed, []
+        if not old.has_tokens:
+            samples += old.take_all()  # none has begun, and together they share the prompt and its pictures
+        await old.abort(*samples)
+        await asyncio.sleep(max(sample.retries.pause_s() for sample in samples))
+        pd = await self._find_pd(samples, error, trouble)
+        samples = [sample for sample in samples if not sample.finished]  # the consumer may have found a stop string
+        if pd is None or not samples:
+            return
+        log.info("%s goes on at %s: %s", self.work.request_id, pd.member.address, error.message)
+        await self._attempt(pd, samples).send({})
+        if not old.samples:
+            # Only now: an encoder that is at a picture finishes it for both.
+            await old.stop()
+
+    async def _find_pd(self, samples: list[Sample], error: EPDError, trouble: Trouble) -> WorkerConnection | None:
+        avoid = set().union(*(sample.retries.refused_by for sample in samples))
+        # What can't begin because all are full is told so at once; what has begun is not given up for that.
+        is_patient = self._has_tokens or trouble not in (Trouble.FULL, Trouble.FAULT)
+        wait_s = self._limits.failover_wait_s if is_patient else 0.0
+        prompt = samples[0].index // self.work.n
         try:
-            other = self._pick_encoder(index, avoid=encoder.member.address)
-            await self._send_picture(other, index, retried=True)
+            return await self._picker.wait(lambda avoided: self._picker.pd(prompt, avoid=avoided), avoid, wait_s)
         except NoWorker:
-            self._fail_encode(index, error)
-        except WorkerFailed as second:
-            self._fail_encode(index, second)
-
-    def _move(self, full: WorkerConnection) -> bool:
-        """Begin to give what a PD has of this request to another one. False: too late, done before, or nobody else."""
-        if self._left or self._is_sending or self._has_tokens or self._error is not None:
-            return False
-        samples = [sample for sample in self._samples if sample.pd is full and not sample.finished]
-        try:
-            other = self._pick_pd(samples[0].index // self.work.n, avoid=full.member.address)
-            held, encoders = self._pick_encoders(other)
-        except NoWorker:
-            return False
-        self._left.append((full, tuple(sample.request_id for sample in samples)))
-        self._left.extend((encoder, (self._encode_id,)) for encoder in self._encoders.values())
-        self._encode_id = f"{self.work.request_id}-again"
-        self._encoders.clear()
-        for sample in samples:
-            sample.pd = other
-        self._spawn(self._send_again(samples, held, encoders), "another PD")
-        return True
-
-    async def _send_again(
-        self, samples: list[Sample], held: frozenset[str], encoders: dict[int, WorkerConnection]
-    ) -> None:
-        try:
-            await self._abort_left()
-            await self._send_all(samples, held, encoders)
-        except (NoWorker, WorkerFailed) as error:
-            self._fail(error)
-
-    async def _abort_left(self) -> None:
-        for worker, request_ids in self._left:
-            await worker.abort(*request_ids)
-
-    # -- figures -----------------------------------------------------------------------------------------------------
-
-    def _note_encoded(self) -> None:
-        if self._encoding:
-            self._all_encoded.clear()
-        else:
-            self._all_encoded.set()
-
-    def timings(self) -> dict[str, float]:
-        """Where the time went so far, in milliseconds."""
-        return self._timings.summary()
-
-
-def _error_of(answer: TokenOutput | EncodeResult) -> EPDError:
-    return from_info(answer.error) if answer.error else InternalError("The worker gave no reason.")
+            self.fail(error)
+            return None

@@ -1,13 +1,19 @@
-"""One sample of a request: the PD that makes it, and what the consumer has not taken yet."""
+"""One sample of a request: where it is made, all its tokens so far, and what the consumer has not taken yet."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from epd.messages import TokenOutput
 from epd.types import FinishReason, SamplingParams
+from proxy.retries import Retries
 from proxy.work import Update
-from proxy.worker_connection import WorkerConnection
+
+if TYPE_CHECKING:
+    from proxy.attempt import Attempt
 
 
 @dataclass
@@ -15,9 +21,15 @@ class Sample:
     """A slow reader finds one update here, however many outputs there were."""
 
     index: int
-    request_id: str
+    name: str
+    """What its request ids begin with."""
     pending: Update
-    pd: WorkerConnection | None = None
+    attempt: Attempt | None = None
+    """Who makes it; None: nobody at the moment."""
+    retries: Retries = field(default_factory=Retries)
+    num_attempts: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    """All that were received, told or not: another PD goes on behind them."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     num_prompt_logprobs: int = 0
@@ -25,14 +37,29 @@ class Sample:
     taken: bool = False
     """The consumer has seen the end."""
 
+    @property
+    def request_id(self) -> str:
+        """Each attempt has an id of its own, so that nothing that was meant for another one is taken for it."""
+        return self.name if self.num_attempts <= 1 else f"{self.name}-{self.num_attempts}"
+
+    def sampling_left(self, sampling: SamplingParams) -> SamplingParams:
+        """What to ask another PD for: log probabilities of the prompt are not made twice."""
+        return msgspec.structs.replace(sampling, prompt_logprobs=None) if self.num_prompt_logprobs else sampling
+
     def add(self, output: TokenOutput) -> None:
         """Take what is new; the end is left to the caller."""
-        if output.prompt_tokens:
+        is_first_life = (
+            self.num_attempts <= 1 or not self.token_ids
+        ) and output.finish_reason is not FinishReason.ERROR
+        if output.prompt_tokens and (is_first_life or not self.prompt_tokens):
+            # What a PD that took over found in its cache, answers that came before included, is not the client's.
             self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
-        self.num_prompt_logprobs += len(output.prompt_logprobs)
+        self.token_ids.extend(output.token_ids)
         self.pending.token_ids.extend(output.token_ids)
         self.pending.logprobs.extend(output.logprobs)
-        self.pending.prompt_logprobs += output.prompt_logprobs
+        if not self.num_prompt_logprobs:
+            self.pending.prompt_logprobs += output.prompt_logprobs
+            self.num_prompt_logprobs = len(output.prompt_logprobs)
 
     def end(self, output: TokenOutput) -> None:
         """This was the last output."""

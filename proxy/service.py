@@ -15,6 +15,7 @@ from proxy.dispatcher import Dispatcher
 from proxy.media import MediaLimits, MediaLoader
 from proxy.media_http import HttpFetcher, parse_networks
 from proxy.model_catalog import ModelCatalog, ModelRef
+from proxy.retries import RetryLimits
 from proxy.routing import make_policy
 from proxy.served_model import ServedModel, Shared
 from proxy.worker_pool import WorkerPool
@@ -66,7 +67,15 @@ class Service:
         )
         store = config.metastore
         self.discovery = None if store is None else Discovery(store, self.roster, self.pool.is_up)
-        self.dispatcher = Dispatcher(self.pool, config.max_concurrent_requests)
+        self.dispatcher = Dispatcher(
+            self.pool,
+            config.max_concurrent_requests,
+            RetryLimits(
+                failover_wait_s=config.failover_wait,
+                encode_timeout_s=config.encode_timeout,
+                queue_timeout_s=config.queue_timeout,
+            ),
+        )
         self._shared = Shared(config, self.pool, self.dispatcher, self.media, self._threads)
         self._started = False
 

@@ -14,19 +14,16 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 from epd.codec import Buffer
-from epd.errors import EPDError, WorkerFailed
+from epd.errors import ErrorInfo, InternalError, WorkerFailed
 from epd.messages import (
-    PROTOCOL_VERSION,
     Abort,
     AnyMessage,
     EncodeRequest,
     EncodeResult,
     GenerateRequest,
-    Hello,
     Load,
     Peers,
     Ping,
@@ -35,44 +32,30 @@ from epd.messages import (
     StageStats,
     TokenBatch,
     TokenOutput,
-    Welcome,
     WorkerInfo,
 )
 from epd.observability import StageRecorder
 from epd.transport import Dealer, HandshakeFailed, PeerGone, ProtocolError
 from epd.types import WorkerRole, WorkerState
 from metastore.roster import Member
+from proxy.circuit import Circuit
+from proxy.greeting import CONNECT_RETRY_S, NOBODY, Identity, Refused, greet
+from proxy.in_hand import EncodeSink, InHand, Lost, OutputSink, WorkerGone
 from proxy.known_pictures import KnownPictures
 from proxy.work_ledger import WorkLedger
 
 log = logging.getLogger(__name__)
 
-PING_INTERVAL_S = 0.5
+PING_INTERVAL_S = 0.4
 SILENT_PINGS = 4
-"""A worker that says nothing while so many pings are sent is dead. Seconds would blame it for a stall of this process,
-during which nobody can be heard."""
-GREETING_S = 2.0
-"""For the answer to a greeting."""
-CONNECT_RETRY_S = 0.05
-CONNECT_ATTEMPTS = 40
+"""A worker that says nothing while so many pings are sent is dead: 2 s after its last word at most, an interval more
+than they take. Seconds would blame it for a stall of this process, during which nobody can be heard."""
 REFUSED_RETRY_S = 2.0
-_NOBODY = "nobody listens there yet"
 _CLOSED_BY_US = "the proxy closed the connection"
 
-OutputSink = Callable[[TokenOutput | EPDError], None]
-EncodeSink = Callable[[EncodeResult | EPDError], None]
 T = TypeVar("T")
 PROXY_TTFT = "proxy_ttft"
 PROXY_TO_INSTANCE = "proxy_to_instance"
-
-
-@dataclass(frozen=True)
-class Identity:
-    """How this proxy introduces itself."""
-
-    name: str
-    refuse: Callable[[WorkerInfo], str | None]
-    """Why it can't use a worker, by what that says of itself; None: it can."""
 
 
 class WorkerConnection:
@@ -83,6 +66,7 @@ class WorkerConnection:
         identity: of this proxy.
         peers: PD addresses that an encoder of a checkpoint may be told to dial.
         on_up: called when the worker has been greeted.
+        on_ready: called when the worker begins to take requests.
     """
 
     def __init__(
@@ -91,6 +75,7 @@ class WorkerConnection:
         identity: Identity,
         peers: Callable[[str], tuple[str, ...]],
         on_up: Callable[[], None] = lambda: None,
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.member = member
         self.info: WorkerInfo | None = None
@@ -107,16 +92,24 @@ class WorkerConnection:
         """Whose embeddings it should hold. Forgotten with the connection."""
         self.ledger = WorkLedger(is_serial=member.role is WorkerRole.ENCODER)
         """What it has to do."""
+        self.circuit = Circuit()
+        """Whether it does what it is given."""
+        self.is_stuck = False
+        """It answers, but its engine does not move: it counts as dead until it says otherwise."""
         self.problem = "not connected yet"
         """Why the worker is not up, for people."""
         self._greeted_at = 0.0
+        self._on_ready = on_ready
+        self._ended_by: PeerGone | None = None
+        """What ended the connection; None: nothing yet, or this proxy itself."""
         self._identity = identity
         self._peers = peers
         self._on_up = on_up
         self._told_peers: tuple[str, ...] | None = None
         self._dealer: Dealer | None = None
-        self._generations: dict[str, OutputSink] = {}
-        self._encodes: dict[tuple[str, int], EncodeSink] = {}
+        self._in_hand = InHand(self.ledger)
+        self._given_up: tuple[str, ...] = ()
+        """Requests that a stuck worker is to be told to drop."""
         self._sequence = 0
         self._pings: dict[int, float] = {}
         self._refreshes: dict[int, asyncio.Future[None]] = {}
@@ -127,7 +120,7 @@ class WorkerConnection:
     @property
     def is_ready(self) -> bool:
         """Whether it takes new requests."""
-        return self.info is not None and self.state is WorkerState.READY
+        return self.info is not None and self.state is WorkerState.READY and not self.is_stuck
 
     @property
     def age_s(self) -> float | None:
@@ -139,7 +132,7 @@ class WorkerConnection:
     @property
     def in_hand(self) -> int:
         """Requests of this proxy that the worker works on."""
-        return len(self._generations) + len(self._encodes)
+        return len(self._in_hand)
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -149,14 +142,15 @@ class WorkerConnection:
         Raises:
             WorkerFailed: the worker is gone; `sink` hears nothing.
         """
-        self._generations[request.request_id] = sink
         units = len(request.prompt_token_ids) + len(request.resume_token_ids)
         self.ledger.sent(request.request_id, units=units, sequence=self._sequence)
+        self._in_hand.add_generation(request.request_id, sink)
         try:
             await self._send(request)
         except WorkerFailed:
-            self._forget(request.request_id)
+            self._in_hand.take_generation(request.request_id)
             raise
+        self.circuit.sent()
 
     async def encode(self, request: EncodeRequest, data: bytes, sink: EncodeSink, units: float = 1.0) -> None:
         """Hand over a picture of so many `units`. `sink` gets the result or one error.
@@ -165,34 +159,30 @@ class WorkerConnection:
             WorkerFailed: the worker is gone; `sink` hears nothing.
         """
         key = (request.request_id, request.image_index)
-        self._encodes[key] = sink
-        is_done = self.ledger.has(request.content_key) or request.content_key in self.pictures.use(
-            [request.content_key]
-        )
-        self.ledger.sent(key, units=0.0 if is_done else units, sequence=self._sequence, content=request.content_key)
+        content = request.content_key
+        is_done = self.ledger.has(content) or content in self.pictures.use([content])
+        self.ledger.sent(key, units=0.0 if is_done else units, sequence=self._sequence, content=content)
+        self._in_hand.add_encode(key, sink)
         try:
             if request.pd_address not in (self._told_peers or ()):
                 await self.tell_peers()
             await self._send(request, data)
         except WorkerFailed:
-            self._encodes.pop(key, None)
-            self.ledger.ended(key)
+            self._in_hand.take_encode(key)
             raise
+        self.circuit.sent()
 
     async def abort(self, *request_ids: str) -> None:
         """Stop requests, here and there; their sinks hear nothing more. Ids that are not in hand are ignored."""
-        ours = [request_id for request_id in request_ids if self._forget(request_id)]
+        ours = [request_id for request_id in request_ids if self._in_hand.forget(request_id)]
         if ours:
             with contextlib.suppress(WorkerFailed):  # then nothing is left to stop
                 await self._send(Abort(request_ids=tuple(ours)))
 
-    def _forget(self, request_id: str) -> bool:
-        encodes = [key for key in self._encodes if key[0] == request_id]
-        for key in encodes:
-            del self._encodes[key]
-            self.ledger.ended(key)
-        self.ledger.ended(request_id)
-        return self._generations.pop(request_id, None) is not None or bool(encodes)
+    def leaves(self) -> None:
+        """It refused a request because it leaves, which its next pong would tell."""
+        if self.state is WorkerState.READY:
+            self.state = WorkerState.DRAINING
 
     async def tell_peers(self) -> None:
         """Tell an encoder which PDs there are, if that is news to it."""
@@ -211,18 +201,18 @@ class WorkerConnection:
             self._changed.set()
             raise self._failure(str(error)) from error
 
-    def _failure(self, reason: str) -> WorkerFailed:
-        return WorkerFailed(f"The {self.member.role.value} worker {self.member.address} failed: {reason}.")
+    def _failure(self, reason: str, *, died: bool = False) -> WorkerGone:
+        return WorkerGone(f"The {self.member.role.value} worker {self.member.address} failed: {reason}.", died=died)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Keep the connection up until cancelled."""
         while True:
-            pause = CONNECT_RETRY_S
+            pause, self._ended_by = CONNECT_RETRY_S, None
             try:
                 await self._session()
-            except _Refused as refusal:
+            except Refused as refusal:
                 self._note_problem(f"refused: {refusal}")
                 pause = REFUSED_RETRY_S
             except HandshakeFailed as error:
@@ -230,6 +220,7 @@ class WorkerConnection:
                 pause = REFUSED_RETRY_S
             except PeerGone as error:
                 self._note_problem(str(error))
+                self._ended_by = error
             except asyncio.CancelledError:
                 self.problem = _CLOSED_BY_US
                 raise
@@ -245,7 +236,7 @@ class WorkerConnection:
         self._dealer = dealer = Dealer(self.member.address)
         self._changed.clear()
         dealer.connect()
-        await self._greet(dealer)
+        self._welcome(await greet(dealer, self.member, self._identity))
         reader = asyncio.create_task(self._read(dealer), name=f"read {self.member.address}")
         try:
             await self.tell_peers()
@@ -256,47 +247,32 @@ class WorkerConnection:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
 
-    async def _greet(self, dealer: Dealer) -> None:
-        hello = Hello(protocol_version=PROTOCOL_VERSION, sender=self._identity.name, model="")  # any
-        await _send_when_connected(dealer, hello)
-        try:
-            async with asyncio.timeout(GREETING_S):
-                message, _ = await dealer.receive()
-        except TimeoutError:
-            raise PeerGone(f"no answer to the greeting within {GREETING_S:g} s") from None
-        except ProtocolError as error:
-            raise _Refused(f"its greeting is malformed: {error}") from error
-        self._welcome(message)
-
-    def _welcome(self, message: AnyMessage) -> None:
-        if isinstance(message, Refusal):
-            raise _Refused(message.reason)
-        if not isinstance(message, Welcome):
-            raise _Refused(f"it answered the greeting with {type(message).__name__}")
-        worker = message.worker
-        if message.protocol_version != PROTOCOL_VERSION:
-            raise _Refused(f"it speaks protocol {message.protocol_version}, this proxy {PROTOCOL_VERSION}")
-        if worker.role is not self.member.role:
-            raise _Refused(f"it is a {worker.role.value} worker, not {self.member.role.value}")
-        if reason := self._identity.refuse(worker):
-            raise _Refused(reason)
-        self.info, self.model, self.state, self.problem = worker, worker.model, worker.state, ""
+    def _welcome(self, worker: WorkerInfo) -> None:
+        self.info, self.model, self.problem = worker, worker.model, ""
         self._greeted_at = time.monotonic()
         self._unheard = 0
+        self.circuit.reset()
+        self._note_state(worker.state, is_stuck=False)
         log.info("%s %s is up", self.member.role.value, self.member.address)
         self._on_up()
 
     async def _keep_alive(self, dealer: Dealer, reader: asyncio.Task[None]) -> None:
         """Ping until the worker falls silent or the reader ends."""
         while not reader.done():
+            await self._drop_given_up(dealer)
             await dealer.send(self._next_ping())
             await self._pause(reader)
             if self._changed.is_set():
                 raise PeerGone("it takes no messages")
             self._unheard += 1
             if self._unheard >= SILENT_PINGS:
-                raise PeerGone(f"silent for {SILENT_PINGS * PING_INTERVAL_S:g} s")
+                raise _Silent(f"silent for {SILENT_PINGS * PING_INTERVAL_S:g} s")
         await reader  # raises why it ended
+
+    async def _drop_given_up(self, dealer: Dealer) -> None:
+        request_ids, self._given_up = self._given_up, ()
+        if request_ids:
+            await dealer.send(Abort(request_ids=request_ids))
 
     def _next_ping(self) -> Ping:
         self._sequence += 1
@@ -327,6 +303,7 @@ class WorkerConnection:
                 log.warning("%s sent a malformed message, dropped: %s", self.member.address, error)
                 continue
             self._unheard = 0
+            self._in_hand.heard()
             self._handle(message)
 
     def _handle(self, message: AnyMessage) -> None:
@@ -338,7 +315,7 @@ class WorkerConnection:
         elif isinstance(message, Pong):
             self._note_pong(message)
         elif isinstance(message, Refusal):  # it forgot us while we were silent; a new greeting mends that
-            raise PeerGone(f"it refused a message: {message.reason}")
+            raise _Forgotten(f"it refused a message: {message.reason}")
         else:
             log.warning("%s sent an unexpected %s", self.member.address, type(message).__name__)
 
@@ -348,20 +325,28 @@ class WorkerConnection:
             self.ledger.begun(key, units=0.0 if result.cache_hit else None)
             if content := self.ledger.content(key):
                 self.pictures.remember(content)
-        self.ledger.ended(key)
-        sink = self._encodes.pop(key, None)
+        sink = self._in_hand.take_encode(key)
         if sink is not None:
+            self._judge(result.error, is_end=True)
             self._tell(sink, result)
 
     def _deliver(self, output: TokenOutput) -> None:
-        is_last = output.finish_reason is not None
+        in_hand, request_id, is_end = self._in_hand, output.request_id, output.finish_reason is not None
         if output.token_ids:
-            self.ledger.begun(output.request_id, units=output.prompt_tokens - output.cached_tokens)
-        if is_last:
-            self.ledger.ended(output.request_id)
-        sink = (self._generations.pop if is_last else self._generations.get)(output.request_id, None)
+            self.ledger.begun(request_id, units=output.prompt_tokens - output.cached_tokens)
+        sink = in_hand.take_generation(request_id) if is_end else in_hand.generations.get(request_id)
         if sink is not None:  # aborted requests still send their last words
+            self._judge(output.error, is_end=is_end)
             self._tell(sink, output)
+
+    def _judge(self, error: ErrorInfo | None, *, is_end: bool) -> None:
+        """Note whether the worker does its work. What it refuses says nothing of that; nor what another one causes."""
+        if error is None:
+            self.circuit.succeeded()
+        elif is_end and error.code == InternalError.code:
+            self.circuit.failed()
+            if not self.circuit.lets_through:
+                log.warning("%s failed too often and gets nothing for a while: %s", self.member.address, error.message)
 
     def _tell(self, sink: Callable[[T], None], news: T) -> None:
         try:
@@ -375,12 +360,30 @@ class WorkerConnection:
         sent = self._pings.pop(pong.sequence, None)
         if sent is not None:
             self.records.observe(PROXY_TO_INSTANCE, (time.perf_counter() - sent) * 1000 / 2)
-        self.state, self.reported_load = pong.state, pong.load
+        self.reported_load = pong.load
         self.ledger.report(pong.load, pong.sequence)
+        self._note_state(pong.state, is_stuck=pong.is_stuck)
+        if pong.is_stuck and self._in_hand:
+            self._give_up(f"its engine has not moved for {pong.stalled_s:.1f} s")
         self.stages, self.counters = pong.stages, pong.counters
         waiting = self._refreshes.pop(pong.sequence, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(None)
+
+    def _note_state(self, state: WorkerState, *, is_stuck: bool) -> None:
+        was_ready = self.is_ready
+        if is_stuck != self.is_stuck:
+            self.problem = "stuck: its engine does not move" if is_stuck else ""
+            log.warning("%s is %s", self.member.address, self.problem or "moving again")
+        self.state, self.is_stuck = state, is_stuck
+        if self.is_ready and not was_ready:
+            self._on_ready()
+
+    def _give_up(self, reason: str) -> None:
+        """Take everything from a worker that goes on answering pings."""
+        self._given_up = self._in_hand.ids()
+        for lost in self._in_hand.take_all():
+            self._tell(lost.sink, self._failure(reason, died=lost.was_heard))
 
     def _down(self) -> None:
         """Close and fail what the worker had in hand."""
@@ -388,41 +391,33 @@ class WorkerConnection:
             level = logging.DEBUG if self.problem is _CLOSED_BY_US else logging.WARNING
             log.log(level, "%s %s is down: %s", self.member.role.value, self.member.address, self.problem)
         self.info, self.state, self.reported_load = None, WorkerState.STARTING, Load()
-        self._told_peers = None
+        self.is_stuck, self._given_up, self._told_peers = False, (), None
         self.pictures.clear()
         self.ledger.reset()
         self._pings.clear()
         if self._dealer is not None:
             self._dealer.close()
             self._dealer = None
-        sinks: list[Callable[[EPDError], None]] = [*self._generations.values(), *self._encodes.values()]
-        self._generations.clear()
-        self._encodes.clear()
-        for sink in sinks:
-            self._tell(sink, self._failure(self.problem))
+        for lost in self._in_hand.take_all():
+            self._tell(lost.sink, self._failure(self.problem, died=self._has_died(lost)))
+
+    def _has_died(self, lost: Lost) -> bool:
+        """Whether the worker may have died of what it had: of anything if it broke off; else of what it heard of."""
+        if isinstance(self._ended_by, _Silent):
+            return lost.was_heard
+        return self._ended_by is not None and not isinstance(self._ended_by, _Forgotten)
 
     def _note_problem(self, problem: str) -> None:
         if problem != self.problem and self.info is None:
             # Workers that start after the proxy are nothing to warn of.
-            level = logging.INFO if problem == _NOBODY else logging.WARNING
+            level = logging.INFO if problem == NOBODY else logging.WARNING
             log.log(level, "%s %s is not up: %s", self.member.role.value, self.member.address, problem)
         self.problem = problem
 
 
-async def _send_when_connected(dealer: Dealer, hello: Hello) -> None:
-    """Try every now and then: nobody is there yet, and libzmq goes on connecting."""
-    for _ in range(CONNECT_ATTEMPTS):
-        try:
-            await dealer.send(hello, timeout_s=0)
-        except HandshakeFailed:
-            raise
-        except PeerGone:
-            await asyncio.sleep(CONNECT_RETRY_S)
-        else:
-            return
-    # A connection that was made and lost meanwhile is of no use any more; begin with a new one.
-    raise PeerGone(_NOBODY)
+class _Silent(PeerGone):
+    """Nothing was heard for too long."""
 
 
-class _Refused(Exception):
-    """The worker and this proxy do not fit together."""
+class _Forgotten(PeerGone):
+    """The worker lives and does not know us any more."""

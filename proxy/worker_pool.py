@@ -11,11 +11,12 @@ from epd.messages import PROTOCOL_VERSION, Announcement
 from epd.transport import PeerGone, ProtocolError, Router, endpoint
 from epd.types import WorkerRole, WorkerState
 from metastore.roster import Member, Roster
+from proxy.greeting import Identity
 from proxy.model_catalog import ModelCatalog, ModelRef
 from proxy.placement import PictureSizes, Plan, snapshots
 from proxy.prefix_affinity import Chain
 from proxy.routing import Policy, Question
-from proxy.worker_connection import Identity, WorkerConnection
+from proxy.worker_connection import WorkerConnection
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ class WorkerPool:
         self.picture_sizes = PictureSizes()
         """Of all pictures that this proxy saw."""
         self._malformed_announcements = 0
+        self.became_ready = asyncio.Event()
+        """Set when a worker begins to take requests; another event takes its place then."""
+        self.is_closing = False
 
     async def start(self) -> None:
         """Connect to the workers of the roster and follow its changes.
@@ -81,6 +85,7 @@ class WorkerPool:
 
     async def close(self) -> None:
         """Drop all connections; requests in hand fail."""
+        self.is_closing = True
         tasks = [*self._runners.values(), *self._retiring, *self._chores]
         for task in tasks:
             task.cancel()
@@ -112,8 +117,9 @@ class WorkerPool:
         ]
 
     def ready(self, role: WorkerRole, model: ModelRef) -> list[WorkerConnection]:
-        """Those of them that take new requests."""
-        return [one for one in self.up(role, model) if one.is_ready]
+        """Those of them that take new requests. If all failed too often, all of them: one may do it after all."""
+        ready = [one for one in self.up(role, model) if one.is_ready]
+        return [one for one in ready if one.circuit.lets_through] or ready
 
     def pick(
         self,
@@ -121,7 +127,7 @@ class WorkerPool:
         model: ModelRef,
         key: str = "",
         *,
-        avoid: str | None = None,
+        avoid: Collection[str] = (),
         pictures: Collection[str] = (),
         units: float = 1.0,
         chain: Callable[[], Chain] = tuple,
@@ -133,16 +139,16 @@ class WorkerPool:
             role: of the worker.
             model: that it serves.
             key: what the work is about, for affinity.
-            avoid: address of a worker that just failed.
+            avoid: addresses of workers that just failed.
             pictures: content keys of the work: a worker that has them is preferred.
             units: size of the work, in prompt tokens or pictures of mean size.
             chain: gives that of the prompt, for affinity (`proxy.prefix_affinity`).
             plan: what the same request places at the same time; this work is added to it.
 
         Raises:
-            NoWorker: none is ready.
+            NoWorker: no other one is ready.
         """
-        ready = {one.member.address: one for one in self.ready(role, model) if one.member.address != avoid}
+        ready = {one.member.address: one for one in self.ready(role, model) if one.member.address not in avoid}
         if not ready:
             raise no_worker(role, model)
         plan = plan or Plan()
@@ -165,10 +171,14 @@ class WorkerPool:
 
     def _join(self, member: Member) -> None:
         connection = WorkerConnection(
-            member, self._identity, self._pd_addresses, on_up=lambda: self._tell_encoders(member)
+            member, self._identity, self._pd_addresses, lambda: self._tell_encoders(member), self._on_ready
         )
         self._connections[member] = connection
         self._runners[member] = asyncio.create_task(connection.run(), name=f"worker {member.address}")
+
+    def _on_ready(self) -> None:
+        news, self.became_ready = self.became_ready, asyncio.Event()
+        news.set()
 
     def _leave(self, member: Member) -> None:
         log.info("%s %s left", member.role.value, member.address)

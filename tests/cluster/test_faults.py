@@ -56,7 +56,7 @@ def wait_until_idle(cluster: Cluster, address: str, checks_before: int) -> None:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    flags = ["--request-timeout", str(DEADLINE_S)]
+    flags = ["--request-timeout", str(DEADLINE_S), "--failover-wait", "0.5"]
     with running(Cluster(tmp_path, CHECKPOINT_DIR, proxy_flags=flags)) as cluster:
         yield cluster
 

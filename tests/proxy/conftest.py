@@ -136,6 +136,7 @@ class ClusterFactory:
         answer: str = "hello world",
         model: Path | None = None,
         task: WorkerTask = WorkerTask.GENERATE,
+        failover_wait: float = 0.3,
         **config: Any,
     ) -> Cluster:
         folder = model or self._model
@@ -153,6 +154,7 @@ class ClusterFactory:
             model=folder,
             pd_addr_list=tuple(pd.address for pd in fake_pds),
             encode_addr_list=tuple(encoder.address for encoder in fake_encoders),
+            failover_wait=failover_wait,
             **config,
         )
         service, url = await self._stack.enter_async_context(serve(settings))

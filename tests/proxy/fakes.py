@@ -75,6 +75,7 @@ class FakeWorker:
         self.protocol_version = PROTOCOL_VERSION
         self.refuse: str | None = None
         self.silent = False
+        self.is_stuck = False
         self.stages: dict[str, StageStats] = {}
         self.counters: dict[str, int] = {}
         self.aborted: list[str] = []
@@ -155,6 +156,8 @@ class FakeWorker:
                 load=Load(),
                 stages=self.stages,
                 counters=self.counters,
+                stalled_s=9.0 if self.is_stuck else 0.0,
+                is_stuck=self.is_stuck,
             )
             await self.send(peer, pong)
         elif isinstance(message, Abort):
@@ -191,7 +194,7 @@ class FakePrefillDecode(FakeWorker):
     async def say_answer(self, received: Received) -> None:
         asked = received.request.sampling.max_tokens
         limit = len(self.answer) + 1 if asked is None else asked
-        for token in self.answer[:limit]:
+        for token in self.answer[len(received.request.resume_token_ids) : limit]:
             await received.send(token)
         reason = FinishReason.LENGTH if limit <= len(self.answer) else FinishReason.STOP
         timings = {"queue": 3.0, "embeddings_wait": 1.0, "prefill": 5.0, "decode": 7.0}

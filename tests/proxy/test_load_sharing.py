@@ -11,10 +11,11 @@ import pytest
 from epd.messages import Load
 from epd.types import WorkerRole
 from metastore.roster import Member
+from proxy.greeting import Identity
 from proxy.placement import Plan, snapshots
 from proxy.routing import Policy, Question, make_policy
 from proxy.work_ledger import WorkLedger
-from proxy.worker_connection import Identity, WorkerConnection
+from proxy.worker_connection import WorkerConnection
 
 WORKERS, PROXIES = 4, 3
 SERVICE_S, REPORT_S, STEP_S, DURATION_S = 0.04, 0.5, 0.005, 30.0

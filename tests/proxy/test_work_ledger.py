@@ -9,10 +9,11 @@ import pytest
 from epd.messages import Load
 from epd.types import WorkerRole
 from metastore.roster import Member
+from proxy.greeting import Identity
 from proxy.placement import PictureSizes, Plan, snapshots
 from proxy.routing import LeastLoadedPolicy, Question
 from proxy.work_ledger import WorkLedger
-from proxy.worker_connection import Identity, WorkerConnection
+from proxy.worker_connection import WorkerConnection
 
 
 @dataclass

@@ -117,9 +117,7 @@ async def test_a_worker_that_forgot_this_proxy_is_greeted_again(cluster: Cluster
         await cluster.pd.send(received.peer, Refusal(protocol_version=PROTOCOL_VERSION, reason="say Hello first"))
 
     cluster.pd.script = forget
-    refused = await cluster.chat("x")
-    assert refused.status_code == 502
-    assert "say Hello first" in refused.json()["error"]["message"]
+    assert (await cluster.chat("x")).status_code == 200  # it got the request again
     await cluster.pd.until(lambda: len(cluster.pd.proxies) > greetings)
     await cluster.ready(1, 1)
     assert (await cluster.chat("x")).status_code == 200

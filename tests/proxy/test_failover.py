@@ -1,0 +1,268 @@
+"""Workers that die, leave, or get stuck with a request in hand: another one goes on, and the client notices nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from epd.errors import HandedOver, InternalError, Overloaded
+from epd.types import FinishReason
+from tests.proxy.conftest import Cluster, ClusterFactory, png
+from tests.proxy.fakes import FakePrefillDecode, Received
+from tests.proxy.test_chat import events
+from tests.proxy.test_failures import code
+
+ANSWER = "hello world hello world hello world"
+
+
+def text_of(chunks: list[Any]) -> str:
+    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+
+
+class Script:
+    """The first PD that gets a request says `before` tokens and then does `then`; others answer in full."""
+
+    def __init__(self, cluster: Cluster, before: int, then: Callable[[Received], Awaitable[None]]) -> None:
+        self.victim: FakePrefillDecode | None = None
+        self._before, self._then = before, then
+        for pd in cluster.pds:
+            pd.script = self._run
+        self._cluster = cluster
+
+    async def _run(self, received: Received) -> None:
+        worker = received.worker
+        self.victim = self.victim or worker
+        if worker is not self.victim:
+            await worker.say_answer(received)
+            return
+        if self._before:
+            await received.send(*worker.answer[: self._before], cached_tokens=3)
+        await self._then(received)
+
+    @property
+    def heir(self) -> FakePrefillDecode:
+        [heir] = [pd for pd in self._cluster.pds if pd is not self.victim]
+        return heir
+
+
+async def die(received: Received) -> None:
+    """In a task of its own: stopping waits for the tasks of the worker."""
+    worker = received.worker
+
+    async def stop() -> None:
+        await worker.until(lambda: bool(worker.received))
+        await worker.stop()
+
+    task = asyncio.create_task(stop())
+    _dying.add(task)
+    task.add_done_callback(_dying.discard)
+
+
+_dying: set[asyncio.Task[None]] = set()
+
+
+async def hand_over(received: Received) -> None:
+    await received.send(finish=FinishReason.ERROR, error=HandedOver("The worker leaves.").to_info())
+
+
+async def get_stuck(received: Received) -> None:
+    received.worker.is_stuck = True
+
+
+@pytest.mark.parametrize("trouble", [die, hand_over, get_stuck])
+async def test_before_the_first_token_the_request_goes_to_another_pd_with_its_picture(
+    start_cluster: ClusterFactory, trouble: Any
+) -> None:
+    cluster = await start_cluster(pds=2, answer=ANSWER)
+    script = Script(cluster, 0, trouble)
+    response = await cluster.chat("x", png())
+    assert response.json()["choices"][0]["message"]["content"] == ANSWER
+    assert script.victim is not None
+    addresses = [picture.request.pd_address for picture in cluster.encoder.pictures]
+    assert addresses == [script.victim.address, script.heir.address]
+    assert script.heir.requests[0].resume_token_ids == ()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("trouble", [die, hand_over, get_stuck])
+async def test_mid_stream_the_answer_is_resumed_unbroken(
+    start_cluster: ClusterFactory, trouble: Any, stream: bool
+) -> None:
+    cluster = await start_cluster(pds=2, answer=ANSWER)
+    script = Script(cluster, 2, trouble)
+    fields: dict[str, Any] = {"seed": 5, "logprobs": True, "max_tokens": 30}
+    if stream:
+        chunks = events(await cluster.chat("x", stream=True, stream_options={"include_usage": True}, **fields))
+        text, usage = text_of(chunks), chunks[-1]["usage"]
+        logprobs = [c["logprobs"]["content"] for chunk in chunks for c in chunk["choices"] if c.get("logprobs")]
+        told = [entry for part in logprobs for entry in part]
+    else:
+        body = (await cluster.chat("x", **fields)).json()
+        text, usage = body["choices"][0]["message"]["content"], body["usage"]
+        told = body["choices"][0]["logprobs"]["content"]
+    assert text == ANSWER
+    assert script.victim is not None
+    [first], [second] = script.victim.requests, script.heir.requests
+    assert second.resume_token_ids == cluster.pd.answer[:2]
+    assert (second.sampling, second.prompt_token_ids) == (first.sampling, first.prompt_token_ids)
+    # Figures are those of the first life; the heir reports 4 cached tokens.
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 3
+    assert usage["completion_tokens"] == len(told) == len(cluster.pd.answer)
+
+
+async def test_a_stuck_pd_is_told_to_drop_what_it_had_and_is_used_again_when_it_moves(
+    start_cluster: ClusterFactory,
+) -> None:
+    cluster = await start_cluster(pds=2)
+    script = Script(cluster, 1, get_stuck)
+    assert (await cluster.chat("x")).status_code == 200
+    victim = script.victim
+    assert victim is not None
+    await victim.until(lambda: victim.aborted == [victim.requests[0].request_id])
+    assert "stuck" in str((await cluster.http.get("/check_health")).json())
+    await victim.received[0].send(*victim.answer, finish=FinishReason.STOP)  # too late: nobody hears it
+    victim.is_stuck = False
+    await cluster.ready(2, 1)
+
+
+async def test_samples_resume_on_their_own_and_finished_ones_stay_finished(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(pds=2, answer=ANSWER)
+
+    async def first_sample_only(received: Received) -> None:
+        if received.request.request_id.endswith("-0"):
+            await received.send(*cluster.pd.answer, finish=FinishReason.STOP)
+        else:
+            await received.send(cluster.pd.answer[0])
+            await received.worker.until(lambda: len(received.worker.received) == 2)
+            await hand_over(received)
+
+    script = Script(cluster, 0, first_sample_only)
+    response = await cluster.chat("x", n=2, seed=7)
+    assert [choice["message"]["content"] for choice in response.json()["choices"]] == [ANSWER] * 2
+    [again] = script.heir.requests
+    assert again.sampling.seed == 8
+    assert again.resume_token_ids == cluster.pd.answer[:1]
+
+
+async def test_log_probabilities_of_the_prompt_are_made_once(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(pds=2)
+    script = Script(cluster, 1, die)
+    body = {"model": cluster.name, "prompt": "hello world", "prompt_logprobs": 1, "max_tokens": 9}
+    response = await cluster.http.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    [first], [second] = (script.victim or cluster.pd).requests, script.heir.requests
+    assert (first.sampling.prompt_logprobs, second.sampling.prompt_logprobs) == (1, None)
+    assert len(response.json()["choices"][0]["prompt_logprobs"]) == len(first.prompt_token_ids)
+
+
+async def test_a_request_that_two_workers_died_of_is_not_tried_on_a_third(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(pds=3, encoders=0)
+    for pd in cluster.pds:
+        pd.script = die
+    response = await cluster.chat("x")
+    assert (response.status_code, code(response)) == (502, "worker_failed")
+    assert "not tried on another one" in response.json()["message"]
+    assert sorted(len(pd.requests) for pd in cluster.pds) == [0, 1, 1]
+
+
+async def test_a_picture_that_two_encoders_died_of_is_not_tried_on_a_third(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(encoders=3)
+    cluster.pd.script = cluster.pd.say_nothing
+    for encoder in cluster.encoders:
+        encoder.mute = True
+    task = asyncio.create_task(cluster.chat("x", png()))
+    for _ in range(2):
+        waits = [asyncio.create_task(one.until(lambda one=one: bool(one.pictures))) for one in cluster.encoders]  # type: ignore[misc]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        for encoder in cluster.encoders:
+            if encoder.pictures:
+                await encoder.stop()
+                encoder.pictures.clear()
+    response = await task
+    assert (response.status_code, code(response)) == (502, "worker_failed")
+    assert "encoder workers that died" in response.json()["message"]
+    await cluster.pd.until(lambda: len(cluster.pd.aborted) == 1)
+
+
+async def test_hand_overs_and_full_queues_are_no_deaths(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(pds=2, encoders=0, answer=ANSWER, failover_wait=10)
+    seen: list[Received] = []
+
+    async def reluctant(received: Received) -> None:
+        seen.append(received)
+        done = len(received.request.resume_token_ids)
+        if len(seen) in (2, 4):
+            error = Overloaded("The worker is full.").to_info()
+            await received.send(finish=FinishReason.ERROR, error=error)
+        elif len(seen) < 6:
+            await received.send(received.worker.answer[done])
+            await hand_over(received)
+        else:
+            await received.worker.say_answer(received)
+
+    for pd in cluster.pds:
+        pd.script = reluctant
+    response = await cluster.chat("x")
+    assert response.json()["choices"][0]["message"]["content"] == ANSWER
+    assert len(seen) == 6
+
+
+async def test_an_accepted_request_waits_for_a_worker_to_come_back(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(failover_wait=20, answer=ANSWER)
+    Script(cluster, 1, die)
+    task = asyncio.create_task(cluster.chat("x", stream=True))
+    await cluster.ready(0, 1)
+    assert (await cluster.chat("new")).status_code == 503  # new ones are told at once
+    again = FakePrefillDecode(cluster.pd.address, cluster.pd.model)
+    again.answer = cluster.pd.answer
+    await again.start()
+    assert text_of(events(await task)) == ANSWER
+    await again.stop()
+
+
+async def test_a_fault_is_tried_on_one_other_pd(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(pds=3, encoders=0)
+
+    async def fail(received: Received) -> None:
+        await received.send(finish=FinishReason.ERROR, error=InternalError("The engine failed.").to_info())
+
+    for pd in cluster.pds:
+        pd.script = fail
+    response = await cluster.chat("x")
+    assert (response.status_code, code(response)) == (500, "internal_error")
+    assert sorted(len(pd.requests) for pd in cluster.pds) == [0, 1, 1]
+
+
+async def test_a_silent_encoder_is_left_for_another_one(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(encoders=2, encode_timeout=0.2)
+    hold = asyncio.Event()
+
+    async def wait_for_encoder(received: Received) -> None:
+        await hold.wait()
+        await cluster.pd.say_answer(received)
+
+    cluster.pd.script = wait_for_encoder
+    first, second = cluster.encoders
+    first.mute = second.mute = True
+    task = asyncio.create_task(cluster.chat("x", png()))
+    await asyncio.gather(*(one.until(lambda one=one: bool(one.pictures)) for one in cluster.encoders))  # type: ignore[misc]
+    hold.set()
+    assert (await task).status_code == 200
+    abandoned = [one for one in cluster.encoders if one.aborted]
+    assert abandoned, "the silent one was not told"
+
+
+async def test_an_encoder_whose_embeddings_no_pd_took_may_be_right(start_cluster: ClusterFactory) -> None:
+    """The PD may be about to be found dead: the picture goes with the request to another PD."""
+    cluster = await start_cluster(pds=2)
+    cluster.encoder.error = None
+    script = Script(cluster, 0, die)
+    cluster.encoder.delay_s = 0.05
+    response = await cluster.chat("x", png())
+    assert response.status_code == 200
+    assert script.heir.requests
