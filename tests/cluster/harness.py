@@ -38,11 +38,12 @@ def free_port() -> int:
 
 @dataclass
 class Process:
-    """One `epd` process and its log."""
+    """One `epd` process and its log. `prefix`: words before the command, such as `("ip", "netns", "exec", "host1")`."""
 
     name: str
     arguments: list[str]
     log: Path
+    prefix: Sequence[str] = ()
     popen: subprocess.Popen[bytes] = field(init=False)
 
     def start(self) -> None:
@@ -50,7 +51,7 @@ class Process:
             self.popen.wait(STOP_TIMEOUT_S)
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "epd", *self.arguments],
+                [*self.prefix, sys.executable, "-m", "epd", *self.arguments],
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
