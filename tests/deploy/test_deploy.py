@@ -97,7 +97,7 @@ def kind(name: str) -> list[dict[str, Any]]:
 def test_command_lines_are_understood(where: str, words: list[str]) -> None:
     parsed = vars(make_parser().parse_args(words))
     if words[0] in ("proxy", "encoder", "pd"):
-        MetastoreConfig.parse(parsed["metastore_client_config"])
+        MetastoreConfig.from_json(parsed["metastore_client_config"])
         assert parsed["cluster_keys"], where
 
 
@@ -189,7 +189,7 @@ def test_selectors_and_targets_are_there() -> None:
 
 def test_redis_is_found_by_the_name_of_its_service() -> None:
     values = dict(line.split("=", 1) for line in kustomization(BASE)["configMapGenerator"][0]["literals"])
-    address = MetastoreConfig.parse(values["EPD_METASTORE"]).address
+    address = MetastoreConfig.from_json(values["EPD_METASTORE"]).address
     assert any(f"//{service['metadata']['name']}:6379" in address for service in kind("Service"))
 
 
