@@ -16,6 +16,7 @@ from PIL import Image
 
 from epd.checkpoint import image_placeholder
 from epd.errors import ConfigError, InternalError
+from workers import quantization, tower_cpu
 from workers.embedding_cache import EncodedImage
 from workers.engine.transfer import large_to_device
 from workers.families import Family, family_of
@@ -88,6 +89,8 @@ class VisionModel:
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         tower = load_vision_part(str(path), wanted, device, load_format=load_format)
         family = family_of(tower.config)
+        if quantization.is_plain(tower.config, tower.device):
+            tower_cpu.speed_up(tower, has_sequences=family.has_grid)
         placeholder = image_placeholder(path)
         border = "" if placeholder is None else placeholder.border
         inputs = ImageInputs(load_processor(path, tower.config.model_type), family, border)
