@@ -183,6 +183,12 @@ class WorkerConfig(ModelConfig):
     )
     threads: int | None = option(None, "CPU threads of the model; default: one per core", minimum=1)
     drain_timeout: float = option(30.0, "seconds to finish running work after SIGTERM", minimum=0)
+    stall_timeout: float | None = option(
+        None,
+        "seconds without a finished step or batch, while there is work, after which the worker counts as stuck; "
+        "default: learned from what its steps take",
+        minimum=0.001,
+    )
 
     @property
     def name(self) -> str:

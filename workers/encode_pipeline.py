@@ -19,8 +19,10 @@ from PIL import Image
 from epd.errors import EPDError, InternalError
 from epd.observability import Stage, StageRecorder, Stopwatch
 from workers.embedding_cache import EmbeddingCache, EncodedImage
-from workers.encode_scheduler import EncodeJob, EncodeScheduler, Prepared
+from workers.encode_scheduler import EncodeJob, EncodeScheduler, JobState, Prepared
 from workers.images import ImageLimits, decode_image
+from workers.load_model import EncodeModel
+from workers.stall_watch import Progress
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,16 @@ class Encoded:
     image: EncodedImage
     timings_ms: dict[str, float]
 
+
+@dataclass
+class StageNote:
+    """Where a picture is, for those who have run out of time."""
+
+    name: Stage = Stage.ENCODE_QUEUE
+
+
+_STAGES = {JobState.PREPARING: Stage.PREPROCESS, JobState.RUNNING: Stage.ENCODE}
+"""The others are waiting."""
 
 _Asker = asyncio.Future[Encoded]
 
@@ -95,6 +107,10 @@ class EncodePipeline(Generic[P]):
         self._preprocess_pool = ThreadPoolExecutor(preprocess_threads, thread_name_prefix="preprocess")
         self._tower_thread = ThreadPoolExecutor(1, thread_name_prefix="tower")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._durations = EncodeModel()
+        self._steps = 0
+        """Pictures that were preprocessed, and batches."""
+        self._running_patches = 0
         self.batches = 0
         self.images = 0
         self.joined = 0
@@ -103,8 +119,13 @@ class EncodePipeline(Generic[P]):
         """Run the tower once, in its thread."""
         await asyncio.get_running_loop().run_in_executor(self._tower_thread, self._vision.warm_up)
 
-    async def encode(self, content_key: str, file: ImageFile) -> Encoded:
+    async def encode(self, content_key: str, file: ImageFile, stage: StageNote | None = None) -> Encoded:
         """Embeddings of one picture; those who ask for the same at once share the work. May be cancelled.
+
+        Args:
+            content_key: of the picture.
+            file: the picture.
+            stage: where to note how far it came.
 
         Raises:
             EPDError: the picture can't be decoded or encoded.
@@ -116,8 +137,25 @@ class EncodePipeline(Generic[P]):
         try:
             return await asker
         finally:
+            if stage is not None:
+                stage.name = _STAGES.get(self.scheduler.state(content_key), Stage.ENCODE_QUEUE)
             self.scheduler.leave(content_key, asker)
             self._pump()
+
+    def picture_ms(self) -> float:
+        """What one more picture takes, as learned; 0: nothing is known yet."""
+        return self._durations.picture_ms(self._max_preparing)
+
+    def work_ms(self) -> float:
+        """What the pictures at hand will still take."""
+        num_unprepared, patches = self.scheduler.at_hand()
+        in_tower = self._durations.patches_ms(patches + self._running_patches)
+        return num_unprepared * self.picture_ms() + in_tower
+
+    def progress(self) -> Progress:
+        """Whether threads move, of preprocessing or of the tower."""
+        largest_ms = self._durations.patches_ms(max(self._running_patches, self.scheduler.max_batch_patches))
+        return Progress(self._preparing > 0 or self._encoding, self._steps, largest_ms / 1000)
 
     async def stop(self) -> None:
         """Wait for what threads are doing, then end them. Nobody may wait for a picture any more."""
@@ -149,9 +187,11 @@ class EncodePipeline(Generic[P]):
             self._finish(job, error)
         else:
             job.timings_ms[Stage.PREPROCESS] = clock.ms
+            self._durations.observe_preprocessing(clock.ms)
             self.scheduler.prepared(job, prepared)
         finally:
             self._preparing -= 1
+            self._steps += 1
             self._pump()
 
     def _decode_and_preprocess(self, file: ImageFile) -> P:
@@ -160,9 +200,13 @@ class EncodePipeline(Generic[P]):
     async def _encode(self, batch: list[EncodeJob[ImageFile, P, _Asker]]) -> None:
         loop = asyncio.get_running_loop()
         images = [job.prepared for job in batch if job.prepared is not None]
+        self._running_patches = sum(image.num_patches for image in images)
         with Stopwatch() as clock:
             outcomes = await loop.run_in_executor(self._tower_thread, self._run_tower, images)
         self.batches += 1
+        self._steps += 1
+        self._durations.observe_batch(len(images), self._running_patches, clock.ms)
+        self._running_patches = 0
         for job, outcome in zip(batch, outcomes, strict=True):
             job.timings_ms[Stage.ENCODE] = clock.ms
             self._finish(job, outcome)

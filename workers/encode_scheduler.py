@@ -147,6 +147,17 @@ class EncodeScheduler(Generic[S, P, A]):
         self._remove(job)
         return list(job.askers)
 
+    def state(self, key: str) -> JobState:
+        """Where a picture is; `DONE` when it is unknown."""
+        job = self._jobs.get(key)
+        return JobState.DONE if job is None else job.state
+
+    def at_hand(self) -> tuple[int, int]:
+        """Pictures that are not preprocessed, and patches of those that are and wait for a batch."""
+        unprepared = sum(job.state in (JobState.WAITING, JobState.PREPARING) for job in self._jobs.values())
+        ready = (job.prepared for job in self._jobs.values() if job.state is JobState.READY)
+        return unprepared, sum(prepared.num_patches for prepared in ready if prepared is not None)
+
     @property
     def num_waiting(self) -> int:
         """Pictures that wait for preprocessing or for a batch, or are being preprocessed."""

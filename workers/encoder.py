@@ -34,9 +34,10 @@ from epd.observability import Stage, StageRecorder, Stopwatch
 from epd.types import WorkerRole
 from workers.embedding_cache import EmbeddingCache, EncodedImage
 from workers.embedding_transfer import EmbeddingTransfer
-from workers.encode_pipeline import EncodePipeline, ImageFile, P, Vision, for_client
+from workers.encode_pipeline import EncodePipeline, ImageFile, P, StageNote, Vision, for_client
 from workers.images import ImageLimits
 from workers.runtime import Send, WorkerRuntime
+from workers.stall_watch import Progress
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,16 @@ class Encoder(Generic[P]):
     def load(self) -> Load:
         """Pictures in the tower, and all others in work."""
         running = self.pipeline.scheduler.num_running
-        return Load(running=running, waiting=max(0, len(self._accepted) - running))
+        return Load(
+            running=running,
+            waiting=max(0, len(self._accepted) - running),
+            work_ms=self.pipeline.work_ms(),
+            ms_per_unit=self.pipeline.picture_ms(),
+        )
+
+    def progress(self) -> Progress:
+        """Of preprocessing and the tower."""
+        return self.pipeline.progress()
 
     def stages(self) -> dict[str, StageStats]:
         """Durations since start: `encode_queue`, `preprocess`, `encode`, `transfer`, and `e2e` of them all."""
@@ -202,21 +212,24 @@ class Encoder(Generic[P]):
 
     async def _encode_and_ship(self, request: EncodeRequest, data: memoryview) -> EncodeResult:
         clock = Stopwatch()
+        stage = StageNote()
         try:
             async with asyncio.timeout(min(request.timeout_s, _LONGEST_TIMEOUT_S)):
-                result = await self._within_deadline(request, data)
+                result = await self._within_deadline(request, data, stage)
         except TimeoutError as error:
-            raise DeadlineExceeded(f"The image was not encoded within {request.timeout_s:.3g} s.") from error
+            taken = f"The image was not encoded within {request.timeout_s:.3g} s"
+            raise DeadlineExceeded(f"{taken}; the time ran out in stage {stage.name}.") from error
         self._stages.observe(Stage.E2E, clock.elapsed_ms())
         return result
 
-    async def _within_deadline(self, request: EncodeRequest, data: memoryview) -> EncodeResult:
+    async def _within_deadline(self, request: EncodeRequest, data: memoryview, stage: StageNote) -> EncodeResult:
         image = self._cache.get(request.content_key)
         cache_hit = image is not None
         timings_ms: dict[str, float] = {}
         if image is None:
-            encoded = await self.pipeline.encode(request.content_key, ImageFile(data, request.max_pixels))
+            encoded = await self.pipeline.encode(request.content_key, ImageFile(data, request.max_pixels), stage)
             image, timings_ms = encoded.image, dict(encoded.timings_ms)
+        stage.name = Stage.TRANSFER
         with Stopwatch() as clock:
             await self._transfer.ship(request.pd_address, request.content_key, image)
         timings_ms[Stage.TRANSFER] = clock.ms

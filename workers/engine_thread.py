@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from epd.errors import EPDError, ErrorInfo, InternalError, NoWorker
 from workers.engine.engine import Engine
 from workers.engine.outputs import StepOutput
+from workers.stall_watch import Progress
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,10 @@ class EngineThread:
         self.integrity_checks = 0
         """Recounts of all resources, each after the last request had gone."""
         self.integrity_failures = 0
+        self.is_busy = False
+        """There is something to compute or to do. Written by the thread, as `steps`."""
+        self.steps = 0
+        """That have ended."""
         self._is_unchecked = False
         self._unanswered: dict[int, Reply] = {}
         self._numbers = itertools.count()
@@ -88,6 +93,11 @@ class EngineThread:
 
         self._commands.put(run)
 
+    def progress(self) -> Progress:
+        """Whether it moves."""
+        largest_step_s = self.load.largest_step_ms / 1000
+        return Progress(self.is_busy, self.steps, largest_step_s, self._engine.is_disturbed())
+
     async def stop(self) -> None:
         """End the thread after the step that it is in, and answer what was asked of it."""
         self._commands.put(None)
@@ -114,6 +124,7 @@ class EngineThread:
         try:
             while self._take_commands():
                 outputs = self._engine.step()
+                self.steps += 1
                 self.load = self._engine.load()
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
@@ -126,6 +137,7 @@ class EngineThread:
         """Run the commands that are there, waiting for one when there is nothing to compute. False: stop."""
         try:
             command = self._next_command()
+            self.is_busy = True
             while command is not None:
                 self._is_unchecked = True
                 command(self._engine)
@@ -136,7 +148,8 @@ class EngineThread:
 
     def _next_command(self) -> Command | None:
         """The next command; waits while the engine has nothing to do. Raises queue.Empty when it has again."""
-        if self._engine.has_work():
+        self.is_busy = self._engine.has_work()
+        if self.is_busy:
             return self._commands.get_nowait()
         wait_s = self._engine.seconds_to_deadline()
         if not self._is_unchecked or (wait_s is not None and wait_s < _CHECK_AFTER_IDLE_S):

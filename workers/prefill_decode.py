@@ -54,6 +54,7 @@ from workers.engine_thread import EngineThread
 from workers.outbox import Outbox
 from workers.ranks import Ranks
 from workers.runtime import Send, WorkerRuntime
+from workers.stall_watch import Progress
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,13 @@ class PrefillDecodeService:
             waiting=load.waiting,
             kv_used_blocks=load.kv_used_blocks,
             kv_total_blocks=load.kv_total_blocks,
+            work_ms=load.work_ms,
+            ms_per_unit=load.ms_per_token,
         )
+
+    def progress(self) -> Progress:
+        """Of the engine."""
+        return self._engine.progress()
 
     def stages(self) -> dict[str, StageStats]:
         """Durations of the requests answered so far."""

@@ -39,6 +39,7 @@ from epd.types import WorkerRole, WorkerState, WorkerTask
 from metastore.base import Record
 from metastore.connect import make_metastore
 from metastore.registry import Registration
+from workers.stall_watch import LOOK_INTERVAL_S, Progress, StallWatch
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,9 @@ class Service(Protocol):
 
     def load(self) -> Load:
         """What `Pong` and the roster show."""
+
+    def progress(self) -> Progress:
+        """Whether the work moves; asked ten times a second."""
 
     def stages(self) -> dict[str, StageStats]:
         """Durations since start."""
@@ -147,6 +151,7 @@ class WorkerRuntime:
         self._is_hurried = asyncio.Event()
         """A second signal came: the time for draining is over."""
         self._exit_code = 0
+        self._watch = StallWatch(config.stall_timeout)
 
     async def send(self, peer: bytes, message: AnyMessage, *buffers: Buffer) -> bool:
         """Implements `Send`."""
@@ -177,6 +182,7 @@ class WorkerRuntime:
             loop.add_signal_handler(number, self._on_signal)
         self._listen()
         tasks = [asyncio.create_task(self._receive_loop()), asyncio.create_task(self._watch_peers())]
+        tasks += [asyncio.create_task(self._watch_progress())]
         tasks += [asyncio.create_task(self._announce_to(proxy)) for proxy in self._proxies]
         if self._registration is not None:
             tasks.append(asyncio.create_task(self._registration.run(), name="metastore registration"))
@@ -309,6 +315,8 @@ class WorkerRuntime:
             load=self._service.load(),
             stages=self._service.stages(),
             counters=self._service.counters() | own,
+            stalled_s=self._watch.stalled_s,
+            is_stuck=self._watch.is_stuck,
         )
 
     def _current_info(self) -> WorkerInfo:
@@ -332,6 +340,18 @@ class WorkerRuntime:
         if sender not in self._warned and len(self._warned) < MAX_WARNED:
             self._warned.add(sender)
             log.warning("dropped a malformed message from %s (further ones are only counted): %s", sender, error)
+
+    async def _watch_progress(self) -> None:
+        was_stuck = False
+        while True:
+            self._watch.look(time.monotonic(), self._service.progress())
+            if self._watch.is_stuck is not was_stuck:
+                was_stuck = self._watch.is_stuck
+                if was_stuck:
+                    log.error("stuck: no step has ended for %.1f s", self._watch.stalled_s)
+                else:
+                    log.warning("not stuck any more")
+            await asyncio.sleep(LOOK_INTERVAL_S)
 
     # -- peers -----------------------------------------------------------------------------------------------------
 

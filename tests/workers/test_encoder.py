@@ -9,6 +9,7 @@ import asyncio
 import io
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -396,6 +397,7 @@ async def test_a_deadline_that_passes_in_the_queue_is_reported_and_the_picture_d
     await bench.vision.entered()
     bench.ask("late", 20, timeout_s=0.01)
     assert await bench.code() == "timeout"
+    assert re.search("in stage (encode_queue|preprocess)", str(bench.results[-1][1].error))
     bench.vision.may_run.set()
     await bench.until(2)
     await bench.encoder.drain()

@@ -299,6 +299,20 @@ async def test_an_engine_that_hangs_in_a_step_keeps_nobody_from_going_on_elsewhe
     assert setup.peers.tokens_of("r") == [3, 4]
 
 
+async def test_a_step_that_hangs_is_work_without_progress(setup: Setup) -> None:
+    setup.runner.steps = threading.Semaphore(2)
+    setup.generate("r", max_tokens=5)
+    await setup.peers.until(lambda: len(setup.peers.tokens_of("r")) == 2)
+    hanging = setup.service.progress()
+    assert (hanging.is_busy, hanging.steps) == (True, 2)
+    setup.runner.steps.release(3)
+    await setup.peers.end_of("r")
+    async with asyncio.timeout(20):
+        while setup.service.progress().is_busy:
+            await asyncio.sleep(0.01)
+    assert setup.service.progress().steps == 5
+
+
 async def test_a_failing_step_costs_its_requests_only(setup: Setup) -> None:
     setup.runner.poison = {1}  # in everybody's prompt
     setup.generate("unlucky")

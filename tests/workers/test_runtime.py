@@ -36,6 +36,7 @@ from epd.transport import Dealer, Router
 from epd.types import WorkerRole, WorkerState
 from workers import runtime as runtime_module
 from workers.runtime import WorkerRuntime
+from workers.stall_watch import Progress
 
 
 class Service:
@@ -44,6 +45,7 @@ class Service:
         self.gone: list[bytes] = []
         self.may_drain = asyncio.Event()
         self.is_draining = asyncio.Event()
+        self.is_hanging = False
         self.is_handed_over = False
         self.is_stopped = False
 
@@ -67,6 +69,9 @@ class Service:
 
     def load(self) -> Load:
         return Load(running=3)
+
+    def progress(self) -> Progress:
+        return Progress(is_busy=self.is_hanging, steps=0)
 
     def stages(self) -> dict[str, StageStats]:
         return {"e2e": StageStats(count=1, total_ms=2.0)}
@@ -237,6 +242,24 @@ async def test_draining_goes_on_answering_pings(worker: Worker) -> None:
         worker.service.may_drain.set()
         assert await asyncio.wait_for(worker.exit_code, 20) == 0
         assert not worker.service.is_handed_over
+
+
+async def test_work_that_hangs_is_told_in_pongs(tmp_path: Path) -> None:
+    worker = Worker(tmp_path, stall_timeout=0.2)
+    with contextlib.closing(await worker.connect()) as dealer:
+        await dealer.send(hello())
+        await dealer.receive()
+        for is_hanging in (True, False):
+            worker.service.is_hanging = is_hanging
+            pong = None
+            async with asyncio.timeout(20):
+                while pong is None or pong.is_stuck is not is_hanging:
+                    await dealer.send(Ping(sequence=1))
+                    message, _ = await dealer.receive()
+                    assert isinstance(message, Pong)
+                    pong = message
+            assert (pong.stalled_s > 0.2) is is_hanging
+    assert await worker.end() == 0
 
 
 async def test_a_second_signal_hands_over_at_once(worker: Worker) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import torch
@@ -25,6 +25,7 @@ from epd.limits import check_prompt_logprobs
 from epd.tasks import check_task
 from epd.types import Pooling, PoolingKind, SamplingParams, TokenLogprobs, WorkerTask
 from workers.engine import admission, grammar, logits_state, model_loader
+from workers.engine.compiled_forward import CompiledForward
 from workers.engine.config import EngineConfig
 from workers.engine.deadlines import Deadlines
 from workers.engine.embeddings import EmbeddingStore, expand_prompt
@@ -38,10 +39,18 @@ from workers.engine.request import Clock, EngineRequest, ImagePlaceholder, Reque
 from workers.engine.sampler import NOTHING, Sampled, SamplingRow
 from workers.engine.scheduler import ScheduledChunk, Scheduler
 from workers.engine.tensor_parallel import ParallelGroup
+from workers.load_model import PrefillDecodeModel
 
 log = logging.getLogger(__name__)
 
 _WARM_UP_ID = "(warm-up)"
+_WORK_INTERVAL_S = 0.1
+_DOING = {
+    RequestStatus.WAITING_FOR_EMBEDDINGS: "it waited for image embeddings",
+    RequestStatus.WAITING: "it waited in the queue of the prefill-decode worker",
+    RequestStatus.PREEMPTED: "it waited, preempted, in the queue of the prefill-decode worker",
+    RequestStatus.RUNNING: "its tokens were computed",
+}
 _WARM_UP_POOLING = {
     WorkerTask.GENERATE: None,
     WorkerTask.SCORE: Pooling(PoolingKind.SCORE),
@@ -88,6 +97,12 @@ class Engine:
         self._deadlines = Deadlines(self._requests, clock)
         self._outputs: list[StepOutput] = []
         self._is_leaving = False
+        self._durations = PrefillDecodeModel()
+        self._work_ms = 0.0
+        self._work_due = 0.0
+        """When the work at hand is added up again."""
+        self.is_disturbed: Callable[[], bool] = lambda: False
+        """Whether something is under way that may hold up steps for long, such as compiling."""
 
     @classmethod
     def from_checkpoint(
@@ -118,7 +133,13 @@ class Engine:
             "KV cache: %d tokens in blocks of %d; %.1f requests of the full context of %d tokens fit at once",
             tokens, loaded.block_size, tokens / loaded.info.max_model_len, loaded.info.max_model_len,
         )  # fmt: skip
-        return cls(loaded.runner, loaded.info, kv_cache, scheduler, store, grammars=loaded.runner.grammars, clock=clock)
+        engine = cls(
+            loaded.runner, loaded.info, kv_cache, scheduler, store, grammars=loaded.runner.grammars, clock=clock
+        )
+        if isinstance(loaded.forward, CompiledForward):
+            ended = loaded.forward.ended
+            engine.is_disturbed = lambda: not ended.is_set()
+        return engine
 
     # -- input -----------------------------------------------------------------------------------------------------
 
@@ -304,6 +325,9 @@ class Engine:
             prefix_cache_queries=self._scheduler.num_queried_tokens,
             prefix_cache_hits=self._scheduler.num_cached_tokens,
             preemptions=self._scheduler.num_preemptions,
+            work_ms=self._add_up_work(),
+            ms_per_token=self._durations.ms_per_token,
+            largest_step_ms=self._largest_step_ms(),
         )
 
     def check_integrity(self) -> None:
@@ -373,8 +397,7 @@ class Engine:
 
     def _expire(self) -> None:
         for request in self._deadlines.pop_expired():
-            waited_for = "image embeddings" if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS else "tokens"
-            error = DeadlineExceeded(f"The request's time ran out while it waited for {waited_for}.")
+            error = DeadlineExceeded(f"The request's time ran out while {_DOING[request.status]}.")
             self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
 
     def _hand_over(self, request: EngineRequest) -> None:
@@ -406,11 +429,40 @@ class Engine:
         sampled = [chunk.request for chunk in chunks if chunk.samples]
         started_at = self._clock()
         tokens = self._runner.run(chunks, [_sampling_row(request) for request in sampled])
-        self._scheduler.note_duration(chunks, self._clock() - started_at)
+        self._note_duration(chunks, self._clock() - started_at)
         pairs = list(zip(sampled, tokens, strict=True))
         for chunk in chunks:
             self._scheduler.advance(chunk)
         return pairs
+
+    def _note_duration(self, chunks: Sequence[ScheduledChunk], duration_s: float) -> None:
+        self._scheduler.note_duration(chunks, duration_s)
+        decode_tokens = sum(chunk.request.is_decoding for chunk in chunks)
+        prefill_tokens = sum(chunk.length for chunk in chunks) - decode_tokens
+        self._durations.observe_step(prefill_tokens, decode_tokens, duration_s * 1000)
+
+    def _add_up_work(self) -> float:
+        """What the requests at hand will still take, in milliseconds."""
+        if not self._requests:
+            self._work_due = 0.0
+            return 0.0
+        now = self._clock()
+        if now < self._work_due:
+            return self._work_ms
+        self._work_due = now + _WORK_INTERVAL_S
+        prefill = decode = 0.0
+        for request in self._requests.values():
+            prefill += 0 if request.is_decoding else request.num_uncomputed_tokens
+            decode += self._durations.remaining_tokens(request.num_output_tokens, request.max_tokens)
+        batch = min(len(self._requests), self._scheduler.max_num_seqs)
+        self._work_ms = self._durations.work_ms(prefill, decode, batch)
+        return self._work_ms
+
+    def _largest_step_ms(self) -> float:
+        ms_per_token, scheduler = self._durations.ms_per_token, self._scheduler
+        if not ms_per_token:
+            return 0.0
+        return scheduler.max_num_batched_tokens * ms_per_token + self._durations.step_ms(scheduler.max_num_seqs)
 
     def _finish_pooled(self, chunks: list[ScheduledChunk]) -> None:
         for chunk in chunks:
@@ -488,6 +540,8 @@ class Engine:
     ) -> None:
         """Free everything that a request holds and queue its terminal output: the only place where requests end."""
         prompt_logprobs = self._prompt_logprobs(request)
+        if error is None and request.pooling is None and status is not RequestStatus.FINISHED_ABORTED:
+            self._durations.observe_answer(request.num_output_tokens)
         self._scheduler.finish(request, status)
         self._runner.remove(request.request_id)
         for image in request.images:

@@ -39,3 +39,9 @@ class EngineLoad:
     """Those of them that were found."""
     preemptions: int = 0
     """How often a request lost its blocks, since the start."""
+    work_ms: float = 0.0
+    """What all requests at hand will still take, as learned."""
+    ms_per_token: float = 0.0
+    """What one more prompt token takes; 0: nothing learned yet."""
+    largest_step_ms: float = 0.0
+    """What the largest step that there may be takes; 0: nothing learned yet."""

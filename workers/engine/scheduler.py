@@ -83,8 +83,8 @@ class Scheduler:
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError("max_num_batched_tokens must be at least max_num_seqs")
         self._kv_cache = kv_cache
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
         self._max_waiting = max_waiting
         self._pace = PrefillPace(target_step_s)
         self._waiting_for_embeddings: dict[str, EngineRequest] = {}
@@ -145,10 +145,10 @@ class Scheduler:
             InvalidRequest: an atomic span has more tokens than a step.
         """
         longest = max((end - start for start, end in request.atomic_spans), default=0)
-        if longest > self._max_num_batched_tokens:
+        if longest > self.max_num_batched_tokens:
             raise InvalidRequest(
                 f"A picture takes {longest} tokens, which must be computed in one step, but a step has at most "
-                f"{self._max_num_batched_tokens}. Send a smaller picture, or have --max-num-batched-tokens raised.",
+                f"{self.max_num_batched_tokens}. Send a smaller picture, or have --max-num-batched-tokens raised.",
                 param="messages",
             )
 
@@ -176,7 +176,7 @@ class Scheduler:
         """
         preemptions = self.num_preemptions
         chunks = self._schedule_decodes()
-        budget = self._max_num_batched_tokens - len(chunks)
+        budget = self.max_num_batched_tokens - len(chunks)
         limit = self._pace.limit() if chunks else None
         budget = budget if limit is None else min(budget, limit)
         budget = self._schedule_prefills(chunks, budget)
@@ -258,7 +258,7 @@ class Scheduler:
     def _admit(self, chunks: list[ScheduledChunk], budget: int, in_flight: set[bytes]) -> int:
         """Start waiting requests. Returns what is left of the budget for those who stand behind all of them."""
         for request in list(self._waiting):
-            if budget <= 0 or len(self._running) >= self._max_num_seqs:
+            if budget <= 0 or len(self._running) >= self.max_num_seqs:
                 return 0
             prefix = self._kv_cache.cached_prefix(request)
             if self._kv_cache.first_missing(request, prefix) in in_flight:
@@ -293,7 +293,7 @@ class Scheduler:
 
     def _compute_early(self, chunks: list[ScheduledChunk], budget: int, in_flight: set[bytes]) -> None:
         for request in list(self._early):
-            if budget <= 0 or len(chunks) >= self._max_num_seqs:
+            if budget <= 0 or len(chunks) >= self.max_num_seqs:
                 break
             end = self._early_end(request)
             if not self._kv_cache.has_table(request.request_id):

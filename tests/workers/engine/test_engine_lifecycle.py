@@ -17,6 +17,8 @@ from tests.workers.engine.fakes import CONTEXT, EOS, HIDDEN, IMAGE_TOKEN, VOCAB,
 from tests.workers.engine.oracle import Answers, run
 from workers.engine.engine import Engine
 from workers.engine.request import ImagePlaceholder
+from workers.engine.sampler import Sampled, SamplingRow
+from workers.engine.scheduler import ScheduledChunk
 
 PROMPT = [1, 2, IMAGE_TOKEN, 3]
 IMAGES = (ImagePlaceholder("k", 2),)
@@ -396,3 +398,40 @@ def test_an_engine_that_leaves_hands_over_what_it_has_no_room_for_and_finishes_t
     engine.hand_over()
     assert [output.error and output.error.code for output in engine.step()] == ["handed_over"]
     engine.check_integrity()
+
+
+def test_the_load_tells_how_long_the_work_at_hand_will_take() -> None:
+    """A token of a prompt takes a second here, and so does a step of answers."""
+
+    class SlowRunner(FakeRunner):
+        def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[Sampled]:
+            clock.now += sum(1 if chunk.request.is_decoding else chunk.length for chunk in chunks)
+            return super().run(chunks, rows)
+
+    clock = FakeClock()
+    engine = fake_engine(SlowRunner(), clock=clock, caching=False)
+    engine.add_request("taught", [1] * 8, SamplingParams(max_tokens=4))
+    assert (engine.load().work_ms, engine.load().ms_per_token) == (0, 0)
+    run(engine)
+    assert (engine.load().work_ms, engine.load().ms_per_token) == (0, 1000)
+    engine.add_request("runs", [1] * 10, SamplingParams(max_tokens=4))
+    assert engine.load().work_ms == pytest.approx(14_000)
+    engine.step()
+    assert engine.load().work_ms == pytest.approx(3000)
+    assert engine.load().largest_step_ms > 10_000
+
+
+@pytest.mark.parametrize("stage", ["embeddings", "queue", "computed"])
+def test_who_runs_out_of_time_hears_where(stage: str) -> None:
+    clock = FakeClock()
+    engine = fake_engine(FakeRunner(), clock=clock)
+    images = [ImagePlaceholder("k", 1)] if stage == "embeddings" else []
+    engine.add_request("r", [1, IMAGE_TOKEN], SamplingParams(max_tokens=20), images=images, timeout_s=5)
+    if stage == "computed":
+        engine.step()
+    clock.now += 6
+    (output,) = engine.step()
+    assert output.error is not None
+    assert output.error.code == "timeout"
+    assert stage in output.error.message
+    assert not output.token_ids
