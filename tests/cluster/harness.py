@@ -13,14 +13,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import openai
 
-from epd.checkpoint import fingerprint
 from epd.messages import PROTOCOL_VERSION, Hello, Ping, Pong
 from epd.transport import Dealer
 
@@ -145,6 +144,14 @@ class Cluster:
             assert time.monotonic() < deadline, f"{found} of {workers} workers healthy\n{self.logs()}"
             time.sleep(0.05)
 
+    def wait_for(self, path: str, condition: Callable[[Any], bool]) -> None:
+        """Wait until the JSON at a path of the proxy is as it should be."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not condition(body := self.get(path)[1]):
+            self._raise_if_dead()
+            assert time.monotonic() < deadline, f"{body}\n{self.logs()}"
+            time.sleep(0.05)
+
     def _raise_if_dead(self) -> None:
         for process in self.processes.values():
             code = process.popen.poll() if hasattr(process, "popen") else None
@@ -186,7 +193,7 @@ class Cluster:
 
     def ping(self, address: str) -> Pong:
         """What a worker says of itself, asked directly."""
-        return asyncio.run(_ping(address, fingerprint(self.model)))
+        return asyncio.run(_ping(address))
 
 
 def _parse(body: bytes) -> Any:
@@ -196,11 +203,11 @@ def _parse(body: bytes) -> Any:
         return body.decode(errors="replace")
 
 
-async def _ping(address: str, model: str) -> Pong:
+async def _ping(address: str) -> Pong:
     dealer = Dealer(address)
     dealer.connect()
     with contextlib.closing(dealer):
-        await dealer.send(Hello(protocol_version=PROTOCOL_VERSION, sender="test", model=model))
+        await dealer.send(Hello(protocol_version=PROTOCOL_VERSION, sender="test", model=""))
         await dealer.send(Ping(sequence=1))
         while True:
             message, _ = await asyncio.wait_for(dealer.receive(), 10)
@@ -209,10 +216,11 @@ async def _ping(address: str, model: str) -> Pong:
 
 
 @contextlib.contextmanager
-def running(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster started, and stopped afterwards whatever happens; its logs are printed when the test fails."""
+def running(cluster: Cluster, *names: str) -> Iterator[Cluster]:
+    """The cluster, or those processes of it, started, and stopped afterwards whatever happens; its logs are printed
+    when the test fails."""
     try:
-        cluster.start()
+        cluster.start(*names)
         yield cluster
     except BaseException:
         print(cluster.logs())

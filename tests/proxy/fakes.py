@@ -68,6 +68,7 @@ class FakeWorker:
     def __init__(self, address: str, model: str, *, max_model_len: int = 4096) -> None:
         self.address = endpoint(address)
         self.model = model
+        self.served_model_name = ""
         self.max_model_len = max_model_len
         self.task = WorkerTask.GENERATE
         self.incarnation = secrets.token_hex(4)
@@ -92,6 +93,7 @@ class FakeWorker:
             address=self.address,
             incarnation=self.incarnation,
             model=self.model,
+            served_model_name=self.served_model_name,
             dtype="float32",
             state=self.state,
             max_model_len=self.max_model_len,
