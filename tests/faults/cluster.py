@@ -118,6 +118,8 @@ class FaultCluster:
         deadline = time.monotonic() + timeout_s
         for proxy in self.proxies:
             while problem := self._problem(await self.view(proxy)):
+                dead = [name for name in sorted(self.wanted) if not self.is_running(name)]
+                assert not dead, f"ended by themselves: {', '.join(dead)}\n{self.logs()}"
                 assert time.monotonic() < deadline, f"{proxy} after {timeout_s:g} s: {problem}\n{self.logs()}"
                 await asyncio.sleep(0.1)
 

@@ -34,7 +34,7 @@ class Row:
     longest_wait_s: float
     """That any client had between two pieces of an answer, or for an answer at once."""
     recovery_s: float | None
-    """From the fault until the last moment at which somebody was refused, failed or kept waiting; None: not told."""
+    """From the fault until the last moment at which a request failed, or had waited too long; None: not told."""
     problems: list[str] = field(default_factory=list)
     """Beside the traffic: a leak, an exit code, a cluster that did not become healthy."""
     note: str = ""
@@ -110,7 +110,6 @@ def _recovery_s(quiet: Sequence[Outcome], after: Sequence[Outcome], at: Moments)
     for one in after:
         if one.started > at.watched:
             continue
-        disturbed += [moment for moment, _ in one.refusals]
         disturbed += [wait.ended for wait in one.waits if wait.seconds > bounds[one.stream]]
         if one.verdict is not Verdict.RIGHT:
             disturbed.append(one.ended)

@@ -18,6 +18,7 @@ from tests.faults.traffic import Traffic, make_pool, undisturbed
 
 _MEND_TIMEOUT_S = 60.0
 _AFTERWARDS_S = 1.0
+_SETTLE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,8 @@ class Suite:
         watch_s = fault.watch_s if self.plan.watch_s is None else self.plan.watch_s
         await asyncio.sleep(max(0.0, struck + watch_s - time.monotonic()))
         watched = mended = time.monotonic()
+        # What is started again takes the cores from requests whose times count.
+        await scene.traffic.settle(_SETTLE_TIMEOUT_S)
         if self.plan.mends or fault.is_over_when_mended:
             await fault.mend(scene)
             mended = time.monotonic()

@@ -89,6 +89,11 @@ class Traffic:
         await asyncio.gather(self._source, return_exceptions=True)
         await asyncio.gather(*self._asking)
 
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until the requests that are under way now are answered; new ones go on arriving."""
+        if under_way := set(self._asking):
+            await asyncio.wait(under_way, timeout=timeout_s)
+
     async def _arrivals(self) -> None:
         rng = random.Random(f"arrivals:{self.seed}")
         begin, count = time.monotonic(), 0
