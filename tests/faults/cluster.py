@@ -26,7 +26,7 @@ from tests.faults.traffic import MODEL
 from tests.redis_server import RedisServer
 
 HEALTHY_TIMEOUT_S = 120.0
-REQUEST_TIMEOUT_S = 25
+REQUEST_TIMEOUT_S = 60
 MAX_REQUESTS = 160
 """Of one proxy at once."""
 KEY_PREFIX = "epd-faults"

@@ -42,6 +42,10 @@ class Scene:
     """What was wrong beside the traffic; must stay empty."""
     notes: list[str] = field(default_factory=list)
     """For the table's last column."""
+    over: float | None = None
+    """When a fault that lasts was over, if it says so itself."""
+    crowd: list[tuple[SoakRequest, Answer]] = field(default_factory=list)
+    """What was answered in a crowd, and is to be compared with the answer alone."""
 
 
 Step = Callable[[Scene], Awaitable[None]]
@@ -252,6 +256,7 @@ async def _burst(scene: Scene) -> None:
     outcomes = await asyncio.gather(
         *(asker.ask(request, answer, stream=i % 2 == 0, first=i) for i, (request, answer) in enumerate(chosen))
     )
+    scene.over = time.monotonic()
     refused = [one for one in outcomes if one.refusals]
     _judge_crowd(scene, [one for one in outcomes if not one.refusals], "of the burst")
     slowest = max((one.seconds for one in refused), default=0.0)
@@ -263,28 +268,33 @@ async def _burst(scene: Scene) -> None:
 
 
 async def _many_pictures(scene: Scene) -> None:
-    """Pictures that no cache has, all at once; afterwards each is asked alone, and must be told the same."""
+    """Pictures that no cache has, all at once."""
     rng = random.Random(f"pictures:{time.monotonic()}")
     requests = [make_request(rng, "image") for _ in range(_PICTURES)]
     requests = [SoakRequest(one.kind, one.fields | {"max_tokens": 8}) for one in requests]
-    answers: dict[int, Answer] = {}
-    asker = scene.traffic.asker
     begin = time.monotonic()
 
     async def ask(index: int) -> Outcome:
-        return await asker.ask(
-            requests[index], None, stream=False, first=index, on_answer=lambda answer: answers.update({index: answer})
+        request = requests[index]
+        return await scene.traffic.asker.ask(
+            request, None, stream=False, first=index, on_answer=lambda answer: scene.crowd.append((request, answer))
         )
 
     outcomes = await asyncio.gather(*(ask(index) for index in range(_PICTURES)))
-    seconds = time.monotonic() - begin
+    scene.over = time.monotonic()
     _judge_crowd(scene, outcomes, "of the pictures")
     refusals = sum(len(one.refusals) for one in outcomes)
-    scene.notes.append(f"{len(answers)} of {_PICTURES} answered in {seconds:.1f} s, {refusals} refusals on the way")
-    for index, answer in answers.items():
-        alone = await asker.answer(requests[index], first=index)
+    scene.notes.append(
+        f"{len(scene.crowd)} of {_PICTURES} answered in {scene.over - begin:.1f} s, {refusals} refusals on the way"
+    )
+
+
+async def _ask_again_alone(scene: Scene) -> None:
+    """In the crowd each must have been told the same."""
+    for index, (request, answer) in enumerate(scene.crowd):
+        alone = await scene.traffic.asker.answer(request, first=index)
         if alone != answer:
-            scene.problems.append(f"picture {index}: {answer} in the crowd, {alone} alone")
+            scene.problems.append(f"lost: {answer} in the crowd, {alone} alone")
 
 
 def _judge_crowd(scene: Scene, outcomes: list[Outcome], whose: str) -> None:
@@ -341,7 +351,7 @@ FAULTS = (
         spare="pd_2",
     ),
     Fault(name="full", title=f"full queues: {_BURST} requests at once", strike=_burst),
-    Fault(name="pictures", title=f"{_PICTURES} picture requests at once", strike=_many_pictures),
+    Fault(name="pictures", title=f"{_PICTURES} picture requests at once", strike=_many_pictures, mend=_ask_again_alone),
     Fault(name="rolling", title="rolling restart of every process", strike=_rolling_restart, is_over_when_mended=True),
 )
 """In the order of the table. A fault leaves the cluster whole."""

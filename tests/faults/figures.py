@@ -12,6 +12,9 @@ from tests.faults.asking import Outcome, Verdict
 _SLACK = 1.5
 _SLACK_S = 0.25
 """A wait counts as disturbed when it is longer than the longest one of the quiet phase, times and plus these."""
+_SHOWN = 5
+_LONG_S = 2.5
+"""Waits beyond these are told one by one, `_SHOWN` at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,8 @@ class Row:
     problems: list[str] = field(default_factory=list)
     """Beside the traffic: a leak, an exit code, a cluster that did not become healthy."""
     note: str = ""
+    slowest: list[str] = field(default_factory=list)
+    """The longest waits, to look for in the logs."""
 
     @property
     def success(self) -> float:
@@ -84,7 +89,18 @@ def make_row(title: str, outcomes: Sequence[Outcome], at: Moments, problems: Seq
         recovery_s=recovery,
         problems=[*unwell, *problems],
         note=note,
+        slowest=_slowest(after, at),
     )
+
+
+def _slowest(after: Sequence[Outcome], at: Moments) -> list[str]:
+    waits = sorted(((wait, one) for one in after for wait in one.waits), key=lambda pair: -pair[0].seconds)
+    return [
+        f"{wait.seconds:.2f} s until {wait.ended - at.fault:.2f} s after the fault, "
+        f"{one.kind}, {_how(one)}, sent at {one.started - at.fault:.2f} s, {len(one.refusals)} refusals"
+        for wait, one in waits[:_SHOWN]
+        if wait.seconds > _LONG_S
+    ]
 
 
 def _is_unwell(outcome: Outcome) -> bool:

@@ -37,6 +37,7 @@ def line(row: Row) -> str:
     details = [f"failed {count} times: {reason}" for reason, count in row.failed.items()]
     details += [f"LOST: {one[:500]}" for one in row.lost]
     details += [f"PROBLEM: {one}" for one in row.problems]
+    details += [f"slow: {one}" for one in row.slowest]
     details += [f"note: {row.note}"] if row.note else []
     return "\n    ".join([text, *details])
 

@@ -90,10 +90,10 @@ class Suite:
                 await self.cluster.wait_healthy(_MEND_TIMEOUT_S)
             except AssertionError as error:
                 scene.problems.append(f"not whole again: {error}"[:2000])
-        await asyncio.sleep(_AFTERWARDS_S)
+            await asyncio.sleep(_AFTERWARDS_S)
         if fault.is_over_when_mended:
             return Moments(fault=struck, watched=time.monotonic(), counted_from=mended)
-        return Moments(fault=struck, watched=watched, counted_from=struck)
+        return Moments(fault=struck, watched=watched, counted_from=scene.over or struck)
 
 
 async def run_suite(
