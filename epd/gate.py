@@ -9,6 +9,7 @@ those who do not speak ZMTP are turned away.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import socket as os_socket
@@ -31,6 +32,8 @@ HANDSHAKE_FAILED = (
 _GUARDED = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _DOMAIN = b"epd"
+_END = b"end"
+_END_TIMEOUT_S = 2.0
 _MAX_REMEMBERED = 1000
 """Addresses that were warned of; of more than these only the count tells."""
 
@@ -83,19 +86,29 @@ class _Gatekeeper(threading.Thread):
 
     def __init__(self, context: zmq.asyncio.Context) -> None:
         super().__init__(name="gatekeeper", daemon=True)
-        self._socket: zmq.Socket[bytes] = zmq.Context.shadow(context.underlying).socket(zmq.REP)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(context.underlying)
+        self._socket = self._context.socket(zmq.REP)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(_ZAP_ENDPOINT)
+        # The interpreter destroys the context at its end, which waits until all sockets are closed.
+        atexit.register(self._end)
 
     def run(self) -> None:
-        """Answer until the context ends."""
+        """Answer until told to end."""
         with contextlib.suppress(zmq.ContextTerminated), self._socket:
-            while True:
-                version, number, _, _, _, mechanism, *credentials = self._socket.recv_multipart()
+            while (frames := self._socket.recv_multipart()) != [_END]:
+                version, number, _, _, _, mechanism, *credentials = frames
                 keys = _Door.keys
                 is_member = mechanism == b"CURVE" and keys is not None and credentials == [z85.decode(keys.public)]
                 status = (b"200", b"") if is_member else (b"400", b"these are not the cluster's keys")
                 self._socket.send_multipart([version, number, *status, b"", b""])
+
+    def _end(self) -> None:
+        with contextlib.suppress(zmq.ZMQError), self._context.socket(zmq.REQ) as socket:
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(_ZAP_ENDPOINT)
+            socket.send(_END)
+            self.join(_END_TIMEOUT_S)
 
 
 @dataclass

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import zmq
 import zmq.asyncio
 
 from epd import codec, gate
-from epd.keys import ClusterKeys
+from epd.keys import ClusterKeys, new_key_file
 from epd.messages import PROTOCOL_VERSION, Hello, Ping
 from epd.transport import Dealer, HandshakeFailed, Router
 
@@ -288,3 +290,24 @@ async def test_without_keys_a_public_address_warns(caplog: pytest.LogCaptureFixt
         assert "--cluster-keys" in caplog.text
         assert router.address.startswith("tcp://*:")
         assert not router.address.endswith(":0")
+
+
+def test_a_process_with_keys_ends(tmp_path: Path) -> None:
+    """Also while the thread that looks at keys waits for the next one."""
+    new_key_file(tmp_path / "keys")
+    program = f"""
+import asyncio
+from pathlib import Path
+from epd import gate
+from epd.keys import load_keys
+from epd.transport import Router
+gate.use_cluster_keys(load_keys(Path({str(tmp_path / "keys")!r})))
+async def main():
+    router = Router("127.0.0.1:0", any_port=True)
+    router.bind()
+    router.close()
+asyncio.run(main())
+print("ended")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, b"ended\n"), done.stderr
