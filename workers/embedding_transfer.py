@@ -35,7 +35,7 @@ MAX_IN_FLIGHT = 8
 CONNECT_TIMEOUT_S = 3.0
 """For a PD to take the first message. It is in a proxy's roster, so it should be there."""
 PING_INTERVAL_S = 1.0
-MAX_UNANSWERED_PINGS = 5
+MAX_UNANSWERED_PINGS = 3
 """A PD that says nothing for so long is treated as gone; one that dies is noticed at once. Counted in pings, not in
 seconds: when it is this encoder that was stuck, nothing was missed."""
 REPLY_TIMEOUT_S = 30.0
