@@ -184,10 +184,12 @@ def _rank(_: argparse.Namespace) -> int:
 
 def _prepare_worker(config: WorkerConfig) -> None:
     from epd import cpu_runtime
+    from epd.imports import leave_out_torchao
     from epd.observability import setup_logging
 
     if config.device != "cuda":
         cpu_runtime.ensure()
+    leave_out_torchao(config.model)
     setup_logging(config.name, config.log_level)
     _use_cluster_keys(config.cluster_keys)
     for number in (signal.SIGTERM, signal.SIGINT):
