@@ -32,7 +32,7 @@ Command = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 failed, 2 a flag or file is wrong, 130 interrupted."""
     try:
-        parsed = make_parser().parse_args(arguments)
+        parsed = _parser().parse_args(arguments)
         command: Command = parsed.command
         if "metastore_client_config" in parsed and command is not _up:  # whose children read the same variables
             parsed.metastore_client_config = metastore_client_config(parsed.metastore_client_config, os.environ)
@@ -44,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """All commands with their flags. Tests hold what is written elsewhere, such as in deploy/, against it."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="epd",
         description="A disaggregated encode / prefill / decode cluster for multimodal models.",
@@ -56,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_command(commands, "up", _up, "run a whole cluster on this host, supervised", UpConfig)
     proxy = _add_command(commands, "proxy", _proxy, "run the HTTP front", ProxyConfig)
-    proxy.set_defaults(**router_defaults(os.environ))
+    proxy.set_defaults(**router_defaults(os.environ), admin_key=os.environ.get("EPD_ADMIN_KEY") or None)
     _add_command(commands, "encoder", _encoder, "run an encoder worker", EncoderConfig)
     _add_command(commands, "pd", _prefill_decode, "run a prefill-decode worker", PrefillDecodeConfig)
     _add_chat(commands)

@@ -118,6 +118,10 @@ class ProxyConfig(ProcessConfig):
     failover_wait: float = option(
         10.0, "seconds that a request which lost its worker waits for another one to appear", minimum=0
     )
+    drain_timeout: float = option(30.0, "seconds that answers under way may go on after SIGTERM", minimum=0)
+    admin_key: str | None = option(
+        None, "key that POST /abort with abort_all wants; EPD_ADMIN_KEY stands for it; default: that is refused"
+    )
     encoder_router: str = option(
         "affinity",
         "how an encoder is chosen for a picture; least_loaded: where it would be done first, power_of_two: the better "
@@ -133,6 +137,7 @@ class ProxyConfig(ProcessConfig):
     max_body_bytes: int = option(64 << 20, "largest request body, in bytes", minimum=1)
     max_image_bytes: int = option(20 << 20, "largest picture file, in bytes", minimum=1)
     max_image_pixels: int = option(64_000_000, "largest picture, width × height in pixels", minimum=1)
+    max_media_bytes: int = option(1 << 30, "bytes of request bodies and pictures held at once; more get 429", minimum=1)
     max_images_per_request: int = option(32, "most pictures in one request", minimum=1)
     media_timeout: float = option(10.0, "seconds that fetching a picture may take", minimum=0.001)
     allowed_private_media: tuple[str, ...] = option(

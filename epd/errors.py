@@ -6,6 +6,7 @@
     │   ├── ContextLengthExceeded 400
     │   ├── InvalidImage         400
     │   ├── MediaForbidden       403
+    │   ├── AdminOnly            403
     │   ├── ModelNotFound        404
     │   ├── RequestTooLarge      413
     │   ├── MediaUnavailable     422
@@ -15,6 +16,7 @@
         ├── WorkerFailed         502
         ├── NoWorker             503 (retryable)
         ├── HandedOver           503 (retryable)
+        ├── ShuttingDown         503 (retryable)
         ├── DeadlineExceeded     504
         └── InternalError        500
     ProtocolError                a peer sent something malformed; never shown to clients
@@ -46,6 +48,8 @@ class EPDError(Exception):
     code: ClassVar[str] = "internal_error"
     type: ClassVar[str] = "server_error"
     retryable: ClassVar[bool] = False
+    retry_after_s: float | None = None
+    """When to come back, where that can be told."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -104,6 +108,14 @@ class MediaForbidden(ClientError):
 
     status = 403
     code = "media_forbidden"
+    type = "permission_error"
+
+
+class AdminOnly(ClientError):
+    """What was asked for concerns everybody, and needs the key of the operators."""
+
+    status = 403
+    code = "admin_key_required"
     type = "permission_error"
 
 
@@ -174,6 +186,15 @@ class HandedOver(NoWorker):
     """A worker leaves, and gives the request back as it is, to be gone on with elsewhere."""
 
     code = "handed_over"
+
+
+class ShuttingDown(ServerError):
+    """This proxy finishes what it has and takes nothing new."""
+
+    status = 503
+    code = "shutting_down"
+    type = "service_unavailable"
+    retryable = True
 
 
 class DeadlineExceeded(ServerError):

@@ -55,6 +55,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Context in tokens (PD); 0 on encoders."""
     max_num_seqs: int = 0
     """Requests that run at once (PD), or images that queue at most (encoder)."""
+    max_requests: int = 0
+    """Requests that it takes at most, waiting ones included; more are refused as overloaded. 0: it does not say."""
     task: WorkerTask = WorkerTask.GENERATE
     """What a PD answers."""
     served_model_name: str = ""

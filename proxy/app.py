@@ -28,12 +28,14 @@ from epd.errors import ClientError, ConfigError, EPDError, InternalError, Invali
 from metastore.roster import Roster
 from proxy.api import embeddings, openai, operations, score
 from proxy.api.http import error_response
+from proxy.byte_budget import ByteBudget
+from proxy.request_context import REQUEST_ID
 from proxy.service import Service
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 30
-"""Streams may go on so long after SIGTERM."""
+_LAST_WORDS_S = 5
+"""Clients have so long to take the ends of their answers when the time for draining is over."""
 KEEP_ALIVE_S = 65
 """Longer than load balancers keep idle connections, so that they close them, not we under a request."""
 _BACKLOG = 2048
@@ -72,7 +74,7 @@ def create_app(config: ProxyConfig, roster: Roster | None = None) -> FastAPI:
     app.include_router(embeddings.router)
     app.include_router(score.router)
     app.include_router(operations.router)
-    app.add_middleware(_Edge)
+    app.add_middleware(_Edge, budget=service.bytes)
     app.add_exception_handler(EPDError, _on_epd_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -144,10 +146,11 @@ async def _on_client_disconnect(_: Request, __: Exception) -> Response:
 
 
 class _Edge:
-    """The outermost layer: request ids, sloppy base URLs, and the last resort for bugs."""
+    """The outermost layer: request ids, sloppy base URLs, bytes held, and the last resort for bugs."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, budget: ByteBudget) -> None:
         self._app = app
+        self._budget = budget
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -156,6 +159,7 @@ class _Edge:
         # A base URL with a slash at its end makes clients ask for /v1//models.
         scope["path"] = _LEADING_SLASHES.sub("/v1/", scope["path"])
         request_id = _request_id(scope)
+        REQUEST_ID.set(request_id)
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -166,7 +170,8 @@ class _Edge:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            with self._budget.lease():
+                await self._app(scope, receive, send_with_id)
         except Exception:
             log.exception("bug in %s %s (request id %s)", scope["method"], scope["path"], request_id)
             if started:
@@ -189,17 +194,37 @@ def _request_id(scope: Scope) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn that ends with exit code 0 after SIGTERM, instead of dying of the signal after all."""
+    """Uvicorn that drains on signals and ends with exit code 0, instead of dying of the signal after all.
+
+    While it drains it goes on listening: `/ready` says no, new requests are refused, answers under way go on.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._draining: asyncio.Task[None] | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Finish streams on SIGINT and SIGTERM; a second SIGINT ends at once."""
+        """Finish streams on SIGINT and SIGTERM; the second signal ends them, the third does not wait for clients."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             # Signals are for the main thread; tests run servers in others.
             with contextlib.suppress(RuntimeError, ValueError):
-                loop.add_signal_handler(number, self.handle_exit, number, None)
+                loop.add_signal_handler(number, self._on_signal)
         yield
+
+    def _on_signal(self) -> None:
+        if self._draining is None:
+            log.info("shutting down when all answers are given, in %g s at most", self._service.config.drain_timeout)
+            self._draining = asyncio.create_task(self._drain(), name="drain")
+        else:
+            self.force_exit = self.should_exit
+            self.should_exit = True
+
+    async def _drain(self) -> None:
+        await self._service.dispatcher.drain(self._service.config.drain_timeout)
+        self.should_exit = True
 
 
 def run_proxy(config: ProxyConfig) -> int:
@@ -231,8 +256,9 @@ async def _serve(config: ProxyConfig) -> int:
             access_log=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=DRAIN_S,
-        )
+            timeout_graceful_shutdown=_LAST_WORDS_S,
+        ),
+        service,
     )
     await server.serve(sockets=[listener])
     return 0

@@ -39,6 +39,7 @@ class Encoding:
         picker: of encoders.
         limits: on patience.
         timings: are told of each result.
+        is_patient: wait where all encoders are full, instead of saying so at once.
 
     Set `on_failure` before `start`: it is called with the error of a picture that nobody could do.
     """
@@ -51,6 +52,8 @@ class Encoding:
         picker: Picker,
         limits: RetryLimits,
         timings: Timings,
+        *,
+        is_patient: bool,
     ) -> None:
         self._work = work
         self._name = name
@@ -58,6 +61,7 @@ class Encoding:
         self._picker = picker
         self._limits = limits
         self._timings = timings
+        self._is_patient = is_patient
         self.on_failure: Callable[[EPDError], None] = lambda _: None
         self.held = pd.pictures.use(picker.keys)
         """Content keys that the PD should hold, so that no encoder is asked."""
@@ -148,8 +152,8 @@ class Encoding:
                 raise over
             # Where all encoders are full or fail, the answer says so at once; one that was lost may be replaced. A PD
             # that does not take the embeddings may be about to be found dead.
-            is_patient = trouble not in (Trouble.FULL, Trouble.FAULT) or isinstance(error, WorkerFailed)
-            wait_s = self._limits.failover_wait_s if is_patient else 0.0
+            is_told = trouble in (Trouble.FULL, Trouble.FAULT) and not isinstance(error, WorkerFailed)
+            wait_s = 0.0 if is_told and not self._is_patient else self._limits.failover_wait_s
             encoder = None
             await asyncio.sleep(retries.pause_s())
 

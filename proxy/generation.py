@@ -29,6 +29,7 @@ from proxy.attempt import Attempt
 from proxy.encoding import Encoding
 from proxy.picker import Picker
 from proxy.placement import Plan
+from proxy.request_context import REQUEST_ID
 from proxy.retries import RetryLimits, Trouble, trouble_of
 from proxy.sample import Sample
 from proxy.timings import Timings
@@ -44,6 +45,8 @@ class Generation:
 
     def __init__(self, work: Work, pool: WorkerPool, limits: RetryLimits) -> None:
         self.work = work
+        self.http_id = REQUEST_ID.get()
+        """What the client knows the request by before there is an answer."""
         self._pool = pool
         self._limits = limits
         self._picker = Picker(work, pool)
@@ -185,7 +188,8 @@ class Generation:
         self._num_attempts += 1
         if work.images:
             name = f"{work.request_id}-e{self._num_attempts}"
-            encoding = Encoding(work, name, pd, self._picker, self._limits, self._timings)
+            limits, is_patient = self._limits, self._has_tokens
+            encoding = Encoding(work, name, pd, self._picker, limits, self._timings, is_patient=is_patient)
         attempt = Attempt(work, pd, samples, encoding, self)
         self._attempts.append(attempt)
         return attempt

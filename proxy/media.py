@@ -22,6 +22,7 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image, UnidentifiedImageError
 
 from epd.errors import EPDError, InvalidImage, InvalidRequest, RequestTooLarge
+from proxy.byte_budget import hold
 from proxy.media_file import read_file_url
 from proxy.media_http import HttpFetcher
 
@@ -118,6 +119,7 @@ class MediaLoader:
         Raises:
             InvalidRequest, InvalidImage: malformed URL, or the bytes are no picture.
             RequestTooLarge: too many, too large, or too large together.
+            Overloaded: all requests together hold too much.
             MediaForbidden, MediaUnavailable: it may not, or can't, be fetched.
         """
         if len(sources) > self._limits.max_images:
@@ -147,6 +149,7 @@ class MediaLoader:
             async with budget.turn:
                 data = await self._read(source.url)
             budget.take(len(data))
+            hold(len(data))
             return await self._in_thread(lambda: self._inspect(data, source, model))
         except EPDError as error:
             error.param = error.param or source.param

@@ -10,6 +10,7 @@ from epd.errors import InvalidRequest, ModelNotFound, NoWorker
 from epd.transport import endpoints
 from epd.types import WorkerRole
 from metastore.roster import Roster
+from proxy.byte_budget import ByteBudget
 from proxy.discovery import Discovery
 from proxy.dispatcher import Dispatcher
 from proxy.media import MediaLimits, MediaLoader
@@ -37,6 +38,8 @@ class Service:
     def __init__(self, config: ProxyConfig, roster: Roster | None = None) -> None:
         self.config = config
         self.created = int(time.time())
+        self.bytes = ByteBudget(config.max_media_bytes)
+        """Of all requests."""
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
         self.catalog = ModelCatalog(config.model, config.model_name, config.models, self._threads)
         self.media = MediaLoader(

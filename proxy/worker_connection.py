@@ -130,6 +130,13 @@ class WorkerConnection:
         return self.info.uptime_s + time.monotonic() - self._greeted_at
 
     @property
+    def is_full(self) -> bool:
+        """Whether it would refuse another request, as far as this proxy knows."""
+        limit = self.info.max_requests if self.info is not None else 0
+        load = self.reported_load
+        return bool(limit) and max(self.in_hand, load.running + load.waiting) >= limit
+
+    @property
     def in_hand(self) -> int:
         """Requests of this proxy that the worker works on."""
         return len(self._in_hand)

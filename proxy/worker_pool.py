@@ -148,7 +148,8 @@ class WorkerPool:
         Raises:
             NoWorker: no other one is ready.
         """
-        ready = {one.member.address: one for one in self.ready(role, model) if one.member.address not in avoid}
+        able = [one for one in self.ready(role, model) if one.member.address not in avoid]
+        ready = {one.member.address: one for one in [one for one in able if not one.is_full] or able}
         if not ready:
             raise no_worker(role, model)
         plan = plan or Plan()

@@ -291,7 +291,12 @@ async def run_encoder(config: EncoderConfig) -> int:
         config.model, dtype=config.dtype, device=pick_device(config.device), load_format=config.load_format
     )
     runtime = WorkerRuntime(
-        config, role=WorkerRole.ENCODER, model=model, dtype=vision.dtype, max_num_seqs=config.max_queued_images
+        config,
+        role=WorkerRole.ENCODER,
+        model=model,
+        dtype=vision.dtype,
+        max_num_seqs=config.max_queued_images,
+        max_requests=config.max_queued_images,
     )
     transfer = EmbeddingTransfer(sender=f"encoder {config.worker_addr}", model=model)
     encoder = Encoder(vision, transfer, runtime.send, config, broken=lambda: runtime.shut_down(1))

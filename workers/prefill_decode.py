@@ -422,6 +422,7 @@ async def _run(config: PrefillDecodeConfig, engine: Engine, ranks: Ranks) -> int
         dtype=str(engine.info.dtype).removeprefix("torch."),
         max_model_len=engine.info.max_model_len,
         max_num_seqs=config.max_num_seqs,
+        max_requests=config.max_num_seqs + config.max_waiting,
         task=engine.info.task,
     )
     crashed = asyncio.Event()

@@ -121,6 +121,7 @@ class WorkerRuntime:
         dtype: str,
         max_model_len: int = 0,
         max_num_seqs: int = 0,
+        max_requests: int = 0,
         task: WorkerTask = WorkerTask.GENERATE,
     ) -> None:
         self._config = config
@@ -134,6 +135,7 @@ class WorkerRuntime:
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            max_requests=max_requests,
             task=task,
             version=__version__,
             served_model_name=config.served_model_name or "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from epd.errors import ClientError, EPDError, RequestTooLarge
+from epd.errors import ClientError, EPDError, RequestTooLarge, ShuttingDown
+from proxy.byte_budget import hold
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ STREAM_HEADERS = {
 STALLED_CLIENT_S = 120.0
 """A client that takes nothing for so long is treated as gone."""
 RETRY_AFTER_S = 1
+LONGEST_RETRY_AFTER_S = 60
 
 
 def error_body(error: EPDError) -> dict[str, Any]:
@@ -45,11 +48,12 @@ def error_response(error: EPDError) -> Response:
     """The answer that an error becomes before a stream has begun."""
     headers = {}
     if error.retryable:
-        headers["retry-after"] = str(RETRY_AFTER_S)
+        wanted = math.ceil(error.retry_after_s or RETRY_AFTER_S)
+        headers["retry-after"] = str(min(max(wanted, RETRY_AFTER_S), LONGEST_RETRY_AFTER_S))
     if isinstance(error, ClientError):
         headers["x-should-retry"] = "false"
-    if isinstance(error, RequestTimeout):
-        headers["connection"] = "close"  # else the rest of the body may trickle in for ever
+    if isinstance(error, RequestTimeout | ShuttingDown):
+        headers["connection"] = "close"  # the rest of the body may trickle in for ever; or another proxy is to be asked
     return Response(msgspec.json.encode(error_body(error)), error.status, headers, JSON)
 
 
@@ -66,6 +70,7 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes
     Raises:
         RequestTooLarge: it is larger.
         RequestTimeout: it took longer.
+        Overloaded: all requests together hold too much.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -81,6 +86,7 @@ async def _read_within(request: Request, max_bytes: int) -> bytes:
         raise too_large
     body = bytearray()
     async for chunk in request.stream():
+        hold(len(chunk))
         body += chunk
         if len(body) > max_bytes:
             raise too_large

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from epd.cluster_view import ClusterView
-from epd.errors import InvalidRequest
+from epd.errors import AdminOnly, InvalidRequest
 from epd.messages import StageStats
 from epd.observability import Stage
 from epd.types import WorkerRole
@@ -82,18 +83,24 @@ def _status(model: ServedModel) -> str:
 # -- health ----------------------------------------------------------------------------------------------------------
 
 
+@router.head("/ready", include_in_schema=False)
 @router.head("/health", include_in_schema=False)
 @router.head("/healthz", include_in_schema=False)
+@router.get("/ready", tags=["operations"])
 @router.get("/healthz", tags=["operations"])
 @router.get("/health", tags=["operations"])
 async def health(request: Request) -> JSONResponse:
-    """200 while a model has live workers of each role that it needs, else 503. Models that lack some are `degraded`."""
-    models = service_of(request).models()
+    """Readiness: 200 while a model has live workers of each role that it needs, else 503; 503 too while the proxy
+    shuts down. Models that lack some are `degraded`."""
+    service = service_of(request)
+    models = service.models()
     missing = _missing(models)
-    can_serve = any(model.name not in missing for model in models)
+    is_draining = service.dispatcher.is_draining
+    can_serve = any(model.name not in missing for model in models) and not is_draining
+    status = "draining" if is_draining else "unhealthy"
     body: dict[str, Any] = {
         "message": "Ok" if can_serve else "Error",
-        "status": ("degraded" if missing else "healthy") if can_serve else "unhealthy",
+        "status": ("degraded" if missing else "healthy") if can_serve else status,
         "models": {model.name: "degraded" if model.name in missing else "healthy" for model in models},
         "total": len(models),
     }
@@ -127,10 +134,12 @@ def _missing(models: Sequence[ServedModel]) -> dict[str, list[str]]:
     return {name: roles for name, roles in found.items() if roles}
 
 
+@router.head("/livez", include_in_schema=False)
 @router.head("/ping", include_in_schema=False)
+@router.get("/livez", tags=["operations"])
 @router.get("/ping", tags=["operations"])
 async def ping() -> Response:
-    """The HTTP server answers. Says nothing of the workers."""
+    """Liveness: the HTTP server answers. Says nothing of the workers."""
     return Response()
 
 
@@ -165,19 +174,39 @@ class AbortRequest(msgspec.Struct):
 
 @router.post("/abort", tags=["operations"])
 async def abort(request: Request) -> JSONResponse:
-    """Stop requests by the ids of their answers, or all of this proxy. Unknown ids are left out of the reply."""
+    """Stop requests by the ids of their answers or by their X-Request-Id, or all of them.
+
+    For all, the admin key is needed, as `Authorization: Bearer KEY` or `X-Admin-Key: KEY`. Only requests of this proxy:
+    with several, ask each. They end with the error `aborted` and status 499; encoders and prefill-decode workers drop
+    them. The reply names those that were stopped; ids that are not in work are left out.
+    """
     service = service_of(request)
     body = await read_body(request, _MAX_SMALL_BODY_BYTES, service.config.request_timeout)
     try:
         wanted = msgspec.json.decode(body or b"{}", type=AbortRequest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"Send {{'request_id': …}} or {{'abort_all': true}}: {error}.") from error
+    if wanted.abort_all:
+        _require_admin(request, service.config.admin_key)
     active = service.dispatcher.active
     ids = [wanted.request_id] if isinstance(wanted.request_id, str) else wanted.request_id or []
-    aborted = [one for one in (list(active) if wanted.abort_all else ids) if one in active]
-    for request_id in aborted:
-        active[request_id].cancel()
+    aborted = []
+    for request_id, generation in list(active.items()):
+        if wanted.abort_all or request_id in ids or (generation.http_id and generation.http_id in ids):
+            generation.cancel()
+            aborted.append(request_id if request_id in ids or wanted.abort_all else generation.http_id)
     return JSONResponse({"status": "ok", "aborted": aborted})
+
+
+def _require_admin(request: Request, admin_key: str | None) -> None:
+    if admin_key is None:
+        raise AdminOnly("abort_all needs an admin key, and this proxy was started without --admin-key.")
+    given = request.headers.get("x-admin-key", "")
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and not given:
+        given = token.strip()
+    if not hmac.compare_digest(given.encode(), admin_key.encode()):
+        raise AdminOnly("abort_all needs the admin key, as Authorization: Bearer KEY or X-Admin-Key: KEY.")
 
 
 # -- the roster ------------------------------------------------------------------------------------------------------

@@ -31,9 +31,12 @@ async def decoded(request: Request, kind: type[T]) -> T:
     """The body, within the limits of the server.
 
     Raises:
-        RequestTooLarge, RequestTimeout, InvalidRequest: see `read_body` and `decode_body`.
+        ShuttingDown: nothing new is taken.
+        RequestTooLarge, RequestTimeout, Overloaded, InvalidRequest: see `read_body` and `decode_body`.
     """
-    config = service_of(request).config
+    service = service_of(request)
+    service.dispatcher.check_open()
+    config = service.config
     return decode_body(await read_body(request, config.max_body_bytes, config.request_timeout), kind)
 
 

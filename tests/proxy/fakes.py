@@ -77,6 +77,8 @@ class FakeWorker:
         self.refuse: str | None = None
         self.silent = False
         self.is_stuck = False
+        self.max_requests = 0
+        self.load = Load()
         self.stages: dict[str, StageStats] = {}
         self.counters: dict[str, int] = {}
         self.aborted: list[str] = []
@@ -97,6 +99,7 @@ class FakeWorker:
             dtype="float32",
             state=self.state,
             max_model_len=self.max_model_len,
+            max_requests=self.max_requests,
             task=self.task,
         )
 
@@ -155,7 +158,7 @@ class FakeWorker:
                 sequence=message.sequence,
                 incarnation=self.incarnation,
                 state=self.state,
-                load=Load(),
+                load=self.load,
                 stages=self.stages,
                 counters=self.counters,
                 stalled_s=9.0 if self.is_stuck else 0.0,

@@ -297,13 +297,13 @@ async def test_slow_reader_costs_one_slot(cluster: Cluster) -> None:
 
 
 async def test_too_many_requests(start_cluster: ClusterFactory) -> None:
-    cluster = await start_cluster(max_concurrent_requests=1)
+    cluster = await start_cluster(max_concurrent_requests=1, admin_key="secret")
     cluster.pd.script = cluster.pd.say_nothing
     task = asyncio.create_task(cluster.chat("x"))
     await cluster.pd.until(lambda: len(cluster.pd.requests) == 1)
     response = await cluster.chat("y")
     assert (response.status_code, code(response)) == (429, "overloaded")
-    aborted = await cluster.http.post("/abort", json={"abort_all": True})
+    aborted = await cluster.http.post("/abort", json={"abort_all": True}, headers={"x-admin-key": "secret"})
     assert len(aborted.json()["aborted"]) == 1
     response = await task
     assert (response.status_code, code(response)) == (499, "aborted")
