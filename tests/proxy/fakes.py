@@ -69,6 +69,7 @@ class FakeWorker:
         self.address = endpoint(address)
         self.model = model
         self.served_model_name = ""
+        self.load = Load()
         self.max_model_len = max_model_len
         self.task = WorkerTask.GENERATE
         self.incarnation = secrets.token_hex(4)
