@@ -187,6 +187,12 @@ class WorkerConfig(ModelConfig):
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     threads: int | None = option(None, "CPU threads of the model; default: one per core", minimum=1)
+    share_cores: Path | None = option(
+        None,
+        "compute in turns with the workers of this host that are given the same path: for workers that have more "
+        "threads than cores between them, on a CPU",
+        metavar="PATH",
+    )
     drain_timeout: float = option(30.0, "seconds to finish running work after SIGTERM", minimum=0)
     stall_timeout: float | None = option(
         None,

@@ -54,7 +54,10 @@ def plan_cluster(config: UpConfig, folder: Path) -> list[ChildSpec]:
     pds = [str(folder / f"prefill_decode_{i}") for i in range(config.pds)]
     everywhere = _flags(config, "log_level", "cluster_keys", "metastore_client_config")
     worker = _flags(config, "model", "load_format", "device", "dtype") + everywhere
-    worker += ("--threads", str(config.threads or _threads_per_worker(config)))
+    threads = config.threads or _threads_per_worker(config)
+    worker += ("--threads", str(threads))
+    if config.encoders and _get_in_each_others_way(threads):
+        worker += ("--share-cores", str(folder / "turns"))
     generate = worker + _flags(
         config, "task", "max_model_len", "kv_cache_memory_bytes", "quantization", "compile", "tp"
     )
@@ -63,11 +66,19 @@ def plan_cluster(config: UpConfig, folder: Path) -> list[ChildSpec]:
     return plan + [_plan_proxy(config, folder, i, encoders, pds) for i in range(config.proxies)]
 
 
+def _get_in_each_others_way(threads: int) -> bool:
+    """Whether two workers of so many threads have more of them than there are cores; a lone thread waits for nobody."""
+    return threads > 1 and _cores() < 2 * threads
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def _threads_per_worker(config: UpConfig) -> int:
     """So many that the workers of one role share the cores. More threads than cores wait for each other in every
     matrix product: four workers of two threads each on two cores took eight times as long as with one each."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, cores // max(config.encoders, config.pds * config.tp))
+    return max(1, _cores() // max(config.encoders, config.pds * config.tp))
 
 
 def _plan_proxy(config: UpConfig, folder: Path, index: int, encoders: list[str], pds: list[str]) -> ChildSpec:

@@ -32,6 +32,7 @@ from epd.errors import (
 from epd.messages import Abort, AnyMessage, EncodeRequest, EncodeResult, Load, Peers, StageStats
 from epd.observability import Stage, StageRecorder, Stopwatch
 from epd.types import WorkerRole
+from workers.core_turns import CoreTurns
 from workers.embedding_cache import EmbeddingCache, EncodedImage
 from workers.embedding_transfer import EmbeddingTransfer
 from workers.encode_pipeline import EncodePipeline, ImageFile, P, StageNote, Vision, for_client
@@ -287,9 +288,10 @@ async def run_encoder(config: EncoderConfig) -> int:
     # Pillow warns of damaged metadata; strangers' files must not write into our log.
     warnings.filterwarnings("ignore", module="PIL")
     model = fingerprint(config.model)
-    vision = VisionModel.load(
-        config.model, dtype=config.dtype, device=pick_device(config.device), load_format=config.load_format
-    )
+    device = pick_device(config.device)
+    vision = VisionModel.load(config.model, dtype=config.dtype, device=device, load_format=config.load_format)
+    if config.share_cores is not None and device == "cpu":
+        vision.take_turns(CoreTurns(config.share_cores))
     runtime = WorkerRuntime(
         config,
         role=WorkerRole.ENCODER,

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from epd.errors import EPDError, ErrorInfo, InternalError, NoWorker
+from workers.core_turns import CoreTurns
 from workers.engine.engine import Engine
 from workers.engine.outputs import StepOutput
 from workers.stall_watch import Progress
@@ -38,10 +39,15 @@ class EngineThread:
         engine: as built, on the calling thread.
         deliver: called on the event loop, once a step.
         crashed: called on the event loop when the engine can't go on. No request is answered after that.
+        turns: each step takes one.
     """
 
     def __init__(
-        self, engine: Engine, deliver: Callable[[Sequence[StepOutput]], None], crashed: Callable[[], None]
+        self,
+        engine: Engine,
+        deliver: Callable[[Sequence[StepOutput]], None],
+        crashed: Callable[[], None],
+        turns: CoreTurns,
     ) -> None:
         self.load = engine.load()
         """As of the last step. Read by the event loop, replaced by the thread."""
@@ -60,6 +66,7 @@ class EngineThread:
         self._engine = engine
         self._deliver = deliver
         self._crashed = crashed
+        self._turns = turns
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -123,7 +130,8 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while self._take_commands():
-                outputs = self._engine.step()
+                with self._turns:
+                    outputs = self._engine.step()
                 self.steps += 1
                 self.load = self._engine.load()
                 if outputs:

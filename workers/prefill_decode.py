@@ -45,6 +45,7 @@ from epd.messages import (
 )
 from epd.observability import Stage, StageRecorder
 from epd.types import FinishReason, Grammar, WorkerRole, WorkerTask
+from workers.core_turns import CoreTurns
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.grammar import GrammarCompiler
@@ -85,9 +86,18 @@ class PrefillDecodeService:
         send: answers a peer.
         max_requests: running and waiting ones together; more are refused as overloaded.
         crashed: called once when the engine can't go on, after all requests were answered.
+        turns: with the other workers that share the cores; None: nobody does.
     """
 
-    def __init__(self, engine: Engine, send: Send, *, max_requests: int, crashed: asyncio.Event) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        send: Send,
+        *,
+        max_requests: int,
+        crashed: asyncio.Event,
+        turns: CoreTurns | None = None,
+    ) -> None:
         self._send = send
         self._max_requests = max_requests
         self._crashed = crashed
@@ -95,7 +105,7 @@ class PrefillDecodeService:
         self._compile_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         self._compiling: dict[str, asyncio.Task[None]] = {}
         """Requests that the engine does not know yet, by engine id."""
-        self._engine = EngineThread(engine, self._deliver, self._engine_crashed)
+        self._engine = EngineThread(engine, self._deliver, self._engine_crashed, turns or CoreTurns(None))
         self._accepted: dict[str, _Accepted] = {}
         self._engine_ids: dict[tuple[bytes, str], str] = {}
         self._next_id = 0
@@ -427,7 +437,11 @@ async def _run(config: PrefillDecodeConfig, engine: Engine, ranks: Ranks) -> int
     )
     crashed = asyncio.Event()
     service = PrefillDecodeService(
-        engine, runtime.send, max_requests=config.max_num_seqs + config.max_waiting, crashed=crashed
+        engine,
+        runtime.send,
+        max_requests=config.max_num_seqs + config.max_waiting,
+        crashed=crashed,
+        turns=CoreTurns(None if _on_gpu(config) else config.share_cores),
     )
     loop = asyncio.get_running_loop()
     ranks.died = lambda reason: loop.call_soon_threadsafe(service.fail, reason)
@@ -442,6 +456,10 @@ async def _run(config: PrefillDecodeConfig, engine: Engine, ranks: Ranks) -> int
 async def _shut_down_on_crash(crashed: asyncio.Event, runtime: WorkerRuntime) -> None:
     await crashed.wait()
     runtime.shut_down(exit_code=1)
+
+
+def _on_gpu(config: PrefillDecodeConfig) -> bool:
+    return config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
 
 
 def _engine_config(config: PrefillDecodeConfig) -> EngineConfig:

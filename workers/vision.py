@@ -13,10 +13,12 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from torch import nn
 
 from epd.checkpoint import image_placeholder
 from epd.errors import ConfigError, InternalError
 from workers import quantization, tower_cpu
+from workers.core_turns import CoreTurns
 from workers.embedding_cache import EncodedImage
 from workers.engine.transfer import large_to_device
 from workers.families import Family, family_of
@@ -57,6 +59,8 @@ class Tower(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]: ...  # noqa: D102
 
+    def modules(self) -> Iterator[nn.Module]: ...  # noqa: D102
+
     def get_image_features(self, **inputs: torch.Tensor) -> Any:
         """`pooler_output` of what is returned: [rows, hidden size] for each picture or for each tile."""
 
@@ -72,6 +76,7 @@ class VisionModel:
         self._family = family
         self._inputs = inputs
         self._device = device
+        self._turns = CoreTurns(None)
 
     @classmethod
     def load(cls, path: Path, *, dtype: str = "auto", device: str = "cpu", load_format: str = "auto") -> VisionModel:
@@ -122,6 +127,14 @@ class VisionModel:
         down, across = (patch, patch) if isinstance(patch, int) else patch
         return len(pixels) * (pixels.shape[-2] // down) * (pixels.shape[-1] // across)
 
+    def take_turns(self, turns: CoreTurns) -> None:
+        """Share the cores with other workers: `encode` takes turns and gives way between layers. Call it once."""
+        self._turns = turns
+        for layers in self._tower.modules():
+            for layer in layers if isinstance(layers, nn.ModuleList) else ():
+                for part in (layer, *layer.children()):
+                    part.register_forward_pre_hook(lambda *_: turns.give_way())
+
     @torch.inference_mode()
     def encode(self, images: Sequence[PreparedImage]) -> list[torch.Tensor]:
         """Run the vision tower over all pictures: at once, as far as their inputs have the same form.
@@ -137,8 +150,9 @@ class VisionModel:
         for index, image in enumerate(images):
             batches.setdefault(tuple(tensor.shape[1:] for tensor in image.inputs.values()), []).append(index)
         encoded: dict[int, torch.Tensor] = {}
-        for indices in batches.values():
-            encoded.update(zip(indices, self._encode_batch([images[index] for index in indices]), strict=True))
+        with self._turns:
+            for indices in batches.values():
+                encoded.update(zip(indices, self._encode_batch([images[index] for index in indices]), strict=True))
         return [encoded[index] for index in range(len(images))]
 
     def _encode_batch(self, images: list[PreparedImage]) -> list[torch.Tensor]:

@@ -52,6 +52,25 @@ def test_workers_of_one_role_share_the_cores(
     assert all(spec.arguments[spec.arguments.index("--threads") + 1] == str(expected) for spec in plan[:-1])
 
 
+@pytest.mark.parametrize(
+    ("cores", "config", "expected"),
+    [
+        (2, {}, True),
+        (8, {"threads": 5}, True),
+        (8, {"threads": 4}, False),
+        (1, {}, False),
+        (2, {"encoders": 2, "pds": 2}, False),
+        (2, {"encoders": 0}, False),
+    ],
+)
+def test_workers_with_more_threads_than_cores_take_turns(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cores: int, config: dict[str, int], expected: bool
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    plan = plan_cluster(UpConfig(**config), tmp_path)  # type: ignore[arg-type]
+    assert [("--share-cores" in spec.arguments) for spec in plan] == [expected] * (len(plan) - 1) + [False]
+
+
 class StubCluster(Cluster):
     """Children that are quick to start, in place of real ones."""
 

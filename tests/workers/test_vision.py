@@ -172,6 +172,9 @@ class FakeTower:
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(())
 
+    def modules(self) -> Iterator[torch.nn.Module]:
+        return iter(())
+
     def get_image_features(self, **inputs: torch.Tensor) -> Any:
         pixels = inputs["pixel_values"]
         self.batches.append(len(pixels))
