@@ -30,11 +30,13 @@ class CoreTurns:
     Args:
         path: the same for all workers that share cores; two files of that name, with endings, are made there. None: the
             cores are this worker's alone, and turns cost nothing.
-        longest_wait_s: how long to wait for a turn before going on without.
+        longest_wait_s: how long to wait for a turn before going on without. Whoever waited for so long in vain does
+            not wait again before it gets a turn: the other one may hang for minutes.
     """
 
     def __init__(self, path: Path | None, *, longest_wait_s: float = _LONGEST_WAIT_S) -> None:
         self._longest_wait_s = longest_wait_s
+        self._is_hopeful = True
         self._began = 0.0
         self._files: tuple[int, int] | None = None
         if path is not None:
@@ -46,10 +48,9 @@ class CoreTurns:
         if self._files is None:
             return
         next_, cores = self._files
-        give_up = time.monotonic() + self._longest_wait_s
-        if _lock(next_, give_up):
-            _lock(cores, give_up)
-            fcntl.flock(next_, fcntl.LOCK_UN)
+        give_up = time.monotonic() + self._longest_wait_s * self._is_hopeful
+        self._is_hopeful = _lock(next_, give_up) and _lock(cores, give_up)
+        fcntl.flock(next_, fcntl.LOCK_UN)
         self._began = time.monotonic()
 
     def __exit__(

@@ -63,9 +63,19 @@ def test_a_turn_ends_with_its_process_or_before(holder: subprocess.Popen[str], t
 
 
 def test_who_hangs_in_a_turn_does_not_stop_the_others(holder: subprocess.Popen[str], tmp_path: Path) -> None:
-    with CoreTurns(tmp_path / "turns", longest_wait_s=0.05):
-        pass
-    assert holder.poll() is None
+    turns = CoreTurns(tmp_path / "turns", longest_wait_s=0.05)
+    with turns:
+        assert holder.poll() is None
+    turns._longest_wait_s = 3600.0
+    with turns:  # has waited once, and does not wait again
+        assert holder.poll() is None
+    holder.kill()
+    holder.wait()
+    with turns:
+        entered = threading.Event()
+        thread = take(tmp_path / "turns", entered)
+        assert not entered.wait(0.2)  # turns are as before
+    thread.join()
 
 
 def test_who_waits_goes_before_who_wants_another_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
