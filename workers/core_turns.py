@@ -19,8 +19,9 @@ from types import TracebackType
 
 SLICE_S = 0.03
 """After so long, work that can pause should `give_way`."""
-_LONGEST_WAIT_S = 2.0
-"""Then a worker computes without a turn: side by side is slow, but it goes on when another one hangs in its turn."""
+_LONGEST_WAIT_S = 0.5
+"""Then a worker computes without a turn: side by side is slow, but it goes on when another one hangs in its turn. Well
+below the two seconds after which a worker without finished steps may count as stuck (`workers.stall_watch`)."""
 _LOOK_EVERY_S = 0.0002
 
 
