@@ -108,7 +108,10 @@ def _add_ping(commands: Any) -> None:
 def _add_status(commands: Any) -> None:
     status = _add_command(commands, "status", _status, "show each worker, its load, and what is wrong", None)
     status.epilog = "Exit codes: 0 all is well, 1 a role is missing or a worker is not well, 2 nobody answers."
-    status.add_argument("--url", default="http://127.0.0.1:5580", help="URL of a proxy (default: %(default)s)")
+    status.add_argument("--url", help="URL of a proxy (default: http://127.0.0.1:5580)")
+    status.add_argument(
+        "--metastore-client-config", metavar="JSON", help="look into the metastore instead, as in `epd proxy --help`"
+    )
     status.add_argument(
         "--watch",
         type=float,
@@ -272,9 +275,18 @@ def _ping(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from epd.status import StatusQuery, show_status
+    from epd.status import DEFAULT_URL, StatusQuery, show_status
+    from metastore.config import MetastoreConfig
 
-    return show_status(StatusQuery(url=arguments.url, watch=arguments.watch, json=arguments.json))
+    text = arguments.metastore_client_config if arguments.url is None else None
+    return show_status(
+        StatusQuery(
+            url=arguments.url or DEFAULT_URL,
+            metastore=None if text is None else MetastoreConfig.from_json(text),
+            watch=arguments.watch,
+            json=arguments.json,
+        )
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> int:

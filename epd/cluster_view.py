@@ -32,8 +32,8 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     cache_hits: int = 0
     """Of embeddings by picture (encoder), of prompt tokens (PD), since its start."""
     cache_queries: int = 0
-    errors: int = 0
-    """Requests or pictures that it failed, and malformed messages that it dropped, since its start."""
+    errors: int | None = 0
+    """Requests or pictures that it failed, and malformed messages that it dropped, since its start; None: not known."""
 
     @property
     def kv_use(self) -> float | None:

@@ -5,6 +5,7 @@ Exit codes: 0 all is well, 1 a role is missing or a worker is not as it should b
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sys
 import time
@@ -16,7 +17,11 @@ import msgspec
 
 from epd.cluster_view import ClusterView, WorkerView
 from epd.errors import ConfigError
+from epd.status_store import read_roster
+from metastore.base import MetastoreError
+from metastore.config import MetastoreConfig
 
+DEFAULT_URL = "http://127.0.0.1:5580"
 EXIT_OK, EXIT_DEGRADED, EXIT_UNREACHABLE = 0, 1, 2
 _TIMEOUT_S = 5.0
 _LEAST_WIDTH = 80
@@ -34,12 +39,14 @@ _TO_THE_RIGHT = {"AGE", "RUN", "WAIT", "KV", "CACHE", "ERRORS"}
 class StatusQuery:
     """Whom to ask, and how to show the answer."""
 
-    url: str
+    url: str = DEFAULT_URL
     """Of a proxy, with or without `/v1`."""
+    metastore: MetastoreConfig | None = None
+    """Where to look instead of asking a proxy."""
     watch: float | None = None
     """Seconds between two looks; None: look once."""
     json: bool = False
-    """Print the proxy's answer as it is."""
+    """Print the roster as JSON."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError."""
@@ -48,9 +55,14 @@ class StatusQuery:
         if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).netloc:
             raise ConfigError(f"--url {self.url}: want http://host:port")
 
+    @property
+    def source(self) -> str:
+        """Who is asked, for people."""
+        return self.url if self.metastore is None else f"metastore {self.metastore.safe_address}"
+
 
 class Unreachable(Exception):
-    """Nobody answers at the URL, or it is no proxy of ours."""
+    """Nobody answers, or it is no proxy of ours."""
 
 
 def show_status(query: StatusQuery) -> int:
@@ -68,18 +80,31 @@ def show_status(query: StatusQuery) -> int:
 
 def _look(query: StatusQuery) -> int:
     try:
-        body = fetch(query.url)
-        view = msgspec.json.decode(body, type=ClusterView)
-    except (Unreachable, msgspec.DecodeError, UnicodeDecodeError) as error:
-        reason = str(error) if isinstance(error, Unreachable) else f"{query.url} is no proxy of this version: {error}"
+        view = _ask_proxy(query.url) if query.metastore is None else _read_metastore(query.metastore)
+    except Unreachable as error:
         _clear_screen(query)
-        print(f"epd: {reason}", file=sys.stderr, flush=True)
+        print(f"epd: {error}", file=sys.stderr, flush=True)
         return EXIT_UNREACHABLE
     width = max(_LEAST_WIDTH, shutil.get_terminal_size((120, 24)).columns)
-    text = body.decode() if query.json else format_view(view, query.url, width)
+    text = msgspec.json.encode(view).decode() if query.json else format_view(view, query.source, width)
     _clear_screen(query)
     print(text, flush=True)
     return EXIT_OK if view.status == "ok" else EXIT_DEGRADED
+
+
+def _ask_proxy(url: str) -> ClusterView:
+    try:
+        return msgspec.json.decode(fetch(url), type=ClusterView)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Unreachable(f"{url} is no proxy of this version: {error}") from error
+
+
+def _read_metastore(config: MetastoreConfig) -> ClusterView:
+    try:
+        return asyncio.run(read_roster(config, _TIMEOUT_S))
+    except (MetastoreError, TimeoutError) as error:
+        reason = str(error) or f"no answer within {_TIMEOUT_S:g} s"
+        raise Unreachable(f"the metastore {config.safe_address} can't be read: {reason}") from error
 
 
 def _clear_screen(query: StatusQuery) -> None:
@@ -114,10 +139,12 @@ def fetch(url: str) -> bytes:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def format_view(view: ClusterView, url: str, width: int) -> str:
+def format_view(view: ClusterView, source: str, width: int) -> str:
     """Headline, table, and one line for each thing that is wrong; lines of the table fit into `width` columns."""
-    requests = f"{view.requests} request{'' if view.requests == 1 else 's'} in work"
-    head = f"{_headline(view)}   {url}: {requests}, up {format_age(view.uptime_s)}"
+    head = f"{_headline(view)}   {source}"
+    if view.uptime_s:
+        requests = f"{view.requests} request{'' if view.requests == 1 else 's'} in work"
+        head += f": {requests}, up {format_age(view.uptime_s)}"
     rows = [_HEADINGS, *(_row(worker) for worker in view.workers)]
     lines = [head, "", *_align(rows, width)]
     if not view.workers:
@@ -131,7 +158,7 @@ def format_view(view: ClusterView, url: str, width: int) -> str:
 def _headline(view: ClusterView) -> str:
     missing = any(model.missing for model in view.models)
     unwell = sum(1 for worker in view.workers if worker.problem)
-    if missing:
+    if missing or not view.models:
         return "DEGRADED"
     return f"{unwell} of {len(view.workers)} workers need attention" if unwell else "ok"
 
@@ -169,7 +196,7 @@ def _row(worker: WorkerView) -> tuple[str, ...]:
         str(worker.waiting) if is_up else _UNKNOWN,
         _percent(worker.kv_use),
         _percent(worker.cache_hit_rate),
-        str(worker.errors) if is_up else _UNKNOWN,
+        str(worker.errors) if is_up and worker.errors is not None else _UNKNOWN,
         worker.model or _UNKNOWN,
     )
 

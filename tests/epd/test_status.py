@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,7 +17,13 @@ import pytest
 from epd.bench.children import free_port
 from epd.cli import main
 from epd.cluster_view import ClusterView, ModelView, WorkerView
+from epd.messages import PROTOCOL_VERSION, Load, WorkerInfo
 from epd.status import format_age, format_view
+from epd.types import WorkerRole, WorkerState
+from metastore.base import PROXY_ROLE, Record
+from metastore.config import MetastoreConfig
+from metastore.connect import make_metastore
+from tests.redis_server import redis_server
 
 ENCODER = WorkerView(role="encoder", address="tcp://127.0.0.1:7001", model="m", state="ready", age_s=42, errors=3)
 PD = WorkerView(
@@ -99,6 +108,56 @@ def test_exit_code_tells_well_degraded_and_unreachable(capsys: pytest.CaptureFix
             assert msgspec.json.decode(capsys.readouterr().out.splitlines()[-1], type=ClusterView) == answer
     assert main(["status", "--url", f"http://127.0.0.1:{free_port()}"]) == 2
     assert "no proxy answers" in capsys.readouterr().err
+
+
+def record(role: WorkerRole, address: str, **fields: Any) -> Record:
+    worker = WorkerInfo(role=role, address=address, incarnation="1", model="0123456789abcdef", dtype="x", **fields)
+    return Record(
+        role=role.value,
+        address=address,
+        incarnation="1",
+        protocol_version=PROTOCOL_VERSION,
+        worker=worker,
+        load=Load(running=3),
+        uptime_s=61.0,
+    )
+
+
+def test_roster_in_the_metastore(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = record(WorkerRole.ENCODER, "tcp://127.0.0.1:7001", served_model_name="seen")
+    pd = record(WorkerRole.PREFILL_DECODE, "tcp://127.0.0.1:7002", served_model_name="seen", state=WorkerState.DRAINING)
+    other = record(WorkerRole.PREFILL_DECODE, "tcp://127.0.0.1:7003", served_model_name="seen")
+    proxy = Record(role=PROXY_ROLE, address="http://h:1", incarnation="1", protocol_version=PROTOCOL_VERSION)
+
+    async def register(url: str, *records: Record) -> None:
+        store = make_metastore(MetastoreConfig(address=url))
+        for index, one in enumerate(records):
+            assert await store.put(msgspec.structs.replace(one, token=index + 1), 60.0)
+        await store.close()
+
+    with redis_server(tmp_path, password="secret") as redis:
+        flags = ["status", "--metastore-client-config", json.dumps({"metastore_address": redis.url})]
+        assert main(flags) == 1
+        assert "No worker has registered" in capsys.readouterr().out
+        asyncio.run(register(redis.url, encoder, pd))
+        assert main(flags) == 1
+        assert "seen: no prefill-decode worker takes requests" in capsys.readouterr().out
+        asyncio.run(register(redis.url, encoder, pd, other, proxy))
+        assert main(flags) == 0
+        head, _, _, *rows = capsys.readouterr().out.splitlines()
+        assert head.startswith("ok   metastore redis://***@127.0.0.1")
+        assert [row.split()[:3] for row in rows] == [
+            ["encoder", "127.0.0.1:7001", "ready"],
+            ["pd", "127.0.0.1:7002", "draining"],
+            ["pd", "127.0.0.1:7003", "ready"],
+            ["proxy", "http://h:1", "ready"],
+        ]
+        assert rows[1].split()[3:] == ["1m", "3", "0", "–", "–", "–", "seen"]
+        redis.kill()
+        assert main(flags) == 2
+        told = capsys.readouterr().err
+        assert "can't be read" in told
+        assert "secret" not in told
 
 
 @pytest.mark.parametrize(("body", "status"), [(b"nonsense", 200), (b"[]", 200), (b"\xff", 200), (b"{}", 404)])
