@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+KUBERNETES := 1.33.0
 
 .PHONY: help demo serve test faults bench check format clean
 
@@ -24,11 +25,14 @@ faults: $(READY) ## break a cluster under load in every way we know, report what
 bench: $(READY) ## measure everything, write BENCHMARKS.md
 	$(BIN)/epd bench report
 
-check: $(READY) ## lint, format, types (the import rules are among the tests too)
+check: $(READY) ## lint, format, types, the files of deploy/ (the import rules are among the tests too)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_import_rules.py
+	$(BIN)/hadolint deploy/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/docker-compose.yml deploy/multi-node/*.yml
+	$(BIN)/kubernetes-validate --strict --quiet --kubernetes-version $(KUBERNETES) $(wildcard deploy/kubernetes/base/[!k]*.yaml)
 
 format: $(READY) ## mend what ruff can mend
 	$(BIN)/ruff check --fix .

@@ -32,7 +32,7 @@ Command = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 failed, 2 a flag or file is wrong, 130 interrupted."""
     try:
-        parsed = _parser().parse_args(arguments)
+        parsed = make_parser().parse_args(arguments)
         command: Command = parsed.command
         if "metastore_client_config" in parsed and command is not _up:  # whose children read the same variables
             parsed.metastore_client_config = metastore_client_config(parsed.metastore_client_config, os.environ)
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """All commands with their flags. Tests hold what is written elsewhere, such as in deploy/, against it."""
     parser = argparse.ArgumentParser(
         prog="epd",
         description="A disaggregated encode / prefill / decode cluster for multimodal models.",
