@@ -31,7 +31,7 @@ class RedisClient(Protocol):
     async def read_all(self, pattern: str, count: int) -> dict[str, bytes]:
         """Key → value of all keys that match; `count` keys are looked at in one step."""
 
-    def pubsub(self) -> Any:
+    async def pubsub(self) -> Any:
         """A subscription of redis-py, on a connection of its own."""
 
     async def close(self) -> None:
@@ -143,7 +143,7 @@ class _Single:
         keys = [key async for key in self._client.scan_iter(match=pattern, count=count)]
         return _pair(keys, await self._client.mget(keys) if keys else [])
 
-    def pubsub(self) -> Any:
+    async def pubsub(self) -> Any:
         return self._client.pubsub()
 
     async def close(self) -> None:
@@ -171,7 +171,8 @@ class _Cluster:
         keys = [key async for key in self._client.scan_iter(match=pattern, count=count)]
         return _pair(keys, await self._client.mget_nonatomic(keys) if keys else [])
 
-    def pubsub(self) -> Any:
+    async def pubsub(self) -> Any:
+        await self._client.initialize()  # a subscription does not ask by itself which servers there are
         return self._client.pubsub()
 
     async def close(self) -> None:

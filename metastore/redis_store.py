@@ -147,9 +147,8 @@ class RedisMetastoreClient(Metastore):
 
     async def _follow(self, subscribed: Callable[[], None], changed: Callable[[Event], None]) -> None:
         channels = [self._events] if self._expired is None else [self._events, self._expired]
-        async with self._client.pubsub() as pubsub:
-            async with asyncio.timeout(_DEADLINE_TIMEOUTS * self._timeout_s):
-                await pubsub.subscribe(*channels)
+        async with await self._bounded(self._client.pubsub()) as pubsub:
+            await self._bounded(pubsub.subscribe(*channels))
             is_asked = False
             while True:
                 message = await pubsub.get_message(timeout=self._timeout_s)

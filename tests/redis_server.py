@@ -46,7 +46,7 @@ class RedisServer:
         host: address to listen on.
         port: to listen on; kept over restarts.
         password: of the default user; empty: none is asked for.
-        options: further words of its command line, such as `("--user", "epd on >secret ~epd:* &epd:* +@all")`.
+        options: further words of its command line, such as `("--user", "epd", "on", ">secret", "~epd:*", "+@all")`.
         prefix: words before the command, such as `("ip", "netns", "exec", "host1")`.
     """
 
