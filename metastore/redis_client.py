@@ -57,7 +57,7 @@ def connect(config: MetastoreConfig) -> RedisClient:
     if transport == "unix":
         raise ValueError(f"a {kind} has no Unix socket")
     servers = _Servers(rest, _DEFAULT_PORTS[kind])
-    return _Single(_behind_sentinels(servers, settings)) if kind == "sentinel" else _cluster(servers, settings)
+    return _behind_sentinels(servers, settings) if kind == "sentinel" else _cluster(servers, settings)
 
 
 def _settings(config: MetastoreConfig, *, is_tls: bool) -> dict[str, Any]:
@@ -113,13 +113,13 @@ class _Servers:
         self.hosts = [(str(part.hostname), part.port or default_port) for part in parts]
 
 
-def _behind_sentinels(servers: _Servers, settings: dict[str, Any]) -> Redis:
+def _behind_sentinels(servers: _Servers, settings: dict[str, Any]) -> RedisClient:
     if not 1 <= len(servers.path) <= 2 or not (servers.path[1:] or ["0"])[0].isdecimal():
         raise ValueError("behind the sentinels want the name they know the server by: …/NAME or …/NAME/DB")
     make_sentinel: Any = Sentinel  # redis-py has no types for it
     sentinel = make_sentinel(servers.hosts, sentinel_kwargs=settings, **settings)
     client: Redis = sentinel.master_for(servers.path[0], db=int((servers.path[1:] or ["0"])[0]), **servers.login)
-    return client
+    return _Single(client, sentinel)
 
 
 def _cluster(servers: _Servers, settings: dict[str, Any]) -> RedisClient:
@@ -129,10 +129,11 @@ def _cluster(servers: _Servers, settings: dict[str, Any]) -> RedisClient:
 
 
 class _Single:
-    """One server at a time."""
+    """One server at a time. `sentinels`: those who say which, with connections of their own."""
 
-    def __init__(self, client: Redis) -> None:
+    def __init__(self, client: Redis, sentinels: Any = None) -> None:
         self._client: Any = client
+        self._sentinels = sentinels
         database = client.connection_pool.connection_kwargs.get("db") or 0
         self.expired_channel: str | None = f"__keyevent@{database}__:expired"
 
@@ -148,6 +149,8 @@ class _Single:
 
     async def close(self) -> None:
         await self._client.aclose()
+        if self._sentinels is not None:
+            await self._sentinels.aclose()
 
 
 class _Cluster:
