@@ -160,7 +160,6 @@ def _proxy(arguments: argparse.Namespace) -> int:
 def _encoder(arguments: argparse.Namespace) -> int:
     config = read_flags(EncoderConfig, arguments)
     _prepare_worker(config)
-    os.nice(config.nice)
     from workers.encoder import run_encoder
 
     return _run(run_encoder(config))

@@ -216,7 +216,8 @@ class EncoderConfig(WorkerConfig):
     max_queued_images: int = option(256, "pictures waiting at most; more are refused as overloaded", minimum=1)
     nice: int = option(
         5,
-        "how far to stand back where cores are shared, so that answers under way go on; 0: not at all, 19: most",
+        "how far the threads that compute stand back where cores are shared (Linux), so that answers under way go on; "
+        "0: not at all, 19: most",
         minimum=0,
     )
     preprocess_threads: int = option(2, "threads that decode and resize pictures", minimum=1)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import sys
+import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,6 +85,7 @@ class EncodePipeline(Generic[P]):
         preprocess_threads: size of the pool.
         stages: where durations are noted.
         broken: called when the tower fails even on a blank picture: the process should be restarted.
+        nice: how far the threads that compute stand back.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class EncodePipeline(Generic[P]):
         preprocess_threads: int,
         stages: StageRecorder,
         broken: Callable[[], None],
+        nice: int = 0,
     ) -> None:
         self._vision = vision
         self._limits = limits
@@ -104,8 +109,8 @@ class EncodePipeline(Generic[P]):
         self._max_preparing = preprocess_threads
         self._preparing = 0
         self._encoding = False
-        self._preprocess_pool = ThreadPoolExecutor(preprocess_threads, thread_name_prefix="preprocess")
-        self._tower_thread = ThreadPoolExecutor(1, thread_name_prefix="tower")
+        self._preprocess_pool = ThreadPoolExecutor(preprocess_threads, "preprocess", _stand_back, (nice,))
+        self._tower_thread = ThreadPoolExecutor(1, "tower", _stand_back, (nice,))
         self._tasks: set[asyncio.Task[None]] = set()
         self._durations = EncodeModel()
         self._steps = 0
@@ -256,3 +261,13 @@ def for_client(error: BaseException) -> EPDError:
         return error
     log.error("encoding failed", exc_info=error)
     return InternalError("The encoder failed on this image.")
+
+
+def _stand_back(nice: int) -> None:
+    """Lower the priority of this thread and of those that it starts, as OpenMP's are; the event loop keeps its own.
+
+    An event loop that stood back as well would be silent under load, and taken for dead.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + nice)

@@ -106,6 +106,7 @@ class Encoder(Generic[P]):
             preprocess_threads=config.preprocess_threads,
             stages=self._stages,
             broken=broken,
+            nice=config.nice,
         )
         self._accepted: set[_Accepted] = set()
         self._held_bytes = 0

@@ -76,17 +76,21 @@ class FakeVision:
         """Released when a batch has entered the tower."""
         self.bad_widths: set[int] = set()
         self.broken = False
+        self.priorities: list[int] = []
+        """Of the threads that preprocessed and computed, in this order."""
 
     def preprocess(self, image: Image.Image, max_pixels: int | None = None) -> Prepared:
         assert self.may_preprocess.wait(30)
         if image.width == 13:
             raise InvalidImage("unlucky")
+        self.priorities.append(_priority())
         self.preprocessed.append(image.width)
         return Prepared(image.width, num_patches=image.width)
 
     def encode_for_wire(self, images: list[Prepared]) -> list[EncodedImage]:
         self.inside.release()
         assert self.may_run.wait(30)
+        self.priorities.append(_priority())
         self.batches.append([image.width for image in images])
         if self.bad_widths & {image.width for image in images}:
             raise RuntimeError("no such luck")
@@ -102,6 +106,10 @@ class FakeVision:
     async def entered(self) -> None:
         """Return when a batch is in the tower."""
         assert await asyncio.to_thread(self.inside.acquire, timeout=30)
+
+
+def _priority() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
 class FakeTransfer:
@@ -224,6 +232,14 @@ async def test_a_picture_is_encoded_shipped_and_reported(bench: Bench) -> None:
     assert bench.results[0][0] == PROXY
     stages = bench.encoder.stages()
     assert {name: stats.count for name, stats in stages.items()} == dict.fromkeys([*result.timings_ms, "e2e"], 1)
+
+
+async def test_threads_that_compute_stand_back_and_the_event_loop_does_not(bench: Bench) -> None:
+    before = _priority()
+    bench.ask("r")
+    assert (await bench.one()).error is None
+    assert bench.vision.priorities == [min(before + EncoderConfig.nice, 19)] * 2
+    assert _priority() == before
 
 
 async def test_the_result_comes_after_the_pd_has_taken_the_embeddings(bench: Bench) -> None:
