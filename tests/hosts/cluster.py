@@ -107,6 +107,14 @@ class HostCluster:
         self.hosts[name].heal()
         self.processes[name].start()
 
+    def close(self) -> None:
+        """End everything."""
+        self.redis.stop()
+        for process in self.processes.values():
+            if hasattr(process, "popen"):
+                process.popen.kill()
+                process.popen.wait(20)
+
 
 def _ready(view: ClusterView) -> set[str]:
     return {one.address for one in view.workers if one.state == "ready" and not one.problem}
@@ -118,8 +126,11 @@ def running(folder: Path) -> Iterator[HostCluster]:
     with network() as net:
         hosts = {name: net.add_host(name) for name in ("client", "store", *PROXIES, *WORKERS)}
         cluster = HostCluster(folder, hosts)
-        cluster.redis.start()
-        for process in cluster.processes.values():
-            process.start()
-        hosts["client"].call(lambda: asyncio.run(cluster.wait_ready(*WORKERS)))
-        yield cluster
+        try:
+            cluster.redis.start()
+            for process in cluster.processes.values():
+                process.start()
+            hosts["client"].call(lambda: asyncio.run(cluster.wait_ready(*WORKERS)))
+            yield cluster
+        finally:
+            cluster.close()

@@ -7,6 +7,8 @@ each role, so every answer must be right, and none may fail.
 from __future__ import annotations
 
 import asyncio
+import base64
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -44,7 +46,8 @@ class Traffic:
         while not self._is_over:
             request, expected = rng.choice(self._pool)
             stream, first = rng.random() < 0.6, rng.randrange(2)
-            self.outcomes.append(await self._asker.ask(request, expected, stream=stream, first=first))
+            asked = with_new_pictures(request, rng)
+            self.outcomes.append(await self._asker.ask(asked, expected, stream=stream, first=first))
 
     async def answered(self, count: int) -> None:
         """Wait until so many more requests have been answered."""
@@ -57,6 +60,23 @@ class Traffic:
         """No new requests; wait for the answers to those under way, each of which has its own deadline."""
         self._is_over = True
         await asyncio.gather(*self._clients)
+
+
+def with_new_pictures(request: SoakRequest, rng: random.Random) -> SoakRequest:
+    """The same request with files that nobody has seen and pixels that have the same answer: each must be encoded."""
+    [message] = request.fields["messages"]
+    parts = [_with_new_file(part, rng) if part["type"] == "image_url" else part for part in message["content"]]
+    return dataclasses.replace(request, fields=request.fields | {"messages": [message | {"content": parts}]})
+
+
+def _with_new_file(part: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    head, _, data = part["image_url"]["url"].partition(",")
+    jpeg, comment = base64.b64decode(data), rng.randbytes(16)
+    segment = b"\xff\xfe" + (2 + len(comment)).to_bytes(2, "big") + comment  # COM, behind the start of the image
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"{head},{base64.b64encode(jpeg[:2] + segment + jpeg[2:]).decode()}"},
+    }
 
 
 class Site:
@@ -143,6 +163,7 @@ def test_an_encoder_that_can_not_reach_one_prefill_decode_worker(site: Site) -> 
             deaf.lose_packets_to(host)
             await traffic.answered(20)
             deaf.reach_again(host)
+        assert "pings went unanswered" in site.cluster.processes["encoder0"].log_text()
 
     site.run(scenario)
 
