@@ -46,6 +46,7 @@ from epd.messages import (
 from epd.observability import Stage, StageRecorder
 from epd.types import FinishReason, Grammar, WorkerRole, WorkerTask
 from workers.core_turns import CoreTurns
+from workers.engine.assembly import load_engine
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.grammar import GrammarCompiler
@@ -419,7 +420,7 @@ async def run_prefill_decode(config: PrefillDecodeConfig) -> int:
     try:
         threads = torch.get_num_threads()
         group = ranks.start(settings, name=config.name, log_level=config.log_level, threads=threads)
-        return await _run(config, Engine.from_checkpoint(settings, group=group), ranks)
+        return await _run(config, load_engine(settings, group=group), ranks)
     finally:
         ranks.stop()
 

@@ -81,7 +81,7 @@ class Ranks:
             threads: of torch, in each.
 
         Returns:
-            The caller's place among them, for `Engine.from_checkpoint`; None when it is alone.
+            The caller's place among them, for `load_engine`; None when it is alone.
 
         Raises:
             ConfigError: the model can't be shared by so many, or this machine can't run them.

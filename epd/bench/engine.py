@@ -23,9 +23,9 @@ from epd.bench.output import markdown_table, number
 from epd.errors import ConfigError
 from epd.types import SamplingParams
 from workers import model_parts
+from workers.engine.assembly import load_engine
 from workers.engine.compiled_forward import CompiledForward
 from workers.engine.config import EngineConfig
-from workers.engine.engine import Engine
 from workers.engine.forward import Forward
 from workers.engine.step_inputs import StepInputs
 
@@ -191,7 +191,7 @@ class _Ours:
             "enable_prefix_caching": False,
             **bench.engine,
         }
-        self.engine = Engine.from_checkpoint(EngineConfig(**settings))
+        self.engine = load_engine(EngineConfig(**settings))
         load = self.engine.load()
         if load.kv_total_blocks * 16 < tokens:
             raise ConfigError(f"the KV cache has no room for {tokens} tokens; lower --batch or --context")

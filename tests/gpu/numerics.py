@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from epd.types import SamplingParams
 from tests import checkpoints
 from tests.workers.engine.oracle import IMAGE, Answers, Oracle, Prompt, add, greedy, make_engine, picture, provide
+from workers.engine.assembly import load_engine
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.ranks import Ranks
@@ -64,7 +65,7 @@ def _ranks(report: Report, oracle: Oracle, device: str) -> None:
     ranks = Ranks(RANKS)
     try:
         group = ranks.start(config, name="rank", log_level="warning", threads=1)
-        _compare(report, oracle, Engine.from_checkpoint(config, group=group), f"{RANKS} ranks")
+        _compare(report, oracle, load_engine(config, group=group), f"{RANKS} ranks")
     finally:
         ranks.stop()
 

@@ -14,6 +14,7 @@ import torch
 from epd.bench.checkpoint import write_checkpoint
 from epd.types import SamplingParams
 from tests import checkpoints
+from workers.engine.assembly import load_engine
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
 
@@ -63,7 +64,7 @@ def check(report: Report, folder: Path, device: str, size: str) -> None:
     report.add(SECTION, "measured bandwidth (copy, both ways)", f"{bandwidth / 1e9:.0f} GB/s")
     report.add(SECTION, f"measured matmul rate ({chosen.matmul}³, bfloat16)", f"{matmul_rate / 1e12:.1f} TFLOP/s")
     start = time.perf_counter()
-    engine = Engine.from_checkpoint(
+    engine = load_engine(
         EngineConfig(
             model=str(path),
             load_format="dummy",

@@ -5,7 +5,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 
-from workers.engine.request import Clock, EngineRequest
+from epd.errors import DeadlineExceeded
+from workers.engine.request import Clock, EngineRequest, RequestStatus
+
+_DOING = {
+    RequestStatus.WAITING_FOR_EMBEDDINGS: "it waited for image embeddings",
+    RequestStatus.WAITING: "it waited in the queue of the prefill-decode worker",
+    RequestStatus.PREEMPTED: "it waited, preempted, in the queue of the prefill-decode worker",
+    RequestStatus.RUNNING: "its tokens were computed",
+}
 
 
 class Deadlines:
@@ -52,3 +60,8 @@ class Deadlines:
         """Whether a heap entry is about an unfinished request, and not an earlier one of the same id."""
         request = self._requests.get(request_id)
         return request is not None and request.deadline == deadline
+
+
+def out_of_time(request: EngineRequest) -> DeadlineExceeded:
+    """Says in which stage the request's time ran out."""
+    return DeadlineExceeded(f"The request's time ran out while {_DOING[request.status]}.")

@@ -15,47 +15,30 @@ import msgspec
 import torch
 
 from epd.errors import (
-    DeadlineExceeded,
     EPDError,
     HandedOver,
     InternalError,
     InvalidRequest,
 )
-from epd.limits import check_prompt_logprobs
 from epd.tasks import check_task
-from epd.types import Pooling, PoolingKind, SamplingParams, TokenLogprobs, WorkerTask
-from workers.engine import admission, grammar, logits_state, model_loader
-from workers.engine.compiled_forward import CompiledForward
-from workers.engine.config import EngineConfig
-from workers.engine.deadlines import Deadlines
-from workers.engine.embeddings import EmbeddingStore, expand_prompt
+from epd.types import Pooling, SamplingParams, TokenLogprobs
+from workers.engine import admission, grammar
+from workers.engine.deadlines import Deadlines, out_of_time
+from workers.engine.embeddings import EmbeddingStore
+from workers.engine.endings import Ending, ending_of, stopped
 from workers.engine.grammar import GrammarCompiler, GrammarMatcher
 from workers.engine.kv_cache_manager import KVCacheManager
-from workers.engine.logits_state import LogitsState
 from workers.engine.model_loader import ModelInfo
 from workers.engine.model_runner import Runner
-from workers.engine.outputs import EngineLoad, StepOutput
+from workers.engine.outputs import EngineLoad, StepOutput, terminal_output, token_output
+from workers.engine.placement import Placement
 from workers.engine.request import Clock, EngineRequest, ImagePlaceholder, RequestStatus
 from workers.engine.sampler import NOTHING, Sampled, SamplingRow
 from workers.engine.scheduler import ScheduledChunk, Scheduler
-from workers.engine.tensor_parallel import ParallelGroup
-from workers.load_model import PrefillDecodeModel
+from workers.engine.warm_up import warm_up
+from workers.engine.work_estimate import WorkEstimate
 
 log = logging.getLogger(__name__)
-
-_WARM_UP_ID = "(warm-up)"
-_WORK_INTERVAL_S = 0.1
-_DOING = {
-    RequestStatus.WAITING_FOR_EMBEDDINGS: "it waited for image embeddings",
-    RequestStatus.WAITING: "it waited in the queue of the prefill-decode worker",
-    RequestStatus.PREEMPTED: "it waited, preempted, in the queue of the prefill-decode worker",
-    RequestStatus.RUNNING: "its tokens were computed",
-}
-_WARM_UP_POOLING = {
-    WorkerTask.GENERATE: None,
-    WorkerTask.SCORE: Pooling(PoolingKind.SCORE),
-    WorkerTask.EMBED: Pooling(PoolingKind.MEAN),
-}
 
 
 class Engine:
@@ -72,7 +55,7 @@ class Engine:
         grammars: GrammarCompiler | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        """Put parts together; `from_checkpoint` is the usual way.
+        """Put parts together; `workers.engine.assembly.load_engine` is the usual way.
 
         Args:
             runner: computes steps.
@@ -90,56 +73,17 @@ class Engine:
         self._kv_cache = kv_cache
         self._scheduler = scheduler
         self._store = store
+        self._placement = Placement(info, store, scheduler, runner)
         self._clock = clock
         self._requests: dict[str, EngineRequest] = {}
-        self._missing: dict[str, set[str]] = {}
-        """Request id → content keys that it still waits for."""
         self._deadlines = Deadlines(self._requests, clock)
         self._outputs: list[StepOutput] = []
         self._is_leaving = False
-        self._durations = PrefillDecodeModel()
-        self._work_ms = 0.0
-        self._work_due = 0.0
-        """When the work at hand is added up again."""
+        self._estimate = WorkEstimate(
+            clock, max_num_seqs=scheduler.max_num_seqs, max_num_batched_tokens=scheduler.max_num_batched_tokens
+        )
         self.is_disturbed: Callable[[], bool] = lambda: False
         """Whether something is under way that may hold up steps for long, such as compiling."""
-
-    @classmethod
-    def from_checkpoint(
-        cls, config: EngineConfig, *, group: ParallelGroup | None = None, clock: Clock = time.monotonic
-    ) -> Engine:
-        """Load a model and allocate its KV cache.
-
-        Args:
-            config: of model and limits.
-            group: the ranks that share the model, of which this is the first; None: it is this process's alone.
-            clock: as for the constructor.
-
-        Raises:
-            ConfigError: checkpoint or settings cannot work.
-        """
-        loaded = model_loader.load(config, group)
-        kv_cache = KVCacheManager(loaded.num_blocks, loaded.block_size, prefix_caching=config.enable_prefix_caching)
-        scheduler = Scheduler(
-            kv_cache,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=loaded.max_num_batched_tokens,
-            max_waiting=config.max_waiting,
-            target_step_s=loaded.target_step_s,
-        )
-        store = EmbeddingStore(config.embedding_store_bytes, config.embedding_unclaimed_ttl_s, clock)
-        tokens = loaded.num_blocks * loaded.block_size
-        log.info(
-            "KV cache: %d tokens in blocks of %d; %.1f requests of the full context of %d tokens fit at once",
-            tokens, loaded.block_size, tokens / loaded.info.max_model_len, loaded.info.max_model_len,
-        )  # fmt: skip
-        engine = cls(
-            loaded.runner, loaded.info, kv_cache, scheduler, store, grammars=loaded.runner.grammars, clock=clock
-        )
-        if isinstance(loaded.forward, CompiledForward):
-            ended = loaded.forward.ended
-            engine.is_disturbed = lambda: not ended.is_set()
-        return engine
 
     # -- input -----------------------------------------------------------------------------------------------------
 
@@ -201,11 +145,8 @@ class Engine:
         self._scheduler.add(request)
         self._requests[request_id] = request
         self._deadlines.add(request)
-        keys = {image.content_key for image in images}
-        self._missing[request_id] = {key for key in keys if key not in self._store}
-        for key in keys - self._missing[request_id]:
-            self._store.claim(key, request_id)
-        self._place_prompt(request)
+        self._placement.add(request)
+        self._place(request)
 
     def provide_embeddings(
         self, content_key: str, token_ids: Sequence[int], grid_thw: tuple[int, int, int] | None, rows: torch.Tensor
@@ -227,12 +168,9 @@ class Engine:
         if content_key in self._store:
             self._store.expect(content_key)
             return
-        self._store.put(content_key, admission.checked_embeddings(self.info, token_ids, grid_thw, rows))
-        for request_id, missing in list(self._missing.items()):
-            if content_key in missing:
-                missing.remove(content_key)
-                self._store.claim(content_key, request_id)
-                self._place_prompt(self._requests[request_id])
+        embeddings = admission.checked_embeddings(self.info, token_ids, grid_thw, rows)
+        for request_id in self._placement.take(content_key, embeddings):
+            self._place(self._requests[request_id])
 
     def has_embeddings(self, content_key: str) -> bool:
         """Whether a request with this picture would find its embeddings here."""
@@ -288,27 +226,8 @@ class Engine:
         return self._deadlines.seconds_to_next()
 
     def warm_up(self) -> None:
-        """Compute a prompt, and a token if the model gives any, for nobody.
-
-        Pays for lazy set-up at start, and proves that the model works.
-
-        Raises:
-            Exception: whatever the model raises.
-        """
-        pooling = _WARM_UP_POOLING[self.info.task]
-        request = EngineRequest(_WARM_UP_ID, [0, 0], SamplingParams(top_p=0.9), pooling=pooling, clock=self._clock)
-        if not self._kv_cache.grow(_WARM_UP_ID, 3):
-            return  # all blocks hold requests, so it is warm
-        try:
-            self._runner.add(_WARM_UP_ID, request.token_ids, [])
-            table = tuple(self._kv_cache.block_table(_WARM_UP_ID))
-            for start, length in ((0, 2), (2, 1)) if pooling is None else ((0, 2),):
-                chunk = ScheduledChunk(request, start, length, table)
-                rows = [_sampling_row(request)] if chunk.samples else []
-                request.token_ids += [sampled.token_id for sampled in self._runner.run([chunk], rows)]
-        finally:
-            self._runner.remove(_WARM_UP_ID)
-            self._kv_cache.free(_WARM_UP_ID)
+        """Compute something for nobody; see `workers.engine.warm_up`. Raises whatever the model raises."""
+        warm_up(self._runner, self._kv_cache, self.info.task)
 
     @property
     def num_preemptions(self) -> int:
@@ -325,43 +244,25 @@ class Engine:
             prefix_cache_queries=self._scheduler.num_queried_tokens,
             prefix_cache_hits=self._scheduler.num_cached_tokens,
             preemptions=self._scheduler.num_preemptions,
-            work_ms=self._add_up_work(),
-            ms_per_token=self._durations.ms_per_token,
-            largest_step_ms=self._largest_step_ms(),
+            work_ms=self._estimate.work_ms(self._requests.values()),
+            ms_per_token=self._estimate.ms_per_token,
+            largest_step_ms=self._estimate.largest_step_ms,
         )
 
     def check_integrity(self) -> None:
         """Recount blocks, queues and embeddings; raises AssertionError on a leak."""
         self._scheduler.check_integrity()
-        self._store.check_integrity()
         queued = {request.request_id for request in self._scheduler.requests()}
-        if queued != set(self._requests) or queued != set(self._missing):
-            raise AssertionError(f"queued {queued}, known {set(self._requests)}, missing of {set(self._missing)}")
-        if not self._store.users() <= queued:
-            raise AssertionError(f"embeddings are held for {self._store.users() - queued}, which are gone")
+        if queued != set(self._requests):
+            raise AssertionError(f"queued {queued}, known {set(self._requests)}")
+        self._placement.check_integrity(queued)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _place_prompt(self, request: EngineRequest) -> None:
-        """Expand the prompt as far as embeddings are here, and let the request compete for steps with that."""
-        missing = self._missing[request.request_id]
-        if missing and not self._scheduler.computes_early(request):
-            return
-        embeddings = {image.content_key: self._store.claim(image.content_key, request.request_id)
-                      for image in request.images if image.content_key not in missing}  # fmt: skip
+    def _place(self, request: EngineRequest) -> None:
+        """Take the request as far as its pictures are here; one that can't be placed ends."""
         try:
-            spans = expand_prompt(request, embeddings)
-            placed = [(span.offset, embeddings[span.content_key]) for span in spans]
-            request.atomic_spans = self.info.adapter.atomic_spans(placed)
-            self._scheduler.check_atomic_spans(request)
-            request.max_tokens = admission.tokens_to_generate(
-                self.info.max_model_len, request.num_prompt_tokens, request.sampling, request.pooling
-            )
-            check_prompt_logprobs(request.sampling, request.num_prompt_tokens)
-            if not missing:
-                self._add_logits_state(request)
-            num_known = request.num_known_tokens if missing else request.num_prompt_tokens
-            self._runner.add(request.request_id, request.token_ids[:num_known], placed)
+            is_whole = self._placement.place(request)
         except EPDError as error:
             self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
             return
@@ -369,13 +270,8 @@ class Engine:
             log.exception("request %s can't be placed", request.request_id)
             self._finish(request, RequestStatus.FINISHED_ERROR, error=_model_failed())
             return
-        if missing:
-            self._scheduler.embeddings_arrived(request)
-            return
-        if request.status is RequestStatus.WAITING_FOR_EMBEDDINGS:
-            self._scheduler.embeddings_complete(request)
-        if request.resumed_token_ids:
-            self._end_if_whole(request)
+        if is_whole and request.resumed_token_ids:
+            self._end(request, ending_of(request))
 
     def _matcher(self, sampling: SamplingParams) -> GrammarMatcher | None:
         if sampling.grammar is None:
@@ -384,21 +280,9 @@ class Engine:
             raise grammar.unusable("the model's checkpoint has no tokenizer.json.")
         return self.grammars.matcher(sampling.grammar)
 
-    def _add_logits_state(self, request: EngineRequest) -> None:
-        if request.pooling is None and logits_state.is_needed(request.sampling):
-            request.logits_state = LogitsState(
-                request.sampling,
-                request.token_ids,
-                request.num_prompt_tokens,
-                ending=request.ending_token_ids,
-                vocab_size=self.info.vocab_size,
-                matcher=request.matcher,
-            )
-
     def _expire(self) -> None:
         for request in self._deadlines.pop_expired():
-            error = DeadlineExceeded(f"The request's time ran out while {_DOING[request.status]}.")
-            self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
+            self._finish(request, RequestStatus.FINISHED_ERROR, error=out_of_time(request))
 
     def _hand_over(self, request: EngineRequest) -> None:
         error = HandedOver("The prefill-decode worker is shutting down; another one can go on.")
@@ -429,40 +313,13 @@ class Engine:
         sampled = [chunk.request for chunk in chunks if chunk.samples]
         started_at = self._clock()
         tokens = self._runner.run(chunks, [_sampling_row(request) for request in sampled])
-        self._note_duration(chunks, self._clock() - started_at)
+        duration_s = self._clock() - started_at
+        self._scheduler.note_duration(chunks, duration_s)
+        self._estimate.observe_step(chunks, duration_s)
         pairs = list(zip(sampled, tokens, strict=True))
         for chunk in chunks:
             self._scheduler.advance(chunk)
         return pairs
-
-    def _note_duration(self, chunks: Sequence[ScheduledChunk], duration_s: float) -> None:
-        self._scheduler.note_duration(chunks, duration_s)
-        decode_tokens = sum(chunk.request.is_decoding for chunk in chunks)
-        prefill_tokens = sum(chunk.length for chunk in chunks) - decode_tokens
-        self._durations.observe_step(prefill_tokens, decode_tokens, duration_s * 1000)
-
-    def _add_up_work(self) -> float:
-        """What the requests at hand will still take, in milliseconds."""
-        if not self._requests:
-            self._work_due = 0.0
-            return 0.0
-        now = self._clock()
-        if now < self._work_due:
-            return self._work_ms
-        self._work_due = now + _WORK_INTERVAL_S
-        prefill = decode = 0.0
-        for request in self._requests.values():
-            prefill += 0 if request.is_decoding else request.num_uncomputed_tokens
-            decode += self._durations.remaining_tokens(request.num_output_tokens, request.max_tokens)
-        batch = min(len(self._requests), self._scheduler.max_num_seqs)
-        self._work_ms = self._durations.work_ms(prefill, decode, batch)
-        return self._work_ms
-
-    def _largest_step_ms(self) -> float:
-        ms_per_token, scheduler = self._durations.ms_per_token, self._scheduler
-        if not ms_per_token:
-            return 0.0
-        return scheduler.max_num_batched_tokens * ms_per_token + self._durations.step_ms(scheduler.max_num_seqs)
 
     def _finish_pooled(self, chunks: list[ScheduledChunk]) -> None:
         for chunk in chunks:
@@ -476,49 +333,23 @@ class Engine:
             self._finish(request, RequestStatus.FINISHED_LENGTH)
             return
         if sampled.token_id == NOTHING:  # everything is masked: the answer can't go on, and there is no end to choose
-            self._stop(request)
+            self._end(request, stopped(request))
             return
         request.append(sampled.token_id)
         if request.logits_state is not None:
             request.logits_state.advance()
-        if self._end_if_whole(request, sampled):
-            return
-        is_first = request.num_output_tokens == len(request.resumed_token_ids) + 1
-        self._outputs.append(
-            StepOutput(
-                request.request_id,
-                (sampled.token_id,),
-                prompt_tokens=request.num_prompt_tokens if is_first else 0,
-                cached_tokens=(request.num_cached_tokens or 0) if is_first else 0,
-                logprobs=_logprobs(sampled),
-                prompt_logprobs=self._prompt_logprobs(request),
-            )
-        )
-
-    def _end_if_whole(self, request: EngineRequest, sampled: Sampled | None = None) -> bool:
-        """End a request whose answer is complete with its last token, which is `sampled` or was resumed."""
-        token, state = request.token_ids[-1], request.logits_state
-        if token in request.ending_token_ids:
-            self._stop(request, sampled, stop_token_id=token)
-        elif state is not None and state.is_complete:  # without asking the model for an end
-            self._stop(request, sampled)
-        elif request.num_output_tokens >= request.max_tokens:
-            self._finish(request, RequestStatus.FINISHED_LENGTH, sampled=sampled)
-        return request.status.is_finished
-
-    def _stop(
-        self,
-        request: EngineRequest,
-        sampled: Sampled | None = None,
-        stop_token_id: int | None = None,
-    ) -> None:
-        """End an answer that is whole, or whose grammar failed: that looks the same to the sampler."""
-        state = request.logits_state
-        reason = None if state is None or state.matcher is None else state.matcher.error
-        if reason is None:
-            self._finish(request, RequestStatus.FINISHED_STOPPED, sampled=sampled, stop_token_id=stop_token_id)
+        ending = ending_of(request)
+        if ending is not None:
+            self._end(request, ending, sampled)
         else:
-            self._finish(request, RequestStatus.FINISHED_ERROR, error=grammar.unusable(reason))
+            self._outputs.append(token_output(request, sampled, self._prompt_logprobs(request)))
+
+    def _end(self, request: EngineRequest, ending: Ending | None, sampled: Sampled | None = None) -> None:
+        """End a request whose answer is whole, if it is, with its last token."""
+        if ending is not None:
+            self._finish(
+                request, ending.status, error=ending.error, sampled=sampled, stop_token_id=ending.stop_token_id
+            )
 
     def _prompt_logprobs(self, request: EngineRequest) -> tuple[TokenLogprobs | None, ...]:
         """With the first output of a request that asks for them; () with all others."""
@@ -541,36 +372,24 @@ class Engine:
         """Free everything that a request holds and queue its terminal output: the only place where requests end."""
         prompt_logprobs = self._prompt_logprobs(request)
         if error is None and request.pooling is None and status is not RequestStatus.FINISHED_ABORTED:
-            self._durations.observe_answer(request.num_output_tokens)
+            self._estimate.observe_answer(request.num_output_tokens)
         self._scheduler.finish(request, status)
-        self._runner.remove(request.request_id)
-        for image in request.images:
-            self._store.release(image.content_key, request.request_id)
-        del self._missing[request.request_id]
+        self._placement.remove(request)
         del self._requests[request.request_id]
         self._outputs.append(
-            StepOutput(
-                request.request_id,
-                () if sampled is None else (sampled.token_id,),
-                finish_reason=request.finish_reason,
+            terminal_output(
+                request,
+                error=error,
+                sampled=sampled,
                 stop_token_id=stop_token_id,
-                error=None if error is None else error.to_info(),
-                prompt_tokens=request.num_prompt_tokens,
-                cached_tokens=request.num_cached_tokens or 0,
-                logprobs=_logprobs(sampled),
                 prompt_logprobs=prompt_logprobs,
                 pooled=pooled,
-                timings_ms=request.timings_ms(),
             )
         )
 
 
 def _model_failed() -> InternalError:
     return InternalError("The model failed while it worked on this request.")
-
-
-def _logprobs(sampled: Sampled | None) -> tuple[TokenLogprobs, ...]:
-    return () if sampled is None or sampled.logprobs is None else (sampled.logprobs,)
 
 
 def _sampling_row(request: EngineRequest) -> SamplingRow:

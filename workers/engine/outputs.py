@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from epd.errors import ErrorInfo
+from epd.errors import EPDError, ErrorInfo
 from epd.types import FinishReason, TokenLogprobs
+from workers.engine.request import EngineRequest
+from workers.engine.sampler import Sampled
+
+PromptLogprobs = tuple[TokenLogprobs | None, ...]
+"""As in `epd.messages.TokenOutput.prompt_logprobs`; () where none are told."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class StepOutput:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    prompt_logprobs: PromptLogprobs = ()
     pooled: tuple[float, ...] = ()
     timings_ms: dict[str, float] = field(default_factory=dict)
 
@@ -45,3 +50,45 @@ class EngineLoad:
     """What one more prompt token takes; 0: nothing learned yet."""
     largest_step_ms: float = 0.0
     """What the largest step that there may be takes; 0: nothing learned yet."""
+
+
+def token_output(request: EngineRequest, sampled: Sampled, prompt_logprobs: PromptLogprobs) -> StepOutput:
+    """One more token, already appended, of a request that goes on. The first output also tells of the prompt."""
+    is_first = request.num_output_tokens == len(request.resumed_token_ids) + 1
+    return StepOutput(
+        request.request_id,
+        (sampled.token_id,),
+        prompt_tokens=request.num_prompt_tokens if is_first else 0,
+        cached_tokens=(request.num_cached_tokens or 0) if is_first else 0,
+        logprobs=_logprobs(sampled),
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def terminal_output(
+    request: EngineRequest,
+    *,
+    error: EPDError | None,
+    sampled: Sampled | None,
+    stop_token_id: int | None,
+    prompt_logprobs: PromptLogprobs,
+    pooled: tuple[float, ...],
+) -> StepOutput:
+    """The end of a request whose status is final; `sampled` is its last token, if the step made one."""
+    return StepOutput(
+        request.request_id,
+        () if sampled is None else (sampled.token_id,),
+        finish_reason=request.finish_reason,
+        stop_token_id=stop_token_id,
+        error=None if error is None else error.to_info(),
+        prompt_tokens=request.num_prompt_tokens,
+        cached_tokens=request.num_cached_tokens or 0,
+        logprobs=_logprobs(sampled),
+        prompt_logprobs=prompt_logprobs,
+        pooled=pooled,
+        timings_ms=request.timings_ms(),
+    )
+
+
+def _logprobs(sampled: Sampled | None) -> tuple[TokenLogprobs, ...]:
+    return () if sampled is None or sampled.logprobs is None else (sampled.logprobs,)

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from epd.types import SamplingParams
+from workers.engine.assembly import load_engine
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.engine.outputs import StepOutput
@@ -97,7 +98,7 @@ class Oracle:
 
 def make_engine(path: Path, **settings: Any) -> Engine:
     defaults: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 8, "kv_cache_memory_bytes": 4 << 20}
-    return Engine.from_checkpoint(EngineConfig(model=str(path), **(defaults | settings)))
+    return load_engine(EngineConfig(model=str(path), **(defaults | settings)))
 
 
 def add(engine: Engine, name: str, prompt: Prompt, sampling: SamplingParams | None = None) -> None:

@@ -15,6 +15,7 @@ from epd.errors import ConfigError
 from tests import checkpoints
 from tests.workers.engine.oracle import IMAGE, Answers, Oracle, add, greedy, picture, provide
 from workers.engine import tensor_parallel
+from workers.engine.assembly import load_engine
 from workers.engine.attention import PackedChunk
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
@@ -52,7 +53,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     ranks.died = deaths.append
     try:
         group = ranks.start(config, name="test", log_level="info", threads=1)
-        yield Shared(Oracle(path), Engine.from_checkpoint(config, group=group))
+        yield Shared(Oracle(path), load_engine(config, group=group))
     finally:
         ranks.stop()
         tensor_parallel.leave()

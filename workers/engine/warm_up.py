@@ -1,0 +1,39 @@
+"""A first step for nobody: pays for lazy set-up at start, and proves that the model works."""
+
+from __future__ import annotations
+
+from epd.types import Pooling, PoolingKind, SamplingParams, WorkerTask
+from workers.engine.kv_cache_manager import KVCacheManager
+from workers.engine.model_runner import Runner
+from workers.engine.request import EngineRequest
+from workers.engine.sampler import SamplingRow
+from workers.engine.scheduler import ScheduledChunk
+
+_ID = "(warm-up)"
+_POOLING = {
+    WorkerTask.GENERATE: None,
+    WorkerTask.SCORE: Pooling(PoolingKind.SCORE),
+    WorkerTask.EMBED: Pooling(PoolingKind.MEAN),
+}
+
+
+def warm_up(runner: Runner, kv_cache: KVCacheManager, task: WorkerTask) -> None:
+    """Compute a prompt, and a token if the model gives any. Nothing of it stays.
+
+    Raises:
+        Exception: whatever the model raises.
+    """
+    pooling = _POOLING[task]
+    request = EngineRequest(_ID, [0, 0], SamplingParams(top_p=0.9), pooling=pooling)
+    if not kv_cache.grow(_ID, 3):
+        return  # all blocks hold requests, so it is warm
+    try:
+        runner.add(_ID, request.token_ids, [])
+        table = tuple(kv_cache.block_table(_ID))
+        for start, length in ((0, 2), (2, 1)) if pooling is None else ((0, 2),):
+            chunk = ScheduledChunk(request, start, length, table)
+            rows = [SamplingRow(request.sampling, request.num_tokens)] if chunk.samples else []
+            request.token_ids += [sampled.token_id for sampled in runner.run([chunk], rows)]
+    finally:
+        runner.remove(_ID)
+        kv_cache.free(_ID)
