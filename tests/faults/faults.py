@@ -224,7 +224,7 @@ async def _kill_whoever_has_it(scene: Scene) -> None:
     survivors = [name for name in known if cluster.is_running(name)]
     if any(cluster.relays[name].last_seen(marker.request_id) for name in survivors):
         scene.problems.append("it was tried on a third worker")
-    scene.notes.append(f"the request itself: {outcome.reason[:120]}")
+    scene.notes.append(f"the request itself {outcome.verdict} after {len(victims)} deaths, as it must")
 
 
 class _Marker:

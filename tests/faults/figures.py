@@ -10,10 +10,10 @@ from epd.bench.statistics import percentile
 from tests.faults.asking import Outcome, Verdict
 
 _SLACK = 1.5
-_SLACK_S = 0.25
+_SLACK_S = 0.5
 """A wait counts as disturbed when it is longer than the longest one of the quiet phase, times and plus these."""
 _SHOWN = 5
-_LONG_S = 2.5
+_LONG_S = 1.5
 """Waits beyond these are told one by one, `_SHOWN` at most."""
 
 
