@@ -15,7 +15,8 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     """What clients call it; empty while the worker has said nothing."""
     state: str
-    """`starting`, `ready` or `draining` as the worker says; `down`: this proxy can't reach it, or refused it."""
+    """`starting`, `ready` or `draining` as the worker says; `stuck`: it answers, and its engine does not move; `down`:
+    this proxy can't reach it, or refused it."""
     problem: str = ""
     """What is wrong, in words; empty: nothing."""
     version: str = ""

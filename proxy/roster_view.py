@@ -6,7 +6,7 @@ import time
 
 from epd import __version__
 from epd.cluster_view import MAX_WORKERS, ClusterView, ModelView, WorkerView
-from epd.types import WorkerRole, WorkerState
+from epd.types import WorkerRole
 from proxy.model_catalog import ModelCatalog
 from proxy.service import Service
 from proxy.worker_connection import WorkerConnection
@@ -50,7 +50,7 @@ def _worker_view(worker: WorkerConnection, catalog: ModelCatalog) -> WorkerView:
         role=info.role.value,
         address=worker.member.address,
         model=catalog.ref(info).name,
-        state=worker.state.value,
+        state="stuck" if worker.is_stuck else worker.state.value,
         problem=_problem(worker),
         version=info.version,
         incarnation=info.incarnation,
@@ -67,9 +67,11 @@ def _worker_view(worker: WorkerConnection, catalog: ModelCatalog) -> WorkerView:
 
 def _problem(worker: WorkerConnection) -> str:
     """Of a worker that is connected. To start and to drain are no problems."""
-    if worker.is_ready or worker.state is not WorkerState.READY:
-        return ""
-    return worker.problem or "it gets no requests just now"
+    if worker.is_stuck:
+        return worker.problem
+    if worker.circuit.state != "closed":
+        return "fails what it is given: set aside, and tried with one request now and then"
+    return ""
 
 
 def _cache(role: WorkerRole, counters: dict[str, int]) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from epd.cluster_view import ClusterView
 from epd.messages import StageStats
+from epd.types import WorkerRole
+from proxy.circuit import MAX_FAILURES
 from tests.proxy.conftest import Cluster, ClusterFactory, png
 
 AVERAGES = (
@@ -138,6 +140,19 @@ async def test_cluster_shows_each_worker_and_what_is_wrong(cluster: Cluster) -> 
     assert (view.status, view.models[0].missing) == ("degraded", ("encoder",))
     assert view.workers[0].state == "down"
     assert view.workers[0].problem
+
+
+async def test_cluster_tells_what_is_stuck_and_what_fails(cluster: Cluster) -> None:
+    cluster.pd.is_stuck = True
+    (encoder,) = cluster.service.pool.connections(WorkerRole.ENCODER)
+    for _ in range(MAX_FAILURES):
+        encoder.circuit.failed()
+    await cluster.http.get("/metrics")  # asks the workers for their figures as of now
+    view = msgspec.json.decode((await cluster.http.get("/cluster")).content, type=ClusterView)
+    assert [(one.role, one.state) for one in view.workers] == [("encoder", "ready"), ("pd", "stuck")]
+    assert "set aside" in view.workers[0].problem
+    assert "does not move" in view.workers[1].problem
+    assert view.status == "degraded"
 
 
 async def test_metrics_name_what_is_wrong(cluster: Cluster) -> None:
