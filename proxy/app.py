@@ -223,7 +223,7 @@ class _Server(uvicorn.Server):
             self.should_exit = True
 
     async def _drain(self) -> None:
-        await self._service.dispatcher.drain(self._service.config.drain_timeout)
+        await self._service.drain()
         self.should_exit = True
 
 

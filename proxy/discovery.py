@@ -66,11 +66,16 @@ class Discovery:
         self._registration = Registration(self._store, describe, self._config.safe_address)
         self._registering = asyncio.create_task(self._registration.run(), name="metastore registration")
 
+    async def leave(self) -> None:
+        """Take this proxy off the list, and go on following the store. A second call does nothing."""
+        registration, self._registration = self._registration, None
+        if registration is not None and self._registering is not None:
+            self._registering.cancel()
+            await asyncio.gather(self._registering, return_exceptions=True)
+            await registration.leave()
+
     async def close(self) -> None:
         """Stop following, take this proxy off the list, disconnect."""
         await self.feed.close()
-        if self._registration is not None and self._registering is not None:
-            self._registering.cancel()
-            await asyncio.gather(self._registering, return_exceptions=True)
-            await self._registration.leave()
+        await self.leave()
         await self._store.close()

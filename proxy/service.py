@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -93,6 +94,13 @@ class Service:
             await self.pool.start()
             if self.discovery is not None:
                 self.discovery.start()
+
+    async def drain(self) -> None:
+        """Take nothing new, be off the metastore's list at once, and return when all is answered or out of time."""
+        draining = asyncio.create_task(self.dispatcher.drain(self.config.drain_timeout), name="drain requests")
+        if self.discovery is not None:
+            await self.discovery.leave()
+        await draining
 
     async def close(self) -> None:
         """Drop connections and threads."""

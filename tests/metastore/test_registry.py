@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
+from epd.config import ProxyConfig
+from epd.demo import CHECKPOINT_DIR
 from epd.types import WorkerState
 from metastore.base import MetastoreError
+from proxy.service import Service
 from tests.metastore.conftest import Hosts, until
 from tests.redis_server import RedisServer
 
@@ -73,3 +77,25 @@ async def test_workers_register_again_in_a_redis_that_was_emptied(hosts: Hosts, 
                 await asyncio.sleep(0.02)
     assert len(events) == 3
     assert all(not worker.task.done() for worker in workers)
+
+
+async def test_a_proxy_that_drains_is_off_the_list_before_its_last_answer(hosts: Hosts) -> None:
+    config = json.dumps({"metastore_address": hosts.url})
+    service = Service(ProxyConfig(model=CHECKPOINT_DIR, metastore_client_config=config))
+    await service.start()
+    assert service.discovery is not None
+    service.discovery.register("127.0.0.1", 5580)
+    store = hosts.store()
+
+    async def listed(names: list[str]) -> None:
+        async with asyncio.timeout(20):
+            while [record.name for record in await store.scan()] != names:
+                await asyncio.sleep(0.01)
+
+    await listed(["proxy:http://127.0.0.1:5580"])
+    with service.dispatcher.admit():
+        draining = asyncio.create_task(service.drain())
+        await listed([])
+        assert not draining.done()
+    await draining
+    await service.close()
