@@ -233,7 +233,7 @@ class RosterFeed:
         self._scans.found()
         for record in records:
             if record.name not in self._touched:
-                self._put(record)
+                self._put(record, is_current=True)
         self._judge({record.name for record in records} | self._touched)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._scan_interval_s):
@@ -241,10 +241,13 @@ class RosterFeed:
 
     # -- what they mean --------------------------------------------------------------------------------------------
 
-    def _put(self, record: Record) -> None:
+    def _put(self, record: Record, *, is_current: bool = False) -> None:
+        """Take a record in. `is_current`: the store holds it now, and so nothing that precedes it."""
         known = self._known.get(record.name)
-        if known is not None and (record.token < known.token or (record.token == known.token and known.gone_at)):
-            return  # late words of one that was replaced, or has said goodbye
+        if known is not None and record.token <= known.token and known.gone_at is not None:
+            return  # late words of one that has said goodbye, or of one before
+        if known is not None and record.token < known.token and not is_current:
+            return  # late words of one that was replaced
         try:
             member = _member(record)
         except ConfigError as error:

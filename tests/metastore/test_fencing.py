@@ -61,6 +61,20 @@ async def test_a_worker_that_comes_back_on_its_address_is_another_one(hosts: Hos
     assert events == ["joined ipc:///pd", "changed ipc:///pd", "changed ipc:///pd"]
 
 
+async def test_a_store_whose_clock_was_set_back_keeps_nobody_out(hosts: Hosts, redis: RedisServer) -> None:
+    roster, _, _ = hosts.feed(scan_interval_s=0.02, grace_s=NEVER_S)
+    worker = hosts.worker(incarnation="old")
+    await until(roster.members)
+    await worker.die()
+    store = hosts.store()
+    [before] = await store.scan()
+    assert before.worker is not None
+    await asyncio.to_thread(redis.flush)  # its lease is over
+    info = msgspec.structs.replace(before.worker, incarnation="new")
+    assert await store.put(msgspec.structs.replace(before, worker=info, token=before.token - 60_000_000), 60)
+    await until(lambda: (found := roster.worker(worker.member)) and found.incarnation == "new")
+
+
 async def test_late_events_do_not_bring_back_what_said_goodbye(hosts: Hosts) -> None:
     roster, feed, events = hosts.feed(scan_interval_s=0.02)
     worker = hosts.worker()
