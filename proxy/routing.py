@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,6 +32,8 @@ from proxy.prefix_affinity import Chain, PrefixMap
 
 BOUND = 1.5
 """Affinity prefers a worker up to so many times the mean load."""
+_MAX_TURNS = 1 << 12
+"""Workers whose turns are remembered, some of which may have left."""
 HOLDER_SLACK = 4
 """A worker that holds the picture is worth waiting behind so many more requests: they share its steps."""
 
@@ -92,15 +95,33 @@ class RandomPolicy:
 
 
 class RoundRobinPolicy:
-    """One worker after the other. `start`: proxies that begin together should not begin with the same one."""
+    """One worker after the other: who had no turn for longest.
+
+    A mere count of turns would not do: requests of two models that come alternately would each see every second
+    number, and so the same worker every time.
+
+    Args:
+        start: proxies that begin together should not begin with the same one.
+    """
 
     def __init__(self, start: int = 0) -> None:
-        self._turn = start - 1
+        self._start = start
+        self._turns: OrderedDict[str, None] = OrderedDict()
+        """Addresses, the latest last."""
 
     def pick(self, candidates: Sequence[Candidate], question: Question = _ANY) -> Candidate:
-        """The next in the order of addresses."""
-        self._turn += 1
-        return sorted(candidates, key=lambda candidate: candidate.key)[self._turn % len(candidates)]
+        """The one that waited longest; those that never had a turn come first, in the order of addresses."""
+        fresh = sorted((one for one in candidates if one.key not in self._turns), key=lambda one: one.key)
+        if fresh:
+            chosen = fresh[self._start % len(fresh)]
+        else:
+            able = {candidate.key: candidate for candidate in candidates}
+            chosen = able[next(key for key in self._turns if key in able)]
+        self._turns[chosen.key] = None
+        self._turns.move_to_end(chosen.key)
+        if len(self._turns) > _MAX_TURNS:
+            self._turns.popitem(last=False)
+        return chosen
 
 
 class LeastLoadedPolicy:

@@ -14,10 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
+import msgspec
+
 from epd.messages import Load
 
 _MEMORY = 0.9
 """Weight of what was learned before, at each observation."""
+_MOST_MS = 1e9
+"""Times that workers report are below that, or wrong."""
 _MOST_CORRECTION = 4.0
 """A worker's predictions are scaled by so much at most, up or down."""
 
@@ -101,7 +105,7 @@ class WorkLedger:
 
     def report(self, load: Load, sequence: int) -> None:
         """The worker's answer to the ping of that sequence; 0 when no ping asked for it: the last order stands."""
-        self._reported, self._reported_at = load, self._clock()
+        self._reported, self._reported_at = _usable(load), self._clock()
         self._reported_sequence = max(sequence, self._reported_sequence)
 
     # -- what follows ------------------------------------------------------------------------------------------------
@@ -148,3 +152,10 @@ class WorkLedger:
         left = max(0.0, self._reported.work_ms * self._correction - elapsed_ms)
         since = [i for i in self._items.values() if i.after >= self._reported_sequence and not i.begun]
         return left + rivals * self.rate * sum(item.units for item in since)
+
+
+def _usable(load: Load) -> Load:
+    """Without times that are none: one infinity or NaN would spoil the choice among all workers."""
+    if all(0 <= each <= _MOST_MS for each in (load.work_ms, load.ms_per_unit)):
+        return load
+    return msgspec.structs.replace(load, work_ms=0.0, ms_per_unit=0.0)

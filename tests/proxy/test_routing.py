@@ -30,6 +30,13 @@ def test_round_robin_visits_all_in_turn() -> None:
     assert [policy.pick(candidates(5, 0, 9)).key for _ in range(4)] == ["w0", "w1", "w2", "w0"]
 
 
+def test_round_robin_gives_each_model_its_own_turns() -> None:
+    policy = RoundRobinPolicy()
+    red, blue = candidates(0, 0), [Candidate("x0", 0), Candidate("x1", 0)]
+    turns = [policy.pick(group).key for _ in range(3) for group in (red, blue)]
+    assert turns == ["w0", "x0", "w1", "x1", "w0", "x0"]
+
+
 def test_random_visits_all() -> None:
     policy = RandomPolicy(random.Random(0))
     assert {policy.pick(candidates(0, 0, 0)).key for _ in range(100)} == {"w0", "w1", "w2"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 
 from epd.messages import Load
@@ -11,7 +13,7 @@ from epd.types import WorkerRole
 from metastore.roster import Member
 from proxy.greeting import Identity
 from proxy.placement import PictureSizes, Plan, snapshots
-from proxy.routing import LeastLoadedPolicy, Question
+from proxy.routing import LeastLoadedPolicy, Question, make_policy
 from proxy.work_ledger import WorkLedger
 from proxy.worker_connection import WorkerConnection
 
@@ -134,3 +136,18 @@ def test_a_picture_weighs_by_its_pixels_within_bounds() -> None:
     assert sizes.units(1000) == 1
     sizes.note(1000)
     assert [sizes.units(pixels) for pixels in (1, 500, 2000, 10**9)] == [0.25, 0.5, 2, 4]
+
+
+@pytest.mark.parametrize("load", [Load(ms_per_unit=float("inf")), Load(work_ms=float("nan")), Load(work_ms=-1e30)])
+@pytest.mark.parametrize("policy", ["least_loaded", "power_of_two", "affinity"])
+def test_a_worker_that_reports_nonsense_spoils_no_choice(load: Load, policy: str) -> None:
+    workers = [
+        WorkerConnection(Member(WorkerRole.ENCODER, f"w{i}"), Identity("test", lambda _: None), lambda _: ())
+        for i in range(3)
+    ]
+    for worker in workers:
+        worker.ledger.report(Load(running=1, work_ms=50.0, ms_per_unit=50.0), sequence=1)
+    workers[0].ledger.report(load if load.ms_per_unit else msgspec.structs.replace(load, ms_per_unit=50.0), sequence=2)
+    found, slack = snapshots({worker.member.address: worker for worker in workers}, (), 1.0, Plan())
+    assert all(math.isfinite(one.load) and math.isfinite(one.cost) and one.load >= 0 for one in found)
+    assert make_policy(policy).pick(found, Question("key", slack=slack)) in found
