@@ -65,13 +65,24 @@ def fingerprint(model: Path) -> str:
     themselves: those are too large to read at every start.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for name in _IDENTITY_FILES:
-        path = model / name
-        if path.is_file():
-            digest.update(name.encode() + b"\0" + path.read_bytes())
-    for path in sorted(model.glob("*.safetensors")):
-        digest.update(path.name.encode() + b"\0" + _safetensors_header(path))
+    for path in _identity_files(model):
+        content = _safetensors_header(path) if path.suffix == ".safetensors" else path.read_bytes()
+        digest.update(path.name.encode() + b"\0" + content)
     return digest.hexdigest()
+
+
+def stamp(model: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the files that make the fingerprint: while they are the same, so is that.
+
+    Raises:
+        OSError: a file has just vanished.
+    """
+    return tuple((path.name, (status := path.stat()).st_size, status.st_mtime_ns) for path in _identity_files(model))
+
+
+def _identity_files(model: Path) -> list[Path]:
+    found = [path for name in _IDENTITY_FILES if (path := model / name).is_file()]
+    return found + sorted(model.glob("*.safetensors"))
 
 
 def _safetensors_header(path: Path) -> bytes:

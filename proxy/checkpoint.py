@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from epd.checkpoint import fingerprint, image_placeholder, read_json
+from epd.errors import ConfigError
 from proxy.chat_template import ChatTemplate
 from proxy.token_text import TokenTexts
 from proxy.tokenizer import Tokenizer
@@ -23,11 +24,18 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> SamplingDefaults:
-        """Read them; a checkpoint that says `do_sample: false` is greedy by default."""
+        """Read them; a checkpoint that says `do_sample: false` is greedy by default.
+
+        Raises:
+            ConfigError: a value is none.
+        """
         if config.get("do_sample") is False:
             config = config | {"temperature": 0.0, "top_p": None, "top_k": None}
         known = {name: config[name] for name in cls.__struct_fields__ if config.get(name) is not None}
-        return msgspec.convert(known, cls, strict=False)
+        try:
+            return msgspec.convert(known, cls, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"generation_config.json: {error}") from error
 
 
 class Checkpoint:

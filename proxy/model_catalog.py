@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from epd.checkpoint import fingerprint
+from epd.checkpoint import fingerprint, stamp
 from epd.errors import ConfigError
 from epd.messages import WorkerInfo
 from proxy.checkpoint import Checkpoint
@@ -45,6 +45,14 @@ class _Folder:
     """What the checkpoint is called where workers give it no name."""
 
 
+class _Look(NamedTuple):
+    """What a folder under `--models` was when it was read. It may be one that is still being copied."""
+
+    stamp: tuple[tuple[str, int, int], ...]
+    fingerprint: str | None
+    """None: it is no checkpoint."""
+
+
 class ModelCatalog:
     """Checkpoints by fingerprint. Used on the event loop only, but for its constructor.
 
@@ -71,7 +79,7 @@ class ModelCatalog:
         self._threads = threads
         self._clock = clock
         self._folders: dict[str, _Folder] = {}
-        self._fingerprints: dict[Path, str] = {}
+        self._looks: dict[Path, _Look] = {}
         self._loaded: dict[str, Checkpoint] = {}
         self._broken: dict[str, str] = {}
         self._busy: set[asyncio.Task[None]] = set()
@@ -169,9 +177,16 @@ class ModelCatalog:
         try:
             loop = asyncio.get_running_loop()
             checkpoint = await loop.run_in_executor(self._threads, Checkpoint, folder.path)
+            if checkpoint.fingerprint != model:
+                del self._folders[model]  # its files have changed; who still serves it may find it elsewhere
+                log.warning("%s is no longer model %s, but %s", folder.path, model, checkpoint.fingerprint)
+                return
         except (ConfigError, OSError) as error:
             self._broken[model] = str(error)
             log.error("model %s can't be served: %s", folder.name, error)
+        except Exception as error:  # the edge of this task: a file of a kind that nobody thought of
+            self._broken[model] = f"{type(error).__name__}: {error}"
+            log.exception("bug in loading model %s from %s", folder.name, folder.path)
         else:
             self._loaded[model] = checkpoint
             log.info("model %s appeared: %s", folder.name, folder.path)
@@ -185,24 +200,35 @@ class ModelCatalog:
             self._spawn(asyncio.create_task(self._rescan(), name="scan --models"))
 
     async def _rescan(self) -> None:
-        known = dict(self._fingerprints)
+        known = dict(self._looks)
         self._note_folders(await asyncio.get_running_loop().run_in_executor(self._threads, _scan, self._roots, known))
 
-    def _note_folders(self, found: dict[Path, str]) -> None:
-        for path, model in found.items():
-            self._fingerprints[path] = model
-            self._folders.setdefault(model, _Folder(path, path.name))
+    def _note_folders(self, found: dict[Path, _Look]) -> None:
+        self._looks |= found
+        for path, look in found.items():
+            if look.fingerprint is not None:
+                self._folders.setdefault(look.fingerprint, _Folder(path, path.name))
 
 
-def _scan(roots: Sequence[Path], known: dict[Path, str]) -> dict[Path, str]:
-    """Folder → fingerprint, of checkpoints under the roots that are not known yet. One that is broken is left out."""
-    found: dict[Path, str] = {}
+def _scan(roots: Sequence[Path], known: dict[Path, _Look]) -> dict[Path, _Look]:
+    """Checkpoints under the roots that are new, or have changed since they were looked at."""
+    found: dict[Path, _Look] = {}
     for root in roots:
         for folder in (root, *sorted(root.iterdir())) if root.is_dir() else ():
-            if folder in known or not (folder / "config.json").is_file():
-                continue
             try:
-                found[folder] = fingerprint(folder)
-            except (ConfigError, OSError) as error:
-                log.warning("%s is of no use: %s", folder, error)
+                if not (folder / "config.json").is_file():
+                    continue
+                now = stamp(folder)
+                if folder not in known or known[folder].stamp != now:
+                    found[folder] = _Look(now, _fingerprint(folder))
+            except OSError as error:
+                log.warning("%s can't be read: %s", folder, error)
     return found
+
+
+def _fingerprint(folder: Path) -> str | None:
+    try:
+        return fingerprint(folder)
+    except ConfigError as error:
+        log.warning("%s is of no use: %s", folder, error)
+        return None

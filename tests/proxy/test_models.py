@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -259,6 +260,43 @@ async def test_a_broken_checkpoint_costs_its_workers_only(
             await asyncio.sleep(0.005)
     assert "of no use" in reason
     assert str(broken / "tokenizer.json") in reason
+    await catalog.close()
+
+
+async def test_a_value_of_the_wrong_kind_makes_a_checkpoint_of_no_use(
+    threads: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    odd = write_variant(tmp_path / "odd", variant="odd")
+    (odd / "generation_config.json").write_text('{"temperature": "hot"}')
+    catalog = ModelCatalog(None, "", (tmp_path,), threads)
+    async with asyncio.timeout(20):
+        while not (reason := catalog.reason_to_refuse(info(odd))):
+            await asyncio.sleep(0.005)
+    assert "generation_config.json" in reason
+    await catalog.close()
+
+
+async def test_a_folder_that_changes_is_read_again(
+    models: Path, threads: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_catalog, "SCAN_INTERVAL_S", 0.0)
+    folder = tmp_path / "roots" / "green"
+    folder.mkdir(parents=True)
+    whole = write_variant(tmp_path / "green", variant="green")
+    shutil.copy(whole / "config.json", folder)  # it is being copied while the proxy looks
+    catalog = ModelCatalog(None, "", (folder.parent,), threads)
+
+    async def taken(model: Path) -> None:
+        async with asyncio.timeout(20):
+            while catalog.reason_to_refuse(info(model)) or not catalog.checkpoint(fingerprint(model)):
+                await asyncio.sleep(0.005)
+
+    assert "no tokenizer for" in str(catalog.reason_to_refuse(info(whole)))
+    shutil.copytree(whole, folder, dirs_exist_ok=True)
+    await taken(whole)
+    shutil.copytree(models / "red", folder, dirs_exist_ok=True)  # the same folder, with another checkpoint
+    await taken(models / "red")
+    assert catalog.checkpoint(fingerprint(whole)) is not None
     await catalog.close()
 
 
