@@ -367,8 +367,7 @@ class WorkerConnection:
         sent = self._pings.pop(pong.sequence, None)
         if sent is not None:
             self.records.observe(PROXY_TO_INSTANCE, (time.perf_counter() - sent) * 1000 / 2)
-        self.reported_load = pong.load
-        self.ledger.report(pong.load, pong.sequence)
+        self.note_load(pong.load, pong.sequence)
         self._note_state(pong.state, is_stuck=pong.is_stuck)
         if pong.is_stuck and self._in_hand:
             self._give_up(f"its engine has not moved for {pong.stalled_s:.1f} s")
@@ -376,6 +375,11 @@ class WorkerConnection:
         waiting = self._refreshes.pop(pong.sequence, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(None)
+
+    def note_load(self, load: Load, sequence: int = 0) -> None:
+        """How busy the worker says it is, in its answer to the ping of that sequence; 0: elsewhere."""
+        self.reported_load = load
+        self.ledger.report(load, sequence)
 
     def _note_state(self, state: WorkerState, *, is_stuck: bool) -> None:
         was_ready = self.is_ready

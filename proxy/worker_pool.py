@@ -20,6 +20,8 @@ from proxy.worker_connection import WorkerConnection
 
 log = logging.getLogger(__name__)
 
+_MAX_WORKERS = 1 << 12
+"""Whoever announces more costs others nothing: each one that is known takes a connection."""
 _EXPIRE_INTERVAL_S = 1.0
 _RETIRE_POLL_S = 0.05
 _ROLE_NAMES = {
@@ -172,10 +174,19 @@ class WorkerPool:
 
     def _join(self, member: Member) -> None:
         connection = WorkerConnection(
-            member, self._identity, self._pd_addresses, lambda: self._tell_encoders(member), self._on_ready
+            member, self._identity, self._pd_addresses, lambda: self._came_up(member), self._on_ready
         )
         self._connections[member] = connection
         self._runners[member] = asyncio.create_task(connection.run(), name=f"worker {member.address}")
+
+    def _came_up(self, member: Member) -> None:
+        self._tell_encoders(member)
+        connection, worker = self._connections.get(member), self._roster.worker(member)
+        load = self._roster.load(member)
+        if connection is None or connection.info is None or worker is None or load is None:
+            return
+        if worker.incarnation == connection.info.incarnation:  # until its first pong, its lease tells how busy it is
+            connection.note_load(load)
 
     def _on_ready(self) -> None:
         news, self.became_ready = self.became_ready, asyncio.Event()
@@ -250,9 +261,9 @@ class WorkerPool:
             return
         if message.protocol_version != PROTOCOL_VERSION:
             self._complain(f"{address} refused: it speaks protocol {message.protocol_version}, not {PROTOCOL_VERSION}")
-        elif reason := self._identity.refuse(worker):
-            self._complain(f"{address} refused: {reason}")
-        else:
+        elif Member(worker.role, address) not in self._connections and len(self._connections) >= _MAX_WORKERS:
+            self._complain(f"{address} refused: {_MAX_WORKERS} workers are known already")
+        else:  # also one that can't be used: its connection finds out, and is listed with the reason
             self._roster.renew(worker.role, address, worker=worker)
 
     def _complain(self, text: str) -> None:

@@ -15,10 +15,10 @@ from epd.checkpoint import fingerprint
 from epd.config import ProxyConfig
 from epd.errors import ConfigError
 from epd.keys import ClusterKeys
-from epd.messages import PROTOCOL_VERSION, Announcement, GenerateRequest, Refusal
+from epd.messages import PROTOCOL_VERSION, Announcement, GenerateRequest, Load, Refusal, WorkerInfo
 from epd.transport import Dealer
 from epd.types import SamplingParams, WorkerRole
-from metastore.roster import Roster
+from metastore.roster import Member, Roster
 from proxy.service import Service
 from tests.proxy.conftest import Cluster, ClusterFactory, eventually, png
 from tests.proxy.fakes import FakeEncoder, FakePrefillDecode, FakeWorker, Received
@@ -84,15 +84,43 @@ async def test_announced_workers_join_and_their_leases_end(model: Path, sockets:
         await worker.start()
         await dealer.send(Announcement(protocol_version=PROTOCOL_VERSION, worker=worker.info))
     stranger = FakePrefillDecode(str(sockets / "s"), "other")
+    await stranger.start()
     await dealer.send(Announcement(protocol_version=PROTOCOL_VERSION, worker=stranger.info))
     await encoder.until(lambda: encoder.peers[-1:] == [(pd.address,)])
-    assert [member.address for member in roster.members()] == [encoder.address, pd.address]
+    await eventually(lambda: any("model other" in one.problem for one in service.pool.connections()))  # people see why
+    assert {one.member.address for one in service.pool.connections() if one.info} == {encoder.address, pd.address}
     now = 100.0
     await eventually(lambda: not service.pool.connections())
     dealer.close()
     await service.close()
+    for worker in (pd, encoder, stranger):
+        await worker.stop()
+
+
+async def test_a_worker_is_as_busy_as_its_lease_says_until_it_is_asked(model: Path, sockets: Path) -> None:
+    pd = FakePrefillDecode(str(sockets / "p"), fingerprint(model))
+    await pd.start()
+    roster, busy = Roster(), Load(running=7, waiting=2)
+    service = Service(ProxyConfig(model=model, proxy_addr=str(sockets / "proxy")), roster)
+    await service.start()
+    seen: list[Load] = []
+
+    def note(member: Member) -> None:
+        [connection] = service.pool.connections()
+        welcome = connection._welcome
+
+        def welcomed(worker: WorkerInfo) -> None:
+            welcome(worker)
+            seen.append(connection.reported_load)
+
+        connection._welcome = welcomed  # type: ignore[method-assign]
+
+    roster.subscribe(note, lambda _: None)
+    roster.renew(pd.role, pd.address, worker=pd.info, load=busy)
+    await eventually(lambda: seen)
+    assert seen == [busy]
+    await service.close()
     await pd.stop()
-    await encoder.stop()
 
 
 async def test_a_bug_in_one_request_costs_no_other(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
