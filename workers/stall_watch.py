@@ -1,8 +1,9 @@
 """Whether a worker moves: asked of its work itself, not of the thread that answers pings.
 
 The event loop looks at a counter of finished steps or batches. What it learns in that way is how long a worker may be
-silent: ten times as long as it ever was, or as it thinks that the largest step takes. Time counts only as far as the
-loop itself ran: a process that was stopped, or starved of its cores, did not watch, and is not to blame.
+silent: ten times as long as it was lately, or as it thinks that the largest step takes. One long silence is forgotten
+over some minutes of work; one that comes again before it is forgotten stays within the limit. Time counts only as far
+as the loop itself ran: a process that was stopped, or starved of its cores, did not watch, and is not to blame.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ _MARGIN = 10.0
 _FIRST_S = 30.0
 """Before much is known: first steps set things up."""
 _LEARNED_STEPS = 20
+_HALF_LIFE_S = 120.0
+"""Of what was learned, in seconds of work: a worker that idles learns nothing, and forgets nothing."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class StallWatch:
         self._last_look: float | None = None
         self._last = Progress(is_busy=False, steps=0)
         self._longest_s = 0.0
+        """The longest silence that ended, less what was forgotten of it."""
+        self._unforgotten_s = 0.0
+        """Seconds of work since something was forgotten last."""
         self.stalled_s = 0.0
         """For how long there has been work and no step has ended."""
 
@@ -52,12 +58,17 @@ class StallWatch:
         """Take in what the service says at `now`, seconds of a monotonic clock."""
         passed = min(now - self._last_look, _LONGEST_LOOK_S) if self._last_look is not None else 0.0
         self._last_look = now
+        if progress.is_busy:
+            self._unforgotten_s += passed
         if progress.is_busy and progress.steps == self._last.steps:
             self.stalled_s += passed
-        else:
-            self._longest_s = max(self._longest_s, self.stalled_s)
-            self.stalled_s = 0.0
+        else:  # only here: the limit must not sink while it is being waited for
+            self._learn()
         self._last = progress
+
+    def _learn(self) -> None:
+        self._longest_s = max(self._longest_s * 0.5 ** (self._unforgotten_s / _HALF_LIFE_S), self.stalled_s)
+        self._unforgotten_s = self.stalled_s = 0.0
 
     @property
     def limit_s(self) -> float:

@@ -37,12 +37,16 @@ def free_port() -> int:
 
 @dataclass
 class Process:
-    """One `epd` process and its log. `prefix`: words before the command, such as `("ip", "netns", "exec", "host1")`."""
+    """One `epd` process and its log.
+
+    `prefix`: words before the command, such as `("ip", "netns", "exec", "host1")`; `module`: run instead of `epd`.
+    """
 
     name: str
     arguments: list[str]
     log: Path
     prefix: Sequence[str] = ()
+    module: str = "epd"
     popen: subprocess.Popen[bytes] = field(init=False)
 
     def start(self) -> None:
@@ -50,7 +54,7 @@ class Process:
             self.popen.wait(STOP_TIMEOUT_S)
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
-                [*self.prefix, sys.executable, "-m", "epd", *self.arguments],
+                [*self.prefix, sys.executable, "-m", self.module, *self.arguments],
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,

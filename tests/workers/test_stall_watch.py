@@ -104,3 +104,27 @@ def test_the_flag_has_the_last_word() -> None:
     assert not worker.is_stuck()
     worker.wait(0.5)
     assert worker.is_stuck()
+
+
+def test_one_long_step_is_forgotten_over_minutes_of_work() -> None:
+    worker = Worker()
+    worker.work(30, 0.05)
+    worker.work(1, 20.0)
+    worker.wait(20 * 60, is_busy=False)
+    assert worker.watch.limit_s == pytest.approx(200, rel=0.05), "idling says nothing of how long steps take"
+    limits = []
+    for _ in range(15):
+        worker.work(60, 1.0)
+        limits.append(worker.watch.limit_s)
+    assert limits == sorted(limits, reverse=True)
+    assert limits[0] > 100, "not at once"
+    assert limits[-1] == pytest.approx(10, rel=0.2), "ten times what steps take now"
+
+
+def test_a_limit_does_not_sink_while_it_is_waited_for() -> None:
+    worker = Worker()
+    worker.work(30, 20.0)
+    limit_s = worker.watch.limit_s
+    worker.wait(150)
+    assert worker.watch.limit_s == limit_s
+    assert not worker.is_stuck()
