@@ -20,7 +20,7 @@ Every `EncodeRequest` is answered by exactly one `EncodeResult`, every `Embeddin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -29,6 +29,11 @@ from epd.types import FinishReason, Pooling, SamplingParams, TokenLogprobs, Work
 
 PROTOCOL_VERSION = 1
 """Raised when an old peer could misread a new message. Peers of different versions refuse each other."""
+
+
+Name = Annotated[str, msgspec.Meta(max_length=512)]
+"""Ids, addresses and keys, all of which our own processes make, and none as long as this. Receivers keep them."""
+MAX_PD_ADDRESSES = 4096
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=True):
@@ -93,7 +98,7 @@ class Hello(Message, frozen=True, kw_only=True):
     """First message on a connection to a worker."""
 
     protocol_version: int
-    sender: str
+    sender: Name
     """Name of the sender for logs, such as `proxy-5580` or an encoder's address."""
     model: str
     """Checkpoint fingerprint that the sender serves; empty: any, as proxies say, which learn it from the answer."""
@@ -126,7 +131,7 @@ class Announcement(Message, frozen=True, kw_only=True):
 class Peers(Message, frozen=True, kw_only=True):
     """A proxy tells an encoder which PD addresses are in its roster; an encoder dials no others."""
 
-    pd_addresses: tuple[str, ...]
+    pd_addresses: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_PD_ADDRESSES)]
 
 
 class Ping(Message, frozen=True, kw_only=True):
@@ -158,12 +163,12 @@ class Pong(Message, frozen=True, kw_only=True):
 class EncodeRequest(Message, frozen=True, kw_only=True):
     """Encode one picture and ship its embeddings to a PD. One raw frame follows: the original image bytes."""
 
-    request_id: str
+    request_id: Name
     image_index: int
     """Which picture of the request; echoed in the result."""
-    content_key: str
+    content_key: Name
     """Hash of bytes, processor settings and model; the cache key on every worker."""
-    pd_address: str
+    pd_address: Name
     """Where the embeddings go; must be one of the `Peers`."""
     max_pixels: int | None = None
     """Upper bound on the resized picture (`detail: low`); None: the processor's own."""
@@ -187,7 +192,7 @@ class EncodeResult(Message, frozen=True, kw_only=True):
 class ImageSlot(msgspec.Struct, frozen=True, kw_only=True):
     """Where a picture stands in a prompt."""
 
-    content_key: str
+    content_key: Name
     offset: int
     """Index of its single placeholder in `prompt_token_ids`; offsets increase from slot to slot."""
     expect_cached: bool = False
@@ -197,7 +202,7 @@ class ImageSlot(msgspec.Struct, frozen=True, kw_only=True):
 class GenerateRequest(Message, frozen=True, kw_only=True):
     """Generate from a prompt; pictures arrive as `Embeddings` with the same content keys."""
 
-    request_id: str
+    request_id: Name
     prompt_token_ids: tuple[int, ...]
     """With one placeholder token for each picture; the PD expands it to what `Embeddings.token_ids` says."""
     images: tuple[ImageSlot, ...] = ()
@@ -215,7 +220,7 @@ class GenerateRequest(Message, frozen=True, kw_only=True):
 class Embeddings(Message, frozen=True, kw_only=True):
     """The vision tower's output for one picture. One raw frame follows: `shape` × `dtype`, C order, little endian."""
 
-    content_key: str
+    content_key: Name
     token_ids: tuple[int, ...]
     """What the placeholder expands to. Embedding row i replaces the i-th of them that is an image token."""
     grid_thw: tuple[int, int, int] | None = None

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 from epd.codec import Buffer
-from epd.errors import ProtocolError, ServerError, WorkerFailed, from_info
+from epd.errors import Overloaded, ProtocolError, ServerError, WorkerFailed, from_info
 from epd.messages import (
     PROTOCOL_VERSION,
     AnyMessage,
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 8
 """Pictures under way to one PD. More wait here: the memory for them is the cache's, not a socket's."""
+MAX_UNDER_WAY = 1024
+"""Pictures for one PD, waiting ones included. They go on when those who asked for them have given up."""
 CONNECT_TIMEOUT_S = 3.0
 """For a PD to take the first message. It is in a proxy's roster, so it should be there."""
 PING_INTERVAL_S = 1.0
@@ -92,6 +94,7 @@ class EmbeddingTransfer:
 
         Raises:
             WorkerFailed: the PD can't be reached, refuses us, vanishes, or does not answer.
+            Overloaded: too many pictures wait for this PD.
             EPDError: what the PD says against the picture, such as `ContextLengthExceeded`.
         """
         link = self._links.get(address)
@@ -143,6 +146,8 @@ class _Link:
     async def ship(self, content_key: str, image: EncodedImage) -> None:
         task = self._under_way.get(content_key)
         if task is None:
+            if len(self._under_way) >= MAX_UNDER_WAY:
+                raise Overloaded(f"{MAX_UNDER_WAY} images wait for the prefill-decode worker {self._address}.")
             task = asyncio.create_task(self._ship(content_key, image), name=f"ship {content_key}")
             self._under_way[content_key] = task
             task.add_done_callback(_retrieve)

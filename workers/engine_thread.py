@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
-from epd.errors import EPDError, ErrorInfo, InternalError, NoWorker
+from epd.errors import EPDError, ErrorInfo, InternalError, NoWorker, Overloaded
 from workers.core_turns import CoreTurns
 from workers.engine.engine import Engine
 from workers.engine.outputs import StepOutput
@@ -27,6 +27,9 @@ _CHECK_AFTER_IDLE_S = 0.5
 
 _LONGEST_STEP_S = 10.0
 """A thread that is stuck for so long is left behind at the end."""
+
+MAX_UNANSWERED = 8192
+"""Commands that the engine has not come to, while it is in a step; more are refused as overloaded."""
 
 Command = Callable[[Engine], None]
 Reply = Callable[[ErrorInfo | None], None]
@@ -76,7 +79,10 @@ class EngineThread:
         self._thread.start()
 
     def submit(self, command: Command) -> None:
-        """Have `command` called on the engine's thread before its next step. What it raises ends the engine."""
+        """Have `command` called on the engine's thread before its next step. What it raises ends the engine.
+
+        Not bounded here: for the caller's own commands, and at most one for each request that it has accepted.
+        """
         self._commands.put(command)
 
     def ask(self, command: Command, reply: Reply) -> None:
@@ -86,6 +92,9 @@ class EngineThread:
         """
         if self._end_error is not None:
             reply(self._end_error)
+            return
+        if len(self._unanswered) >= MAX_UNANSWERED:
+            reply(Overloaded(f"{MAX_UNANSWERED} requests and pictures wait for the engine to look at them.").to_info())
             return
         number = next(self._numbers)
         self._unanswered[number] = reply

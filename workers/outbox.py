@@ -19,10 +19,13 @@ class Outbox:
 
     Args:
         send: sends one batch; False when the peer has gone, after which everything is dropped.
+        max_outputs: that wait while a batch is on its way. Those of one request are merged, so only a peer that goes on
+            asking, and does not read the refusals, comes to this.
     """
 
-    def __init__(self, send: Callable[[TokenBatch], Awaitable[bool]]) -> None:
+    def __init__(self, send: Callable[[TokenBatch], Awaitable[bool]], max_outputs: int) -> None:
         self._send = send
+        self._max_outputs = max_outputs
         self._pending: dict[str, TokenOutput] = {}
         self._ended: list[TokenOutput] = []
         """What goes first: terminal outputs whose request id was used again, and large ones that took no more."""
@@ -31,17 +34,20 @@ class Outbox:
         self._is_flushed.set()
         self._task = asyncio.create_task(self._run())
 
-    def put(self, output: TokenOutput) -> None:
-        """Queue one output; outputs of one request keep their order."""
+    def put(self, output: TokenOutput) -> bool:
+        """Queue one output; outputs of one request keep their order. False: too many wait, and it was dropped."""
         earlier = self._pending.get(output.request_id)
         # A terminal output is never followed by another of the same request, unless its id is used again.
         if earlier is not None and earlier.finish_reason is None and num_logprobs(earlier) < MAX_LOGPROBS:
             output = merge(earlier, output)
+        elif len(self._pending) + len(self._ended) >= self._max_outputs:
+            return False
         elif earlier is not None:
             self._ended.append(self._pending.pop(output.request_id))
         self._pending[output.request_id] = output
         self._is_flushed.clear()
         self._wake.set()
+        return True
 
     async def flushed(self) -> None:
         """Return when everything was handed to the connection, or the peer has gone."""

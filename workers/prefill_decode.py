@@ -24,6 +24,7 @@ import torch
 from epd.checkpoint import fingerprint
 from epd.config import PrefillDecodeConfig
 from epd.errors import (
+    ContextLengthExceeded,
     EPDError,
     ErrorInfo,
     HandedOver,
@@ -62,6 +63,9 @@ log = logging.getLogger(__name__)
 
 MAX_ARRIVING_BYTES = 1 << 30
 """Embeddings that the engine has not looked at yet; more are refused as overloaded."""
+_TOKEN_ID_BYTES = 8
+_SPARE_OUTPUTS = 1024
+"""Refusals that may wait for a peer to read them, beside the answers to what was accepted."""
 _LAST_WORDS_S = 5.0
 """For answers to leave when the worker stops."""
 _HANDED_OVER = HandedOver("The prefill-decode worker is shutting down; another one can go on.")
@@ -75,6 +79,8 @@ class _Accepted:
     request_id: str
     """As the proxy calls it; the engine knows it by another name, since two proxies may choose the same."""
     num_tokens: int = 0
+    is_aborted: bool = False
+    """The engine was told; once is enough."""
     is_orphaned: bool = False
     """The proxy has gone; nobody is there to answer."""
 
@@ -101,6 +107,7 @@ class PrefillDecodeService:
     ) -> None:
         self._send = send
         self._max_requests = max_requests
+        self._max_model_len = engine.info.max_model_len
         self._crashed = crashed
         self._grammars = engine.grammars
         self._compile_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
@@ -295,6 +302,12 @@ class PrefillDecodeService:
             return NoWorker("The prefill-decode worker is shutting down.")
         if len(self._accepted) >= self._max_requests:
             return Overloaded(f"The prefill-decode worker has {self._max_requests} requests already.")
+        # The engine says the same, later: until its step ends, what was accepted is held here.
+        num_tokens = len(message.prompt_token_ids) + len(message.resume_token_ids)
+        if num_tokens > self._max_model_len:
+            return ContextLengthExceeded.of(limit=self._max_model_len, prompt=num_tokens, completion=None)
+        if len(message.images) > num_tokens:
+            return InvalidRequest("There are more pictures than tokens in the prompt.", param="images")
         return None
 
     def _added(self, engine_id: str, error: ErrorInfo | None) -> None:
@@ -313,17 +326,19 @@ class PrefillDecodeService:
             if engine_id in self._compiling:  # the engine does not know it yet, and never will
                 self._forget_compiling(engine_id)
                 self._answer(TokenOutput(request_id=engine_id, finish_reason=FinishReason.ABORT))
-            else:
+            elif not self._accepted[engine_id].is_aborted:
+                self._accepted[engine_id].is_aborted = True
                 self._engine.submit(methodcaller("abort", engine_id))
 
     def _forget_compiling(self, engine_id: str) -> None:
         self._compiling.pop(engine_id).cancel()
 
     def _take_embeddings(self, peer: bytes, message: Embeddings, buffer: memoryview) -> None:
-        self._arriving_bytes += buffer.nbytes
+        nbytes = buffer.nbytes + _TOKEN_ID_BYTES * len(message.token_ids)
+        self._arriving_bytes += nbytes
 
         def reply(error: ErrorInfo | None) -> None:
-            self._arriving_bytes -= buffer.nbytes
+            self._arriving_bytes -= nbytes
             self._counters["embeddings_refused" if error else "embeddings_taken"] += 1
             task = asyncio.create_task(self._send(peer, EmbeddingsReply(content_key=message.content_key, error=error)))
             self._replies.add(task)
@@ -392,8 +407,16 @@ class PrefillDecodeService:
 
     def _post(self, peer: bytes, output: TokenOutput) -> None:
         if peer not in self._outboxes:
-            self._outboxes[peer] = Outbox(partial(self._send, peer))
-        self._outboxes[peer].put(output)
+            self._outboxes[peer] = Outbox(partial(self._send, peer), self._max_requests + _SPARE_OUTPUTS)
+        if not self._outboxes[peer].put(output):
+            # Not at once: callers are going through the requests.
+            asyncio.get_running_loop().call_soon(self._give_up, peer)
+
+    def _give_up(self, peer: bytes) -> None:
+        """A peer that goes on asking and does not read the answers is treated as gone."""
+        if peer in self._outboxes:
+            log.warning("a proxy does not read its answers; its requests are aborted")
+            self.peer_gone(peer)
 
     def _engine_crashed(self) -> None:
         self._is_deaf = True

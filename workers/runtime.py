@@ -12,6 +12,7 @@ import logging
 import secrets
 import signal
 import time
+from collections import defaultdict
 from typing import Protocol
 
 import msgspec
@@ -47,6 +48,10 @@ _STARTED = time.monotonic()
 """Of the process, nearly: this is imported before a model is loaded."""
 ANNOUNCE_INTERVAL_S = 1.0
 ANNOUNCE_RETRY_S = 0.2
+MAX_PEERS = 4096
+"""Proxies and encoders that have said `Hello`, and were heard within `PEER_TIMEOUT_S`; more are refused."""
+MAX_WAITING_SENDS = 1024
+"""Answers to one peer that wait for room on its connection: it does not read, and is treated as gone."""
 MAX_WARNED = 1000
 """Senders of malformed messages that were warned of; of more than these only the count tells."""
 PEER_TIMEOUT_S = 10.0
@@ -146,7 +151,9 @@ class WorkerRuntime:
             self._registration = Registration(self._store, self._record, config.metastore.safe_address)
         self._state = WorkerState.READY
         self._last_seen: dict[bytes, float] = {}
+        """Of those who have a name."""
         self._names: dict[bytes, str] = {}
+        self._waiting_sends: dict[bytes, int] = defaultdict(int)
         self._malformed = 0
         self._warned: set[str] = set()
         self._stop = asyncio.Event()
@@ -157,7 +164,17 @@ class WorkerRuntime:
 
     async def send(self, peer: bytes, message: AnyMessage, *buffers: Buffer) -> bool:
         """Implements `Send`."""
-        return await self._send(peer, message, *buffers, timeout_s=SEND_TIMEOUT_S)
+        if self._waiting_sends[peer] >= MAX_WAITING_SENDS:
+            log.warning("%s leaves %d answers unread", self._names.get(peer, "a stranger"), MAX_WAITING_SENDS)
+            self._forget(peer)
+            return False
+        self._waiting_sends[peer] += 1
+        try:
+            return await self._send(peer, message, *buffers, timeout_s=SEND_TIMEOUT_S)
+        finally:
+            self._waiting_sends[peer] -= 1
+            if not self._waiting_sends[peer]:
+                del self._waiting_sends[peer]
 
     async def _reply(self, peer: bytes, message: AnyMessage) -> None:
         """Answer from the receive loop, which one peer that does not read must not hold up for the others."""
@@ -272,7 +289,8 @@ class WorkerRuntime:
             except ProtocolError as error:
                 self._count_malformed("a stranger", error)
                 continue
-            self._last_seen[peer] = time.monotonic()
+            if peer in self._names:
+                self._last_seen[peer] = time.monotonic()
             try:
                 await self._dispatch(peer, message, buffers)
             except ProtocolError as error:
@@ -292,20 +310,23 @@ class WorkerRuntime:
             self._service.handle(peer, message, buffers)
 
     async def _greet(self, peer: bytes, hello: Hello) -> None:
-        reason = self._reason_to_refuse(hello)
+        reason = self._reason_to_refuse(peer, hello)
         if reason:
             log.warning("refused %s: %s", hello.sender, reason)
             await self._reply(peer, Refusal(protocol_version=PROTOCOL_VERSION, reason=reason))
             return
         self._names[peer] = hello.sender
+        self._last_seen[peer] = time.monotonic()
         log.info("%s connected", hello.sender)
         await self._reply(peer, Welcome(protocol_version=PROTOCOL_VERSION, worker=self._current_info()))
 
-    def _reason_to_refuse(self, hello: Hello) -> str | None:
+    def _reason_to_refuse(self, peer: bytes, hello: Hello) -> str | None:
         if hello.protocol_version != PROTOCOL_VERSION:
             return f"protocol version {hello.protocol_version}, this worker speaks {PROTOCOL_VERSION}"
         if hello.model not in ("", self._info.model):
             return f"checkpoint {hello.model}, this worker serves {self._info.model} ({self._config.model})"
+        if peer not in self._names and len(self._names) >= MAX_PEERS:
+            return f"{MAX_PEERS} proxies and encoders are connected, which is this worker's limit"
         return None
 
     def _pong(self, sequence: int) -> Pong:

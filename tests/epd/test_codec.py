@@ -15,6 +15,7 @@ from epd.messages import (
     GenerateRequest,
     Hello,
     ImageSlot,
+    Peers,
     Ping,
     TokenBatch,
     TokenOutput,
@@ -135,3 +136,26 @@ def test_a_header_nested_without_end_is_malformed() -> None:
     fields = msgspec.msgpack.encode({"type": "Ping", "sequence": 1, "of a newer peer": 0})
     with pytest.raises(ProtocolError):
         codec.decode([fields[:-1] + b"\x91" * 100_000 + b"\x00"])
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (Abort(request_ids=("x" * 600,)), None),
+        (Hello(protocol_version=1, sender="x" * 600, model="m"), "sender"),
+        (Peers(pd_addresses=("x" * 600,)), "pd_addresses"),
+        (Peers(pd_addresses=("x",) * 5000), "pd_addresses"),
+        (
+            Embeddings(content_key="x" * 600, token_ids=(1,), grid_thw=None, shape=(1, 1), dtype="float32"),
+            "content_key",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_names_that_receivers_keep_are_short(message: AnyMessage, field: str | None) -> None:
+    buffers = [bytes(4)] if isinstance(message, Embeddings) else []
+    if field is None:  # only looked up
+        assert codec.decode(codec.encode(message))[0] == message
+        return
+    with pytest.raises(ProtocolError, match=field):
+        codec.decode(codec.encode(message, *buffers))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from epd.codec import Buffer
-from epd.errors import ContextLengthExceeded, ErrorInfo, ProtocolError, WorkerFailed
+from epd.errors import ContextLengthExceeded, ErrorInfo, Overloaded, ProtocolError, WorkerFailed
 from epd.messages import (
     PROTOCOL_VERSION,
     AnyMessage,
@@ -336,4 +336,17 @@ async def test_a_real_pd_that_dies_is_noticed_without_waiting_for_a_timeout(tmp_
         router.close()
         with pytest.raises(WorkerFailed, match="lost the connection"):
             await lost
+    await transfer.close()
+
+
+async def test_pictures_that_wait_for_one_pd_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that nobody waits for any more: an asker who gives up makes no room for the next."""
+    monkeypatch.setattr(embedding_transfer, "MAX_UNDER_WAY", 3)
+    transfer = transfer_to(Pds())
+    given_up = [asyncio.create_task(transfer.ship(PD, f"key {number}", IMAGE)) for number in range(3)]
+    await asyncio.wait(given_up, timeout=0)
+    for task in given_up:
+        task.cancel()
+    with pytest.raises(Overloaded, match="3 images wait"):
+        await asyncio.wait_for(transfer.ship(PD, "one more", IMAGE), 20)
     await transfer.close()

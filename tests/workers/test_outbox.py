@@ -9,6 +9,8 @@ from epd.messages import TokenBatch, TokenOutput
 from epd.types import FinishReason, TokenLogprobs
 from workers.outbox import MAX_LOGPROBS, Outbox, batches, num_logprobs
 
+MAX_OUTPUTS = 100
+
 
 class Connection:
     """Takes batches when the test lets it."""
@@ -30,7 +32,7 @@ class Connection:
 
 @asynccontextmanager
 async def outbox(connection: Connection) -> AsyncIterator[Outbox]:
-    box = Outbox(connection)
+    box = Outbox(connection, MAX_OUTPUTS)
     try:
         yield box
     finally:
@@ -162,3 +164,18 @@ async def test_log_probabilities_stay_with_their_tokens_and_those_of_the_prompt_
     assert merged.token_ids == (0, 1, 2)
     assert merged.logprobs == tuple(known[:3])
     assert merged.prompt_logprobs == prompt
+
+
+async def test_what_a_peer_leaves_unread_is_bounded() -> None:
+    connection = Connection()
+    async with outbox(connection) as box:
+        connection.is_open.clear()
+        box.put(output("first", 1))
+        await connection.is_sending.wait()
+        taken = [box.put(output(f"refused {number}", end=True)) for number in range(MAX_OUTPUTS + 5)]
+        assert taken == [True] * MAX_OUTPUTS + [False] * 5
+        connection.is_open.set()
+        await box.flushed()
+        assert box.put(output("later", 1))
+        await box.flushed()
+    assert sum(len(batch.outputs) for batch in connection.batches) == MAX_OUTPUTS + 2

@@ -25,11 +25,11 @@ from epd.messages import (
     TokenOutput,
 )
 from epd.types import FinishReason, SamplingParams
-from tests.workers.engine.fakes import HIDDEN, IMAGE_TOKEN, FakeRunner, fake_engine
+from tests.workers.engine.fakes import CONTEXT, HIDDEN, IMAGE_TOKEN, FakeRunner, fake_engine
 from workers import engine_thread, prefill_decode
 from workers.prefill_decode import PrefillDecodeService
 
-PROXY, OTHER, ENCODER = b"proxy", b"other", b"encoder"
+PROXY, OTHER, ENCODER, DEAF = b"proxy", b"other", b"encoder", b"deaf"
 MAX_REQUESTS = 4
 
 
@@ -42,6 +42,8 @@ class Sent:
         self.changed = asyncio.Event()
 
     async def send(self, peer: bytes, message: AnyMessage, *_: Buffer) -> bool:
+        if peer == DEAF:
+            await asyncio.Event().wait()
         if isinstance(message, TokenBatch):
             for output in message.outputs:
                 self.outputs[peer, output.request_id].append(output)
@@ -375,7 +377,7 @@ async def test_what_is_left_when_the_worker_stops_is_answered() -> None:
 
 
 async def test_a_flood_of_embeddings_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_decode, "MAX_ARRIVING_BYTES", 2 * HIDDEN * 4)
+    monkeypatch.setattr(prefill_decode, "MAX_ARRIVING_BYTES", 2 * (HIDDEN * 4 + 8))
     for key in "ab":
         setup.embed(key)
     await setup.peers.until(lambda: len(setup.peers.replies) == 2)
@@ -407,3 +409,79 @@ async def test_stages_and_counters_tell_what_happened(setup: Setup) -> None:
     stages, counters = setup.service.stages(), setup.service.counters()
     assert {"queue", "prefill", "decode", "e2e", "time_to_first_token", "time_per_output_token"} <= set(stages)
     assert (counters["requests_length"], counters["prompt_tokens"], counters["generated_tokens"]) == (1, 3, 3)
+
+
+async def hang(setup: Setup) -> None:
+    """The engine is in a step, which ends when `setup.runner.steps` is released."""
+    setup.runner.steps = threading.Semaphore(1)
+    setup.generate("hangs")
+    await setup.peers.until(lambda: setup.peers.tokens_of("hangs") == [3])
+
+
+async def test_token_ids_of_embeddings_count_too(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_decode, "MAX_ARRIVING_BYTES", 1000)
+    message = Embeddings(content_key="k", token_ids=(IMAGE_TOKEN,) * 200, shape=(1, HIDDEN), dtype="float32")
+    setup.service.handle(ENCODER, message, [memoryview(bytes(HIDDEN * 4))])
+    await setup.peers.until(lambda: len(setup.peers.replies) == 1)
+    error = setup.peers.replies[0].error
+    assert error is not None
+    assert error.code == "overloaded"
+
+
+async def test_what_waits_for_the_engine_is_bounded(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_thread, "MAX_UNANSWERED", 3)
+    await hang(setup)
+    for number in range(5):
+        setup.embed(f"k{number}")
+    await setup.peers.until(lambda: len(setup.peers.replies) == 2)
+    assert {reply.content_key for reply in setup.peers.replies} == {"k3", "k4"}
+    assert all(reply.error is not None and reply.error.code == "overloaded" for reply in setup.peers.replies)
+    setup.generate("r")
+    error = (await setup.peers.end_of("r")).error
+    assert error is not None
+    assert error.code == "overloaded"
+    assert setup.runner.steps is not None
+    setup.runner.steps.release(1000)
+    await setup.peers.until(lambda: len(setup.peers.replies) == 5)
+
+
+async def test_an_abort_repeated_while_the_engine_is_in_a_step_is_told_once(setup: Setup) -> None:
+    await hang(setup)
+    for _ in range(100):
+        setup.service.handle(PROXY, Abort(request_ids=("hangs",) * 100), [])
+    assert setup.service._engine._commands.qsize() == 1
+    assert setup.runner.steps is not None
+    setup.runner.steps.release(1000)
+    assert (await setup.peers.end_of("hangs")).finish_reason is FinishReason.ABORT
+
+
+async def test_a_prompt_that_never_fits_is_not_held_until_the_step_ends(setup: Setup) -> None:
+    await hang(setup)
+    sampling = SamplingParams(max_tokens=1)
+    for name, length, num_images, code in (
+        ("long", CONTEXT + 1, 0, "context_length_exceeded"),
+        ("pictures", 3, 4, "invalid_request"),
+    ):
+        images = (ImageSlot(content_key="k", offset=1),) * num_images
+        message = GenerateRequest(
+            request_id=name, prompt_token_ids=(1,) * length, images=images, sampling=sampling, timeout_s=60
+        )
+        setup.service.handle(PROXY, message, [])
+        error = (await setup.peers.end_of(name)).error
+        assert error is not None
+        assert error.code == code
+    assert setup.peers.tokens_of("hangs") == [3], "the step goes on"
+    assert setup.runner.steps is not None
+    setup.runner.steps.release(1000)
+
+
+async def test_a_proxy_that_does_not_read_its_answers_costs_only_itself(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill_decode, "_SPARE_OUTPUTS", 10)
+    for number in range(MAX_REQUESTS + 50):
+        setup.generate(f"r{number}", DEAF, keys=("never",))
+    async with asyncio.timeout(20):
+        await setup.service._idle.wait()  # what it had was aborted
+    setup.generate("r", OTHER)
+    assert (await setup.peers.end_of("r", OTHER)).finish_reason is FinishReason.LENGTH

@@ -14,7 +14,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from epd import codec
+from epd import codec, transport
 from epd.config import WorkerConfig
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError, ProtocolError
@@ -333,3 +333,50 @@ async def test_a_free_port_is_refused_when_nobody_is_told_of_it(tmp_path: Path) 
             model="m",
             dtype="float32",
         )
+
+
+async def test_strangers_who_only_ping_are_not_remembered(worker: Worker) -> None:
+    for _ in range(5):
+        with contextlib.closing(await worker.connect()) as dealer:
+            await dealer.send(Ping(sequence=1))
+            await dealer.receive()
+    assert not worker.runtime._last_seen
+
+
+async def test_more_peers_than_the_limit_are_refused_with_a_reason(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime_module, "MAX_PEERS", 1)
+    with contextlib.closing(await worker.connect()) as first, contextlib.closing(await worker.connect()) as second:
+        for _ in range(2):  # greeting again is no new peer
+            await first.send(hello())
+            assert isinstance((await first.receive())[0], Welcome)
+        await second.send(hello())
+        refusal, _ = await second.receive()
+        assert isinstance(refusal, Refusal)
+        assert "1 proxies and encoders are connected" in refusal.reason
+
+
+async def test_a_peer_that_leaves_its_answers_unread_is_treated_as_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "HIGH_WATER_MARK", 2)
+    monkeypatch.setattr(runtime_module, "SEND_TIMEOUT_S", 600.0)
+    monkeypatch.setattr(runtime_module, "MAX_WAITING_SENDS", 3)
+    worker = Worker(tmp_path)
+    with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as deaf:
+        deaf.linger, deaf.rcvhwm, deaf.rcvbuf = 0, 1, 1
+        deaf.connect(f"ipc://{worker.address}")
+        await deaf.send_multipart(codec.encode(hello()))
+        await deaf.recv_multipart()
+        peer = next(iter(worker.runtime._names))
+        large = Refusal(protocol_version=PROTOCOL_VERSION, reason="x" * (1 << 20))
+        sends = [asyncio.create_task(worker.runtime.send(peer, large)) for _ in range(40)]
+        async with asyncio.timeout(20):
+            while not worker.service.gone:
+                await asyncio.wait(sends, timeout=0.01)
+        assert worker.service.gone == [peer]
+        for task in sends:
+            task.cancel()
+        await asyncio.wait(sends)
+    assert await worker.end() == 0

@@ -71,9 +71,17 @@ def ending_token_ids(info: ModelInfo, sampling: SamplingParams) -> frozenset[int
 def checked_embeddings(
     info: ModelInfo, token_ids: Sequence[int], grid_thw: tuple[int, int, int] | None, rows: torch.Tensor
 ) -> ImageEmbeddings:
-    """Embeddings as this model takes them. Raises InvalidRequest when it takes none, WorkerFailed when not these."""
+    """Embeddings as this model takes them.
+
+    Raises:
+        InvalidRequest: it takes none.
+        ContextLengthExceeded: the picture alone is longer than the context.
+        WorkerFailed: they are not for this model.
+    """
     if info.adapter.image_token_id is None:
         raise InvalidRequest("This model takes no images.")
+    if len(token_ids) > info.max_model_len:  # the store counts rows alone; there may be many other tokens
+        raise ContextLengthExceeded.of(limit=info.max_model_len, prompt=len(token_ids), completion=None)
     embeddings = ImageEmbeddings.checked(
         token_ids,
         grid_thw,

@@ -162,6 +162,7 @@ class Engine:
 
         Raises:
             InvalidRequest: the model takes no pictures.
+            ContextLengthExceeded: the picture alone is longer than the context.
             WorkerFailed: the embeddings are not what this model takes. Requests go on waiting, for better ones.
             Overloaded: the store is full of embeddings in use. Requests go on waiting.
         """

@@ -435,3 +435,10 @@ def test_who_runs_out_of_time_hears_where(stage: str) -> None:
     assert output.error.code == "timeout"
     assert stage in output.error.message
     assert not output.token_ids
+
+
+def test_a_picture_longer_than_the_context_is_not_kept() -> None:
+    engine = fake_engine(FakeRunner())
+    with pytest.raises(ContextLengthExceeded, match=str(CONTEXT + 1)):
+        provide(engine, rows=1, token_ids=[*([1] * CONTEXT), IMAGE_TOKEN])
+    assert not engine.has_embeddings("k")
