@@ -60,7 +60,7 @@ async def _ping_worker(address: str, ready: bool) -> tuple[bool, str]:
 async def _ping_proxy(url: str, ready: bool) -> tuple[bool, str]:
     async with httpx.AsyncClient(timeout=60) as client:  # the caller has a shorter deadline
         try:
-            response = await client.get(url.rstrip("/") + ("/health" if ready else "/ping"))
+            response = await client.get(url.rstrip("/") + ("/ready" if ready else "/livez"))
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             return False, str(error) or type(error).__name__
     return response.is_success, f"HTTP {response.status_code} {response.text[:500]}".rstrip()

@@ -28,7 +28,7 @@ class Listener(Protocol):
     def on_trouble(self, attempt: Attempt, samples: list[Sample], error: EPDError) -> None:
         """The PD does not go on with these samples, which are the attempt's no more."""
 
-    def fail(self, error: EPDError) -> None:
+    def fail(self, error: EPDError) -> bool:
         """The whole request can't be done."""
 
 
@@ -68,8 +68,8 @@ class Attempt:
             encoders: that do pictures first, by the pictures' indices; others are picked.
         """
         for sample in list(self.samples):
-            if sample.finished:
-                continue
+            if sample.finished or sample.attempt is not self:
+                continue  # the PD refused one before, and all went elsewhere
             try:
                 await self._send_sample(sample)
             except WorkerFailed as error:

@@ -6,17 +6,40 @@ What becomes of a request once it is admitted is `proxy.generation`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from epd.errors import Overloaded, ShuttingDown
+from epd.errors import EPDError, Overloaded, RequestAborted, ShuttingDown
 from epd.types import WorkerRole
 from proxy.generation import Generation
 from proxy.model_catalog import ModelRef
+from proxy.request_context import REQUEST_ID
 from proxy.retries import RetryLimits
 from proxy.work import Work
 from proxy.worker_connection import WorkerConnection
 from proxy.worker_pool import WorkerPool, no_worker
+
+
+class Preparation:
+    """A request that no worker has yet: its text and pictures are being read.
+
+    Args:
+        timer: that ends it.
+    """
+
+    def __init__(self, timer: asyncio.Timeout) -> None:
+        self.http_id = REQUEST_ID.get()
+        """What the client knows the request by."""
+        self.error: EPDError | None = None
+        self._timer = timer
+
+    def fail(self, error: EPDError) -> bool:
+        """End it with an error. Returns whether this one is the answer."""
+        if self.error is not None or self._timer.expired():
+            return False
+        self.error = error
+        self._timer.reschedule(asyncio.get_running_loop().time())
+        return True
 
 
 class Dispatcher:
@@ -38,6 +61,7 @@ class Dispatcher:
         self.is_draining = False
         """Takes nothing new."""
         self.active: dict[str, Generation] = {}
+        self._preparing: set[Preparation] = set()
 
     @contextmanager
     def admit(self) -> Iterator[None]:
@@ -59,6 +83,34 @@ class Dispatcher:
             if not self._admitted:
                 self._is_idle.set()
 
+    @contextmanager
+    def preparing(self, timer: asyncio.Timeout) -> Iterator[Preparation]:
+        """What comes before `start`, so that it too ends when the request is aborted or the proxy stops.
+
+        Args:
+            timer: entered around this and nothing else; its TimeoutError means `Preparation.error`, where there is one.
+        """
+        preparation = Preparation(timer)
+        self._preparing.add(preparation)
+        try:
+            yield preparation
+        finally:
+            self._preparing.discard(preparation)
+        if preparation.error is not None:  # it came too late to stop anything
+            raise preparation.error
+
+    def abort(self, ids: Collection[str] | None) -> list[str]:
+        """Stop requests by the ids of their answers or by their X-Request-Id; None: all. Returns those stopped."""
+        error = RequestAborted("The request was aborted by POST /abort.")
+        found = [(request_id, generation.http_id, generation.fail) for request_id, generation in self.active.items()]
+        found += [(one.http_id, one.http_id, one.fail) for one in self._preparing]
+        stopped = []
+        for request_id, http_id, fail in found:
+            named = request_id if ids is None or request_id in ids else http_id
+            if (ids is None or (named and named in ids)) and fail(error):
+                stopped.append(named)
+        return stopped
+
     def check_open(self) -> None:
         """Raises ShuttingDown when nothing new is taken."""
         if self.is_draining:
@@ -70,8 +122,11 @@ class Dispatcher:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._is_idle.wait()
+        error = ShuttingDown(f"The proxy is shutting down and the answer took more than {timeout_s:g} s.")
         for generation in self.active.values():
-            generation.fail(ShuttingDown(f"The proxy is shutting down and the answer took more than {timeout_s:g} s."))
+            generation.fail(error)
+        for preparation in self._preparing:
+            preparation.fail(error)
 
     def require(self, model: ModelRef, *, images: bool) -> None:
         """Check early that somebody could do the work. Which pictures a PD holds shows only once they are loaded.
@@ -97,12 +152,12 @@ class Dispatcher:
             NoWorker: it could not be sent; nothing is left to close.
         """
         generation = Generation(work, self._pool, self._limits)
+        self.active[work.request_id] = generation  # before it is sent, which may take a while
         try:
             await generation.send()
         except BaseException:
-            await generation.close()
+            await self.close(generation)
             raise
-        self.active[work.request_id] = generation
         return generation
 
     async def close(self, generation: Generation) -> None:

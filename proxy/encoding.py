@@ -145,7 +145,7 @@ class Encoding:
                 return
             error, trouble = failed, self._trouble(failed)
             retries.note(trouble, encoder.member.address)
-            over = retries.verdict(error, trouble, "encoder", MAX_FAULTS)
+            over = retries.verdict(error, trouble, "encoder", MAX_FAULTS, is_patient=self._is_patient)
             if over is not None:
                 if isinstance(over, ClientError):
                     over.param = over.param or self._work.images[index].param
@@ -200,7 +200,8 @@ class Encoding:
             return error
         except TimeoutError:
             await encoder.abort(request_id)
-            encoder.circuit.failed()
+            if self._time_left() > 0:  # else the client left it too little time, which says nothing of the encoder
+                encoder.circuit.failed()
             return DeadlineExceeded(f"The encoder {encoder.member.address} did not report within {limit_s:.3g} s.")
         if isinstance(result, EPDError):
             return result

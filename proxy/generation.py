@@ -22,7 +22,7 @@ import time
 from collections.abc import Coroutine
 from contextlib import suppress
 
-from epd.errors import DeadlineExceeded, EPDError, InternalError, NoWorker, RequestAborted, WorkerFailed
+from epd.errors import DeadlineExceeded, EPDError, InternalError, NoWorker, WorkerFailed
 from epd.messages import TokenOutput
 from epd.types import FinishReason
 from proxy.attempt import Attempt
@@ -57,6 +57,7 @@ class Generation:
         self._error: EPDError | None = None
         self._news = asyncio.Event()
         self._chores: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     @property
     def done(self) -> bool:
@@ -114,9 +115,12 @@ class Generation:
 
     async def close(self) -> None:
         """Stop what still runs. Safe to call again, and after a failure."""
+        self._is_closed = True  # a PD that fails while others are told finds no heir any more
         for task in self._chores:
             task.cancel()
-        for attempt in self._attempts:
+        for attempt in list(self._attempts):
+            # What it lost a moment ago may still be in hand there.
+            await attempt.abort(*(sample for sample in self._samples if not sample.finished))
             await attempt.stop()
 
     async def settle(self, timeout_s: float) -> None:
@@ -126,10 +130,6 @@ class Generation:
                 for attempt in self._attempts:
                     if attempt.encoding is not None and attempt.samples:
                         await attempt.encoding.settled.wait()
-
-    def cancel(self) -> None:
-        """End with an error, on somebody else's request; the consumer hears of it."""
-        self.fail(RequestAborted("The request was aborted by POST /abort."))
 
     def timings(self) -> dict[str, float]:
         """Where the time went so far, in milliseconds."""
@@ -157,11 +157,17 @@ class Generation:
             return DeadlineExceeded(f"The first token did not come within {spent_s:.3g} s: time ran out {stage}.")
         return DeadlineExceeded(f"The request was not finished within {self.work.timeout_s:g} s: time ran out {stage}.")
 
-    def fail(self, error: EPDError) -> None:
-        """End with an error; the consumer hears of it. The first one is the answer; later ones are its echoes."""
-        if self._error is None and not self.done:
-            self._error = error
-            self._news.set()
+    def fail(self, error: EPDError) -> bool:
+        """End with an error; the consumer hears of it. The first one is the answer; later ones are its echoes.
+
+        Returns:
+            Whether this one is the answer. It is not where all samples are at their ends, taken or not.
+        """
+        if self._error is not None or all(sample.finished for sample in self._samples):
+            return False
+        self._error = error
+        self._news.set()
+        return True
 
     # -- towards the workers ---------------------------------------------------------------------------------------
 
@@ -201,20 +207,22 @@ class Generation:
         if output.token_ids and not self._has_tokens:
             attempt.pd.records.observe(PROXY_TTFT, self._timings.note_first_token())
         sample.add(output)
-        if output.finish_reason not in (None, FinishReason.ERROR):
-            sample.end(output)
-            self._timings.note(output.timings_ms)
         if sample.lacks_logprobs(output, self.work.sampling):
             self.fail(WorkerFailed("The prefill-decode worker left out log probabilities."))
+        elif output.finish_reason not in (None, FinishReason.ERROR):
+            sample.end(output)
+            self._timings.note(output.timings_ms)
         if sample.has_news:
             self._news.set()
 
     def on_trouble(self, attempt: Attempt, samples: list[Sample], error: EPDError) -> None:
         """Implements `Listener`."""
+        if self._is_closed:
+            return
         trouble = trouble_of(error)
         for sample in samples:
-            sample.retries.note(trouble, attempt.pd.member.address)
-            over = sample.retries.verdict(error, trouble, "prefill-decode")
+            sample.retries.note(trouble, attempt.pd.member.address, progress=len(sample.token_ids))
+            over = sample.retries.verdict(error, trouble, "prefill-decode", is_patient=self._has_tokens)
             if over is not None or self._error is not None or self._pool.is_closing:
                 self.fail(over or error)
                 return
@@ -251,6 +259,8 @@ class Generation:
         if not old.samples:
             # Only now: an encoder that is at a picture finishes it for both.
             await old.stop()
+            if old in self._attempts:  # its samples may have failed at two times
+                self._attempts.remove(old)
 
     async def _find_pd(self, samples: list[Sample], error: EPDError, trouble: Trouble) -> WorkerConnection | None:
         avoid = set().union(*(sample.retries.refused_by for sample in samples))

@@ -149,7 +149,6 @@ class MediaLoader:
             async with budget.turn:
                 data = await self._read(source.url)
             budget.take(len(data))
-            hold(len(data))
             return await self._in_thread(lambda: self._inspect(data, source, model))
         except EPDError as error:
             error.param = error.param or source.param
@@ -158,12 +157,15 @@ class MediaLoader:
     async def _read(self, url: str) -> bytes:
         scheme = url.partition(":")[0].lower()
         if scheme in ("http", "https"):
-            return await self._fetcher.fetch(url.strip())
+            return await self._fetcher.fetch(url.strip(), hold)  # hosts may be slow, so as the bytes come
         if scheme == "data":
-            return await self._in_thread(lambda: parse_data_url(url, self._limits.max_image_bytes))
-        if scheme == "file":
-            return await self._in_thread(lambda: read_file_url(url, self._root, self._limits.max_image_bytes))
-        raise InvalidRequest("Image URLs start with data:, http:, https: or file:.")
+            data = await self._in_thread(lambda: parse_data_url(url, self._limits.max_image_bytes))
+        elif scheme == "file":
+            data = await self._in_thread(lambda: read_file_url(url, self._root, self._limits.max_image_bytes))
+        else:
+            raise InvalidRequest("Image URLs start with data:, http:, https: or file:.")
+        hold(len(data))
+        return data
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -91,8 +91,12 @@ class HttpFetcher:
         self._resolve = resolver
         self._tls: ssl.SSLContext | None = None
 
-    async def fetch(self, url: str) -> bytes:
+    async def fetch(self, url: str, hold: Callable[[int], None] = lambda _: None) -> bytes:
         """The body that `url` leads to.
+
+        Args:
+            url: of a picture.
+            hold: is told of bytes as they come; what it raises ends the fetch.
 
         Raises:
             InvalidRequest: not a URL.
@@ -102,16 +106,16 @@ class HttpFetcher:
         """
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._follow(url)
+                return await self._follow(url, hold)
         except TimeoutError:
             raise MediaUnavailable(f"The image URL did not answer within {self._timeout_s:g} s.") from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise MediaUnavailable(f"The image URL could not be fetched ({type(error).__name__}).") from error
 
-    async def _follow(self, url: str) -> bytes:
+    async def _follow(self, url: str, hold: Callable[[int], None]) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             parts = _checked_url(url)
-            result = await self._get(parts, await self._checked_address(parts))
+            result = await self._get(parts, await self._checked_address(parts), hold)
             if isinstance(result, bytes):
                 return result
             url = _joined(url, result)
@@ -129,7 +133,7 @@ class HttpFetcher:
             raise MediaForbidden("The image URL leads to an address that is not public; nothing is fetched there.")
         return addresses[0]
 
-    async def _get(self, parts: SplitResult, address: IPAddress) -> bytes | str:
+    async def _get(self, parts: SplitResult, address: IPAddress, hold: Callable[[int], None]) -> bytes | str:
         """The body, or where a redirect points to."""
         host, name = _bracketed(str(address)), _ascii_host(parts)
         pinned = parts._replace(netloc=f"{host}:{_port(parts)}", fragment="").geturl()
@@ -146,11 +150,11 @@ class HttpFetcher:
             )
             response = await client.send(request, stream=True)
             try:
-                return await self._read(response)
+                return await self._read(response, hold)
             finally:
                 await response.aclose()
 
-    async def _read(self, response: httpx.Response) -> bytes | str:
+    async def _read(self, response: httpx.Response, hold: Callable[[int], None]) -> bytes | str:
         if response.status_code in _REDIRECTS and "location" in response.headers:
             return response.headers["location"]
         if response.status_code != 200:
@@ -162,9 +166,10 @@ class HttpFetcher:
             raise RequestTooLarge(f"The image is larger than {self._max_bytes} bytes.")
         data = bytearray()
         async for chunk in response.aiter_raw():
-            data += chunk
-            if len(data) > self._max_bytes:
+            if len(data) + len(chunk) > self._max_bytes:
                 raise RequestTooLarge(f"The image is larger than {self._max_bytes} bytes.")
+            hold(len(chunk))
+            data += chunk
         return bytes(data)
 
     def _tls_context(self, scheme: str) -> ssl.SSLContext | bool:

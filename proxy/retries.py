@@ -1,9 +1,11 @@
 """When work that one worker did not finish is given to another one: how often, and after which pause.
 
-death    the worker died with the work in hand        once: it is not given to a third worker after two deaths
+death    the worker died with the work in hand        once: it is not given to a third worker after two deaths; those
+                                                     that it outlived elsewhere don't count (`Retries.note`)
 lost     the connection ended, not by its fault       `MAX_LOSSES` times
 leaving  the worker drains, or hands its work over    `MAX_REFUSALS` times
-full     the worker's queue is full                   `MAX_REFUSALS` times, on other workers first
+full     the worker's queue is full                   `MAX_REFUSALS` times, on other workers first; an answer that
+                                                     has begun, until its deadline
 fault    the worker reports that it failed            on `MAX_FAULTS` workers in all, other ones first
 final    the work is wrong, or its time is over       never
 """
@@ -18,6 +20,10 @@ from epd.errors import ClientError, DeadlineExceeded, EPDError, NoWorker, Overlo
 from proxy.in_hand import WorkerGone
 
 MAX_DEATHS = 2
+MAX_DEATHS_IN_ALL = 4
+"""Those that the work outlived elsewhere included."""
+UNHEARD_TOKENS = 32
+"""A worker may have made so many more than were heard of when it died."""
 MAX_LOSSES = 3
 MAX_REFUSALS = 16
 MAX_FAULTS = 2
@@ -63,26 +69,46 @@ def trouble_of(error: EPDError) -> Trouble:
     return Trouble.FINAL if isinstance(error, ClientError | DeadlineExceeded | PoisonSuspected) else Trouble.FAULT
 
 
+@dataclass(frozen=True)
+class Death:
+    """A worker died with the work in hand."""
+
+    address: str
+    progress: int
+    """Tokens made by then."""
+
+
 @dataclass
 class Retries:
     """What one piece of work went through so far."""
 
-    deaths: list[str] = field(default_factory=list)
-    """Addresses of workers that died with it in hand."""
+    deaths: list[Death] = field(default_factory=list)
+    """Those that the work may be the cause of."""
+    num_deaths: int = 0
+    """Of all."""
     losses: int = 0
     refusals: int = 0
+    num_full: int = 0
     faults: int = 0
     refused_by: set[str] = field(default_factory=set)
     """Live workers that did not do it: others come first."""
 
-    def note(self, trouble: Trouble, address: str) -> None:
-        """The worker at `address` did not finish it."""
+    def note(self, trouble: Trouble, address: str, progress: int = 0) -> None:
+        """The worker at `address` did not finish it; `progress`: tokens made so far, there and before.
+
+        The same tokens are made everywhere. Work that another worker took well past the place where one died did not
+        kill that one: it was in hand by accident.
+        """
         if trouble is Trouble.DEATH:
-            self.deaths.append(address)
+            self.deaths = [one for one in self.deaths if progress <= one.progress + UNHEARD_TOKENS]
+            self.deaths.append(Death(address, progress))
+            self.num_deaths += 1
         elif trouble is Trouble.LOST:
             self.losses += 1
         elif trouble is Trouble.FAULT:
             self.faults += 1
+        elif trouble is Trouble.FULL:
+            self.num_full += 1
         else:
             self.refusals += 1
         if trouble in (Trouble.FULL, Trouble.FAULT):
@@ -91,24 +117,36 @@ class Retries:
     @property
     def num(self) -> int:
         """How often it was tried in vain."""
-        return len(self.deaths) + self.losses + self.refusals + self.faults
+        return self.num_deaths + self.losses + self.refusals + self.num_full + self.faults
 
-    def verdict(self, error: EPDError, trouble: Trouble, role: str, max_faults: int = MAX_FAULTS) -> EPDError | None:
-        """The error that ends the work now; None: it may be tried again."""
-        if len(self.deaths) >= MAX_DEATHS:
+    def verdict(
+        self, error: EPDError, trouble: Trouble, role: str, max_faults: int = MAX_FAULTS, *, is_patient: bool = False
+    ) -> EPDError | None:
+        """The error that ends the work now; None: it may be tried again.
+
+        Args:
+            error: what the worker said, or what is said for it.
+            trouble: what kind that is.
+            role: of the worker, for people.
+            max_faults: how many workers may report that they failed.
+            is_patient: full workers are asked again until the deadline.
+        """
+        if len(self.deaths) >= MAX_DEATHS or self.num_deaths >= MAX_DEATHS_IN_ALL:
+            addresses = ", ".join(one.address for one in self.deaths)
             return PoisonSuspected(
-                f"The request was in hand at {MAX_DEATHS} {role} workers that died ({', '.join(self.deaths)}), so that "
+                f"The request was in hand at {self.num_deaths} {role} workers that died (at last {addresses}), so that "
                 "it is not tried on another one: it may be what they died of."
             )
         is_over = (
             trouble is Trouble.FINAL
             or self.losses > MAX_LOSSES
             or self.refusals > MAX_REFUSALS
+            or (self.num_full > MAX_REFUSALS and not is_patient)
             or self.faults >= max_faults
         )
         return error if is_over else None
 
     def pause_s(self) -> float:
         """Before the next try: exponential, with jitter, so that what was lost together does not come back together."""
-        longest = min(FIRST_PAUSE_S * 2.0 ** (self.num - 1), LONGEST_PAUSE_S)
+        longest = min(FIRST_PAUSE_S * 2.0 ** min(self.num - 1, 16), LONGEST_PAUSE_S)
         return random.uniform(0, longest)  # full jitter

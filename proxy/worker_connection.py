@@ -51,6 +51,8 @@ SILENT_PINGS = 4
 """A worker that says nothing while so many pings are sent is dead: 2 s after its last word at most, an interval more
 than they take. Seconds would blame it for a stall of this process, during which nobody can be heard."""
 REFUSED_RETRY_S = 2.0
+_MAX_PINGS = 256
+"""Whose time is remembered. A worker may send other things and never answer them."""
 _CLOSED_BY_US = "the proxy closed the connection"
 
 T = TypeVar("T")
@@ -284,6 +286,7 @@ class WorkerConnection:
     def _next_ping(self) -> Ping:
         self._sequence += 1
         self._pings[self._sequence] = time.perf_counter()
+        self._pings.pop(self._sequence - _MAX_PINGS, None)
         return Ping(sequence=self._sequence)
 
     async def refresh(self, timeout_s: float = 1.0) -> None:

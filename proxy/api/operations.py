@@ -111,13 +111,15 @@ async def health(request: Request) -> JSONResponse:
 
 @router.get("/check_health", tags=["operations"])
 async def check_health(request: Request) -> JSONResponse:
-    """Each worker by name, and whether it answers; 503 when no model can be served."""
+    """Each worker by name, and whether it answers; 503 when no model can be served, and while the proxy shuts down."""
     service = service_of(request)
     models = service.models()
     missing = _missing(models)
-    can_serve = any(model.name not in missing for model in models)
+    is_draining = service.dispatcher.is_draining
+    can_serve = any(model.name not in missing for model in models) and not is_draining
+    status = "draining" if is_draining else "error"
     body: dict[str, Any] = {
-        "status": ("degraded" if missing else "ok") if can_serve else "error",
+        "status": ("degraded" if missing else "ok") if can_serve else status,
         "results": {f"{_name(one)}-{one.member.address}": _condition(one) for one in service.pool.connections()},
     }
     if missing:
@@ -178,7 +180,8 @@ async def abort(request: Request) -> JSONResponse:
 
     For all, the admin key is needed, as `Authorization: Bearer KEY` or `X-Admin-Key: KEY`. Only requests of this proxy:
     with several, ask each. They end with the error `aborted` and status 499; encoders and prefill-decode workers drop
-    them. The reply names those that were stopped; ids that are not in work are left out.
+    them, and pictures are loaded no further. The reply names those that were stopped; ids that are not in work are left
+    out.
     """
     service = service_of(request)
     body = await read_body(request, _MAX_SMALL_BODY_BYTES, service.config.request_timeout)
@@ -188,13 +191,8 @@ async def abort(request: Request) -> JSONResponse:
         raise InvalidRequest(f"Send {{'request_id': …}} or {{'abort_all': true}}: {error}.") from error
     if wanted.abort_all:
         _require_admin(request, service.config.admin_key)
-    active = service.dispatcher.active
-    ids = [wanted.request_id] if isinstance(wanted.request_id, str) else wanted.request_id or []
-    aborted = []
-    for request_id, generation in list(active.items()):
-        if wanted.abort_all or request_id in ids or (generation.http_id and generation.http_id in ids):
-            generation.cancel()
-            aborted.append(request_id if request_id in ids or wanted.abort_all else generation.http_id)
+    ids = {wanted.request_id} if isinstance(wanted.request_id, str) else set(wanted.request_id or ())
+    aborted = service.dispatcher.abort(None if wanted.abort_all else ids)
     return JSONResponse({"status": "ok", "aborted": aborted})
 
 

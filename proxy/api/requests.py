@@ -43,11 +43,14 @@ async def decoded(request: Request, kind: type[T]) -> T:
 @asynccontextmanager
 async def deadline(model: ServedModel, arrived: float) -> AsyncIterator[None]:
     """Bound what happens before workers have the request by the time that it may take in all."""
-    limit = model.config.request_timeout
+    limit, preparation = model.config.request_timeout, None
     try:
-        async with asyncio.timeout(arrived + limit - time.perf_counter()):
-            yield
+        async with asyncio.timeout(arrived + limit - time.perf_counter()) as timer:
+            with model.dispatcher.preparing(timer) as preparation:
+                yield
     except TimeoutError:
+        if preparation is not None and preparation.error is not None:
+            raise preparation.error from None
         raise DeadlineExceeded(f"The request was not ready for the workers within {limit:g} s.") from None
 
 

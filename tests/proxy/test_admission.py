@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
 
 from epd.messages import Load
+from epd.types import SamplingParams
 from proxy.byte_budget import ByteBudget, hold
+from proxy.work import Work
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, data_url, eventually, png
 from tests.proxy.fakes import Received
 from tests.proxy.test_chat import events
@@ -101,6 +106,8 @@ async def test_a_proxy_that_shuts_down_finishes_answers_and_takes_nothing_new(cl
     assert (await cluster.http.get("/livez")).status_code == (await cluster.http.get("/ping")).status_code == 200
     ready = await cluster.http.get("/ready")
     assert (ready.status_code, ready.json()["status"]) == (503, "draining")
+    by_worker = await cluster.http.get("/check_health")
+    assert (by_worker.status_code, by_worker.json()["status"]) == (503, "draining")
     refused = await cluster.chat("y")
     assert (refused.status_code, code(refused)) == (503, "shutting_down")
     assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
@@ -127,6 +134,83 @@ async def test_answers_that_take_too_long_for_a_proxy_that_shuts_down_end_with_a
     error = events(response)[-1]["error"] if response.status_code == 200 else response.json()["error"]
     assert error["code"] == "shutting_down"
     await cluster.pd.until(lambda: len(cluster.pd.aborted) == 1)
+
+
+@asynccontextmanager
+async def slow_picture(cluster: Cluster, sent: int = 0) -> AsyncIterator[asyncio.Task[httpx.Response]]:
+    """A chat whose picture is being fetched: so many of its bytes have left a host that sends no more."""
+    come = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n" + bytes(sent))
+        come.set()
+        await reader.read()  # until the proxy hangs up
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server, asyncio.timeout(15):
+        part = {"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"}}
+        body, headers = {"messages": [{"role": "user", "content": [part]}]}, {"x-request-id": "slow-1"}
+        chat = asyncio.create_task(cluster.http.post("/v1/chat/completions", json=body, headers=headers))
+        await come.wait()
+        yield chat
+
+
+@pytest.fixture
+async def fetching(start_cluster: ClusterFactory) -> Cluster:
+    """It may fetch from this host."""
+    return await start_cluster(allowed_private_media=("127.0.0.0/8",), admin_key="secret")
+
+
+async def test_bytes_of_a_picture_count_as_they_come(fetching: Cluster) -> None:
+    async with slow_picture(fetching, sent=300_000) as chat:
+        await eventually(lambda: fetching.service.bytes.held > 300_000)  # with the request's body
+        assert fetching.service.bytes.held < 400_000
+        await abort(fetching, {"request_id": "slow-1"})
+        await chat
+    await eventually(lambda: fetching.service.bytes.held == 0)
+
+
+@pytest.mark.parametrize("body", [{"request_id": "slow-1"}, {"abort_all": True}])
+async def test_abort_reaches_a_request_whose_picture_is_loading(fetching: Cluster, body: Any) -> None:
+    async with slow_picture(fetching) as chat:
+        response = await abort(fetching, body, x_admin_key="secret")
+        assert response.json()["aborted"] == ["slow-1"]
+        answer = await chat
+        assert (answer.status_code, code(answer)) == (499, "aborted")
+        assert (await abort(fetching, body, x_admin_key="secret")).json()["aborted"] == []
+    assert not fetching.pd.requests
+
+
+async def test_a_request_whose_picture_loads_too_long_for_a_proxy_that_shuts_down_is_told(fetching: Cluster) -> None:
+    async with slow_picture(fetching) as chat:
+        await fetching.service.dispatcher.drain(0.01)
+        answer = await chat
+        assert (answer.status_code, code(answer)) == (503, "shutting_down")
+
+
+async def test_an_answer_that_is_complete_is_not_aborted(cluster: Cluster) -> None:
+    """Its client would be told of the end twice."""
+    generation = await cluster.service.dispatcher.start(some_work(cluster))
+    try:
+        await eventually(lambda: cluster.pd.received and not any(c.in_hand for c in cluster.service.pool.connections()))
+        assert cluster.service.dispatcher.abort(None) == []
+        updates = await generation.next()
+        assert [update.finish_reason for update in updates] == ["stop"]
+        assert generation.done
+    finally:
+        await cluster.service.dispatcher.close(generation)
+
+
+def some_work(cluster: Cluster, prompts: int = 1) -> Work:
+    return Work(
+        request_id="r",
+        model=cluster.model.ref,
+        prompts=((1, 2, 3),) * prompts,
+        sampling=SamplingParams(),
+        arrived=time.perf_counter(),
+        timeout_s=20.0,
+    )
 
 
 async def abort(cluster: Cluster, body: Any, **headers: str) -> httpx.Response:

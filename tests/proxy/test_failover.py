@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
-from epd.errors import HandedOver, InternalError, Overloaded
+from epd.errors import HandedOver, InternalError, Overloaded, WorkerFailed
 from epd.types import FinishReason
+from proxy.in_hand import WorkerGone
+from proxy.retries import MAX_DEATHS_IN_ALL, MAX_REFUSALS, UNHEARD_TOKENS, PoisonSuspected, Retries, Trouble
 from tests.proxy.conftest import Cluster, ClusterFactory, png
 from tests.proxy.fakes import FakePrefillDecode, Received
+from tests.proxy.test_admission import some_work
 from tests.proxy.test_chat import events
 from tests.proxy.test_failures import code
 
@@ -166,6 +169,88 @@ async def test_a_request_that_two_workers_died_of_is_not_tried_on_a_third(start_
     assert (response.status_code, code(response)) == (502, "worker_failed")
     assert "not tried on another one" in response.json()["message"]
     assert sorted(len(pd.requests) for pd in cluster.pds) == [0, 1, 1]
+
+
+async def test_a_death_that_a_request_outlived_elsewhere_is_not_its_fault(start_cluster: ClusterFactory) -> None:
+    """The second worker made many more tokens than the first one: what that died of was something else."""
+    cluster = await start_cluster(pds=3, encoders=0)
+    answer = cluster.pd.answer * 40
+    seen: list[Received] = []
+
+    async def until_it_dies(received: Received) -> None:
+        seen.append(received)
+        done = len(received.request.resume_token_ids)
+        if len(seen) > 2:
+            await received.worker.say_answer(received)
+            return
+        await received.send(*answer[done : done + (2, UNHEARD_TOKENS + 1)[len(seen) - 1]])
+        await die(received)
+
+    for pd in cluster.pds:
+        pd.answer, pd.script = answer, until_it_dies
+    response = await cluster.chat("x", max_tokens=60)
+    assert response.status_code == 200, response.text
+    assert response.json()["usage"]["completion_tokens"] == 60
+    assert [len(one.request.resume_token_ids) for one in seen] == [0, 2, UNHEARD_TOKENS + 3]
+
+
+def test_deaths_that_work_outlived_are_counted_too() -> None:
+    """Work that kills at other places each time does not get through a whole cluster."""
+    retries, gone = Retries(), WorkerGone("gone")
+    verdicts = []
+    for turn in range(MAX_DEATHS_IN_ALL):
+        retries.note(Trouble.DEATH, f"pd{turn}", progress=100 * turn)
+        verdicts.append(retries.verdict(gone, Trouble.DEATH, "prefill-decode"))
+    assert verdicts[:-1] == [None] * (MAX_DEATHS_IN_ALL - 1)
+    assert isinstance(verdicts[-1], PoisonSuspected)
+
+
+async def test_an_answer_that_has_begun_waits_for_room(
+    start_cluster: ClusterFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.retries.LONGEST_PAUSE_S", 0.001)
+    cluster = await start_cluster(pds=2, encoders=0, answer=ANSWER)
+    script = Script(cluster, 1, die)
+    refused = 0
+
+    async def full(received: Received) -> None:
+        nonlocal refused
+        if script.victim in (None, received.worker):
+            await script._run(received)
+        elif refused <= MAX_REFUSALS:
+            refused += 1
+            await received.send(finish=FinishReason.ERROR, error=Overloaded("The worker is full.").to_info())
+        else:
+            await received.worker.say_answer(received)
+
+    for pd in cluster.pds:
+        pd.script = full
+    response = await cluster.chat("x")
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["message"]["content"] == ANSWER
+    assert refused == MAX_REFUSALS + 1
+
+
+async def test_what_fails_while_a_request_is_closed_is_not_moved(start_cluster: ClusterFactory) -> None:
+    """Two prompts at two PDs: while one is told that nobody listens any more, one is found to take no pictures."""
+    cluster = await start_cluster(pds=2, encoders=0)
+    for pd in cluster.pds:
+        pd.script = pd.say_nothing
+    dispatcher = cluster.service.dispatcher
+    generation = await dispatcher.start(some_work(cluster, prompts=2))
+    for pd in cluster.pds:
+        await pd.until(lambda pd=pd: len(pd.requests) == 1)  # type: ignore[misc]
+    first, second = generation._attempts
+    tell = first.stop
+
+    async def stop() -> None:
+        await tell()
+        second.on_encoding_failed(WorkerFailed("It took no picture."))
+
+    first.stop = stop  # type: ignore[method-assign]
+    await dispatcher.close(generation)
+    assert not generation._chores
+    assert all(one.in_hand == 0 for one in cluster.service.pool.connections())
 
 
 async def test_a_picture_that_two_encoders_died_of_is_not_tried_on_a_third(start_cluster: ClusterFactory) -> None:
