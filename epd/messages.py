@@ -84,7 +84,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     ms_per_unit: float = 0.0
     """Predicted time of one more prompt token (PD) or of one more picture (encoder); 0: nothing learned yet."""
     cache_digest: str = ""
-    """Which content it holds, for affinity across proxies; empty: unknown. See `proxy.routing`."""
+    """Which pictures' embeddings a PD holds, as `epd.key_digest` writes it; empty: none."""
 
 
 class StageStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -382,6 +382,7 @@ class WorkerConnection:
     def note_load(self, load: Load, sequence: int = 0) -> None:
         """How busy the worker says it is, in its answer to the ping of that sequence; 0: elsewhere."""
         self.reported_load = load
+        self.pictures.note_digest(load.cache_digest)
         self.ledger.report(load, sequence)
 
     def _note_state(self, state: WorkerState, *, is_stuck: bool) -> None:

@@ -34,6 +34,7 @@ from epd.errors import (
     Overloaded,
     ProtocolError,
 )
+from epd.key_digest import KeyDigest
 from epd.messages import (
     Abort,
     AnyMessage,
@@ -127,6 +128,7 @@ class PrefillDecodeService:
         self._idle.set()
         self._stages = StageRecorder()
         self._counters: dict[str, int] = defaultdict(int)
+        self._digested: tuple[tuple[str, ...], str] = ((), "")
         self._engine.start()
 
     async def warm_up(self) -> None:
@@ -209,7 +211,13 @@ class PrefillDecodeService:
             kv_total_blocks=load.kv_total_blocks,
             work_ms=load.work_ms,
             ms_per_unit=load.ms_per_token,
+            cache_digest=self._cache_digest(load.content_keys),
         )
+
+    def _cache_digest(self, content_keys: tuple[str, ...]) -> str:
+        if content_keys is not self._digested[0]:
+            self._digested = content_keys, str(KeyDigest(content_keys))
+        return self._digested[1]
 
     def progress(self) -> Progress:
         """Of the engine."""

@@ -55,6 +55,16 @@ def test_the_second_request_moves_nothing_at_the_encoder(cluster: Cluster) -> No
     assert f"Total pd_embedding_cache_hits: {hits + 3}" in metrics
 
 
+def test_a_proxy_that_has_just_started_knows_what_the_pd_holds(cluster: Cluster) -> None:
+    first = ask(cluster, 6)
+    before = encodes(cluster)
+    cluster.processes["proxy"].send_signal(signal.SIGKILL)
+    cluster.start("proxy")
+    cluster.get("/metrics")  # which hears of every worker
+    assert ask(cluster, 6) == first
+    assert encodes(cluster) == before
+
+
 def test_what_the_pd_evicted_is_encoded_again(cluster: Cluster) -> None:
     answers = {seed: ask(cluster, seed) for seed in (2, 3)}
     before, misses = encodes(cluster), pd_counter(cluster, "pd_embedding_cache_misses")

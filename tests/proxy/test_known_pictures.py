@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from epd.errors import Overloaded
+from epd.key_digest import KeyDigest
 from epd.messages import TokenBatch, TokenOutput
 from epd.types import FinishReason, WorkerRole
 from proxy.known_pictures import KnownPictures
@@ -75,7 +76,7 @@ async def test_it_is_known_again_after_that(cluster: Cluster) -> None:
     [pd] = cluster.service.pool.connections(WorkerRole.PREFILL_DECODE)
     await cluster.pd.say_answer(cluster.pd.received[1])
     await task
-    assert len(pd.pictures) == 1
+    assert len(pd.pictures.among(request.images[0].content_key for request in cluster.pd.requests)) == 1
     cluster.pd.script = cluster.pd.say_answer
     await cluster.chat("z", png("red"))
     assert expected(cluster) == [[False], [True], [True]]
@@ -184,6 +185,22 @@ def test_least_recently_used_are_forgotten_first() -> None:
     assert known.among(["a", "b", "c"]) == {"a", "c"}
     known.forget("a")
     known.forget("a")
-    assert len(known) == 1
+    assert known.among(["a", "b", "c"]) == {"c"}
+    known.clear()
+    assert not known
+
+
+def test_what_the_worker_tells_counts_until_it_denies_it() -> None:
+    known = KnownPictures()
+    assert not known
+    known.note_digest(str(KeyDigest(["a", "b"])))
+    assert known
+    assert known.use(["a", "b", "c"]) == {"a", "b"}
+    known.forget("a")
+    assert known.among(["a", "b"]) == {"b"}
+    known.remember("a")
+    assert known.among(["a", "b"]) == {"a", "b"}
+    known.note_digest("")
+    assert known.among(["a", "b"]) == {"a"}
     known.clear()
     assert not known

@@ -108,6 +108,7 @@ class EmbeddingStore:
         self._clock = clock
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._num_bytes = 0
+        self._keys: tuple[str, ...] | None = ()
 
     def __contains__(self, content_key: str) -> bool:
         return content_key in self._entries
@@ -119,6 +120,13 @@ class EmbeddingStore:
     def num_bytes(self) -> int:
         """Bytes of all rows in the store."""
         return self._num_bytes
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Content keys of all entries; the same object as long as they stay the same."""
+        if self._keys is None:
+            self._keys = tuple(self._entries)
+        return self._keys
 
     def put(self, content_key: str, embeddings: ImageEmbeddings) -> None:
         """Keep an entry; a key that is there already keeps what it has.
@@ -132,6 +140,7 @@ class EmbeddingStore:
         self._make_room(embeddings.num_bytes)
         self._entries[content_key] = _Entry(embeddings, self._clock() + self._unclaimed_ttl_s)
         self._num_bytes += embeddings.num_bytes
+        self._keys = None
 
     def expect(self, content_key: str) -> None:
         """Embeddings that are here have been sent again, for a request that may be on its way: keep them for it.
@@ -183,6 +192,7 @@ class EmbeddingStore:
             raise Overloaded("The store for image embeddings is full.")
         for key in victims:
             self._num_bytes -= self._entries.pop(key).embeddings.num_bytes
+        self._keys = None
 
 
 def expand_prompt(request: EngineRequest, embeddings: Mapping[str, ImageEmbeddings]) -> tuple[ImageSpan, ...]:
