@@ -362,6 +362,7 @@ async def test_a_peer_that_leaves_its_answers_unread_is_treated_as_gone(
 ) -> None:
     monkeypatch.setattr(transport, "HIGH_WATER_MARK", 2)
     monkeypatch.setattr(runtime_module, "SEND_TIMEOUT_S", 600.0)
+    monkeypatch.setattr(runtime_module, "PEER_TIMEOUT_S", 600.0)
     monkeypatch.setattr(runtime_module, "MAX_WAITING_SENDS", 3)
     worker = Worker(tmp_path)
     with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as deaf:
