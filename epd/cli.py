@@ -168,7 +168,7 @@ def _encoder(arguments: argparse.Namespace) -> int:
 def _prefill_decode(arguments: argparse.Namespace) -> int:
     config = read_flags(PrefillDecodeConfig, arguments)
     _prepare_worker(config)
-    from workers.prefill_decode import run_prefill_decode
+    from workers.prefill_decode_process import run_prefill_decode
 
     code = _run(run_prefill_decode(config))
     if code and config.tp > 1:

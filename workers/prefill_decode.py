@@ -13,7 +13,6 @@ import contextlib
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
@@ -21,8 +20,6 @@ from operator import methodcaller
 import msgspec
 import torch
 
-from epd.checkpoint import fingerprint
-from epd.config import PrefillDecodeConfig
 from epd.errors import (
     ContextLengthExceeded,
     EPDError,
@@ -46,18 +43,15 @@ from epd.messages import (
     TokenOutput,
 )
 from epd.observability import Stage, StageRecorder
-from epd.types import FinishReason, Grammar, WorkerRole, WorkerTask
+from epd.types import FinishReason, Grammar
 from workers.core_turns import CoreTurns
-from workers.engine.assembly import load_engine
-from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
-from workers.engine.grammar import GrammarCompiler
 from workers.engine.outputs import StepOutput
 from workers.engine.request import ImagePlaceholder
 from workers.engine_thread import EngineThread
+from workers.grammar_thread import GrammarThread
 from workers.outbox import Outbox
-from workers.ranks import Ranks
-from workers.runtime import Send, WorkerRuntime
+from workers.runtime import Send
 from workers.stall_watch import Progress
 
 log = logging.getLogger(__name__)
@@ -110,8 +104,7 @@ class PrefillDecodeService:
         self._max_requests = max_requests
         self._max_model_len = engine.info.max_model_len
         self._crashed = crashed
-        self._grammars = engine.grammars
-        self._compile_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self._grammars = None if engine.grammars is None else GrammarThread(engine.grammars, max_requests)
         self._compiling: dict[str, asyncio.Task[None]] = {}
         """Requests that the engine does not know yet, by engine id."""
         self._engine = EngineThread(engine, self._deliver, self._engine_crashed, turns or CoreTurns(None))
@@ -190,7 +183,8 @@ class PrefillDecodeService:
         self._is_draining = True
         for engine_id in list(self._compiling):
             self._forget_compiling(engine_id)
-        self._compile_thread.shutdown(wait=False, cancel_futures=True)
+        if self._grammars is not None:
+            self._grammars.stop()
         # Tokens of a step under way are lost, and no matter: they are made again where the requests go on.
         self._is_deaf = True
         self._fail_all(_HANDED_OVER)
@@ -258,18 +252,15 @@ class PrefillDecodeService:
             self._compiling[engine_id] = task
 
     async def _compile(
-        self, grammars: GrammarCompiler, engine_id: str, message: GenerateRequest, grammar: Grammar
+        self, grammars: GrammarThread, engine_id: str, message: GenerateRequest, grammar: Grammar
     ) -> None:
-        """Have the grammar compiled on a thread of its own, so that no step waits for it, then add the request."""
+        """Have the grammar compiled, then add the request."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
-            await loop.run_in_executor(self._compile_thread, grammars.compile, grammar)
+            await grammars.compile(grammar)
         except EPDError as error:
             self._added(engine_id, error.to_info())
-        except Exception:  # the edge of a library that reads what strangers wrote
-            log.exception("a grammar of %d characters can't be compiled", len(grammar.text))
-            self._added(engine_id, InternalError("The grammar can't be compiled.").to_info())
         else:
             left_s = message.timeout_s - (loop.time() - started)
             self._add(engine_id, msgspec.structs.replace(message, timeout_s=left_s))
@@ -438,80 +429,3 @@ class PrefillDecodeService:
 
 def _error_output(request_id: str, error: ErrorInfo) -> TokenOutput:
     return TokenOutput(request_id=request_id, finish_reason=FinishReason.ERROR, error=error)
-
-
-async def run_prefill_decode(config: PrefillDecodeConfig) -> int:
-    """Run a prefill-decode worker until SIGTERM. Returns the exit code: 1 when the engine failed.
-
-    Raises:
-        ConfigError: checkpoint, address or settings cannot work.
-    """
-    settings = _engine_config(config)
-    ranks = Ranks(config.tp)
-    try:
-        threads = torch.get_num_threads()
-        group = ranks.start(settings, name=config.name, log_level=config.log_level, threads=threads)
-        return await _run(config, load_engine(settings, group=group), ranks)
-    finally:
-        ranks.stop()
-
-
-async def _run(config: PrefillDecodeConfig, engine: Engine, ranks: Ranks) -> int:
-    runtime = WorkerRuntime(
-        config,
-        role=WorkerRole.PREFILL_DECODE,
-        model=fingerprint(config.model),
-        dtype=str(engine.info.dtype).removeprefix("torch."),
-        max_model_len=engine.info.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_requests=config.max_num_seqs + config.max_waiting,
-        task=engine.info.task,
-    )
-    crashed = asyncio.Event()
-    service = PrefillDecodeService(
-        engine,
-        runtime.send,
-        max_requests=config.max_num_seqs + config.max_waiting,
-        crashed=crashed,
-        turns=CoreTurns(None if _on_gpu(config) else config.share_cores),
-    )
-    loop = asyncio.get_running_loop()
-    ranks.died = lambda reason: loop.call_soon_threadsafe(service.fail, reason)
-    watch = asyncio.create_task(_shut_down_on_crash(crashed, runtime))
-    try:
-        await service.warm_up()
-        return await runtime.run(service)
-    finally:
-        watch.cancel()
-
-
-async def _shut_down_on_crash(crashed: asyncio.Event, runtime: WorkerRuntime) -> None:
-    await crashed.wait()
-    runtime.shut_down(exit_code=1)
-
-
-def _on_gpu(config: PrefillDecodeConfig) -> bool:
-    return config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-
-
-def _engine_config(config: PrefillDecodeConfig) -> EngineConfig:
-    return EngineConfig(
-        model=str(config.model),
-        task=WorkerTask(config.task),
-        load_format=config.load_format,
-        device=config.device,
-        dtype=config.dtype,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        target_step_ms=config.target_step_ms,
-        max_model_len=config.max_model_len,
-        block_size=config.block_size,
-        enable_prefix_caching=config.enable_prefix_caching,
-        enable_cuda_graphs=config.enable_cuda_graphs,
-        compile=config.compile,
-        quantization=config.quantization,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-        embedding_store_bytes=config.embedding_store_bytes,
-        max_waiting=config.max_waiting,
-    )

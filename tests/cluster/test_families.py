@@ -24,7 +24,7 @@ from tests import checkpoints_vision
 from tests.cluster.reference import _for_template, _images, picture, user
 from workers.encoder import run_encoder
 from workers.image_inputs import load_processor
-from workers.prefill_decode import run_prefill_decode
+from workers.prefill_decode_process import run_prefill_decode
 
 Messages = list[dict[str, Any]]
 MAX_TOKENS = 10

@@ -39,9 +39,11 @@ class FakeGrammars:
         self.may_compile.set()
         self.threads: set[str] = set()
         self.failure: Exception | None = None
+        self.compiled: list[Grammar] = []
 
     def compile(self, grammar: Grammar) -> None:
         self.threads.add(threading.current_thread().name)
+        self.compiled.append(grammar)
         assert self.may_compile.wait(20)
         if self.failure is not None:
             raise self.failure
@@ -134,4 +136,23 @@ async def test_stopping_answers_what_is_being_compiled(setup: Setup) -> None:
     await setup.service.stop()
     error = (await setup.peers.end_of("r")).error
     assert error is not None
-    assert error.code == "no_worker"
+    assert error.code == "handed_over"
+
+
+async def test_grammars_that_nobody_waits_for_any_more_are_bounded_and_never_compiled(setup: Setup) -> None:
+    setup.grammars.may_compile.clear()
+    setup.generate("first")
+    letters = [Grammar(GrammarKind.REGEX, f"a{number}") for number in range(MAX_REQUESTS)]
+    for number, grammar in enumerate(letters):
+        setup.generate(f"r{number}", grammar)
+        await asyncio.sleep(0)  # it is in the queue
+        setup.service.handle(PROXY, Abort(request_ids=(f"r{number}",)), [])
+    setup.generate("one more")
+    error = (await setup.peers.end_of("one more")).error
+    assert error is not None
+    assert error.code == "overloaded"
+    setup.grammars.may_compile.set()
+    assert (await setup.peers.end_of("first")).finish_reason is FinishReason.LENGTH
+    setup.generate("later")
+    assert (await setup.peers.end_of("later")).finish_reason is FinishReason.LENGTH
+    assert setup.grammars.compiled == [LETTERS, LETTERS]
