@@ -214,7 +214,7 @@ def _scan(roots: Sequence[Path], known: dict[Path, _Look]) -> dict[Path, _Look]:
     """Checkpoints under the roots that are new, or have changed since they were looked at."""
     found: dict[Path, _Look] = {}
     for root in roots:
-        for folder in (root, *sorted(root.iterdir())) if root.is_dir() else ():
+        for folder in (root, *_children(root)):
             try:
                 if not (folder / "config.json").is_file():
                     continue
@@ -224,6 +224,14 @@ def _scan(roots: Sequence[Path], known: dict[Path, _Look]) -> dict[Path, _Look]:
             except OSError as error:
                 log.warning("%s can't be read: %s", folder, error)
     return found
+
+
+def _children(root: Path) -> list[Path]:
+    try:
+        return sorted(root.iterdir())
+    except OSError as error:
+        log.warning("--models %s can't be read: %s", root, error)
+        return []
 
 
 def _fingerprint(folder: Path) -> str | None:

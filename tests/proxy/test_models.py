@@ -277,7 +277,11 @@ async def test_a_value_of_the_wrong_kind_makes_a_checkpoint_of_no_use(
 
 
 async def test_a_folder_that_changes_is_read_again(
-    models: Path, threads: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path,
+    threads: ThreadPoolExecutor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(model_catalog, "SCAN_INTERVAL_S", 0.0)
     folder = tmp_path / "roots" / "green"
@@ -297,6 +301,12 @@ async def test_a_folder_that_changes_is_read_again(
     shutil.copytree(models / "red", folder, dirs_exist_ok=True)  # the same folder, with another checkpoint
     await taken(models / "red")
     assert catalog.checkpoint(fingerprint(whole)) is not None
+    shutil.rmtree(folder.parent)  # the disk is gone: what is loaded stays, and nothing breaks
+    assert catalog.reason_to_refuse(info("unknown")) is not None
+    async with asyncio.timeout(20):
+        while "can't be read" not in caplog.text:
+            await asyncio.sleep(0.005)
+    assert catalog.reason_to_refuse(info(models / "red")) is None
     await catalog.close()
 
 
