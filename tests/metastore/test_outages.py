@@ -51,7 +51,7 @@ async def test_a_redis_that_stalls_is_noticed_and_holds_nobody_up(
 
 async def test_a_worker_that_is_connected_stays_without_a_lease(hosts: Hosts) -> None:
     roster, _, events = hosts.feed(scan_interval_s=0.02, grace_s=0.05)
-    cut_off, dead = hosts.worker("ipc:///cut-off", lease_s=0.2), hosts.worker("ipc:///dead", lease_s=0.2)
+    cut_off, dead = (hosts.worker(f"ipc:///{name}", lease_s=0.6, interval_s=0.05) for name in ("cut-off", "dead"))
     await until(lambda: len(roster.members()) == 2)
     hosts.up.add(cut_off.member)
     for worker in (cut_off, dead):

@@ -59,7 +59,7 @@ async def test_scans_do_where_events_do_not_come(hosts: Hosts, monkeypatch: pyte
 
 async def test_a_worker_that_died_leaves_with_its_lease(hosts: Hosts) -> None:
     roster, _, events = hosts.feed(scan_interval_s=0.02, grace_s=0.1)
-    worker = hosts.worker(lease_s=0.3, interval_s=0.05)
+    worker = hosts.worker(lease_s=0.6, interval_s=0.05)
     await until(roster.members)
     await worker.die()
     await until(lambda: events == ["joined ipc:///pd", "left ipc:///pd"])

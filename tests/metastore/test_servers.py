@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -49,7 +50,7 @@ async def test_a_user_with_few_rights(tmp_path: Path, caplog: pytest.LogCaptureF
             await come_and_go(hosts)
             # This one may listen to the server's own events too.
             roster, _, events = hosts.feed(scan_interval_s=NEVER_S)
-            worker = hosts.worker(lease_s=0.2, interval_s=0.05)
+            worker = hosts.worker(lease_s=0.6, interval_s=0.05)
             await until(roster.members)
             await worker.die()
             await until(lambda: events == ["joined ipc:///pd", "left ipc:///pd"])
@@ -137,8 +138,18 @@ async def test_behind_sentinels(hosts: Hosts, redis: RedisServer, tmp_path: Path
         await asyncio.wait_for(sentinel.wait(), TIMEOUT_S)
 
 
+def cluster_port() -> int:
+    """A free one whose port for the talk among servers, 10000 above, is free and a port at all."""
+    for _ in range(1000):
+        port = free_port()
+        with contextlib.suppress(OSError, OverflowError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port + 10000))
+            return port
+    raise AssertionError("no two free ports 10000 apart")
+
+
 async def test_a_redis_cluster(tmp_path: Path) -> None:
-    with redis_server(tmp_path, options=["--cluster-enabled", "yes"]) as server:
+    with redis_server(tmp_path, port=cluster_port(), options=["--cluster-enabled", "yes"]) as server:
         await asyncio.to_thread(server.run, "CLUSTER", "ADDSLOTS", *map(str, range(16384)))
         await poll(lambda: "cluster_state:ok" in server.run("CLUSTER", "INFO"))
         async with hosts_at(f"redis+cluster://127.0.0.1:{server.port}") as hosts:
