@@ -29,7 +29,7 @@ _SLOW_S = 0.1
 _BURST = 400
 _PICTURES = 200
 _PROMPTLY_S = 10.0
-"""A refusal of a full cluster comes within so long, on few cores that are busy with what it took, and with the client."""
+"""A refusal of a full cluster comes within so long, on few cores that are busy with what it took and the client."""
 
 
 @dataclass
