@@ -105,7 +105,6 @@ def kill(cluster: Cluster, name: str) -> None:
 @pytest.mark.parametrize(
     ("messages", "fields"),
     [
-        pytest.param(TEXT, GREEDY, id="text-greedy"),
         pytest.param(PICTURE, SAMPLED, id="picture-sampled"),
         pytest.param(TEXT, SAMPLED | {"n": 2, "logprobs": True, "top_logprobs": 2}, id="two-samples"),
     ],
@@ -163,7 +162,7 @@ def test_a_pd_that_leaves_hands_its_answers_over(cluster: Cluster) -> None:
 
 
 def test_pictures_of_a_killed_encoder_go_to_the_other(cluster: Cluster) -> None:
-    """Frozen first, so that it has pictures for sure when it is killed."""
+    """Frozen first, so that it has pictures for sure when it is killed. What follows needs no encoder."""
     first = cluster.processes["encoder_0"]
     first.send_signal(signal.SIGSTOP)
     with ThreadPoolExecutor(6) as pool:
@@ -176,15 +175,12 @@ def test_pictures_of_a_killed_encoder_go_to_the_other(cluster: Cluster) -> None:
         kill(cluster, "encoder_0")
         responses = [chat.result() for chat in chats]
     assert [response.status_code for response in responses] == [200] * 6
-    cluster.wait_healthy(3)
-    cluster.start("encoder_0")
 
 
 def test_a_proxy_that_is_told_to_stop_finishes_its_streams(cluster: Cluster) -> None:
-    """Last: it takes the proxy away and brings it back."""
+    """Last: the proxy is gone."""
     stream = Stream(cluster, body(TEXT, **GREEDY)).read(5)
     proxy = cluster.processes["proxy"]
     proxy.send_signal(signal.SIGTERM)
     assert stream.read().finished == {0: "length"}
     assert proxy.popen.wait(DEADLINE_S) == 0
-    cluster.start("proxy")

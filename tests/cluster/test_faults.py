@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -54,11 +53,21 @@ def wait_until_idle(cluster: Cluster, address: str, checks_before: int) -> None:
     assert (pong.load.running, pong.load.waiting, pong.load.kv_used_blocks) == (0, 0, 0)
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One of each role, so that nobody takes over what one leaves behind."""
     flags = ["--request-timeout", str(DEADLINE_S), "--failover-wait", "0.5"]
-    with running(Cluster(tmp_path, CHECKPOINT_DIR, proxy_flags=flags)) as cluster:
+    with running(Cluster(tmp_path_factory.mktemp("faults"), CHECKPOINT_DIR, proxy_flags=flags)) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def cluster(small: Cluster) -> Cluster:
+    """All of it there; what the test before has ended is started again."""
+    ended = [name for name, process in small.processes.items() if process.popen.poll() is not None]
+    if ended:
+        small.start(*ended)
+    return small
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -80,40 +89,6 @@ def test_client_gone_frees_all_blocks(demo: Cluster, stream: bool) -> None:
     assert demo.ping(address).counters["requests_abort"] >= 1
 
 
-def test_without_encoder_text_works_and_images_get_503_at_once(cluster: Cluster) -> None:
-    cluster.processes["encoder_0"].stop()
-    cluster.wait_healthy(1)
-    assert chat(cluster, text_messages()).choices[0].finish_reason in ("stop", "length")
-    with pytest.raises(openai.InternalServerError) as error:
-        chat(cluster, image_messages())
-    assert error.value.status_code == 503
-    assert "encoder" in error.value.message
-    assert error.value.response.headers["retry-after"]
-
-
-def test_without_pd_503_at_once(cluster: Cluster) -> None:
-    cluster.processes["pd_0"].stop()
-    cluster.wait_healthy(1)
-    for messages in (text_messages(), image_messages()):
-        with pytest.raises(openai.InternalServerError) as error:
-            chat(cluster, messages)
-        assert error.value.status_code == 503
-        assert "prefill-decode" in error.value.message
-    assert cluster.get("/health")[0] == 503
-
-
-def test_pd_killed_mid_stream_ends_the_stream_with_an_error_and_a_new_one_serves(cluster: Cluster) -> None:
-    stream = streamed(cluster, text_messages(), **LONG)
-    next(stream)
-    cluster.processes["pd_0"].send_signal(signal.SIGKILL)
-    with pytest.raises(openai.APIError, match=r"prefill-decode|worker"):
-        for _ in stream:
-            pass
-    cluster.wait_healthy(1)
-    cluster.start("pd_0")
-    assert chat(cluster, image_messages()).usage.completion_tokens > 0
-
-
 @contextmanager
 def in_flight(
     cluster: Cluster, messages: Any, is_busy: Callable[[Load], bool], **options: Any
@@ -129,34 +104,70 @@ def in_flight(
         yield answer
 
 
-def test_pd_killed_before_the_answer_is_an_error_with_a_status(cluster: Cluster) -> None:
-    with in_flight(cluster, text_messages(), lambda load: load.running == 1, **LONG) as answer:
+def refused(cluster: Cluster, messages: Any) -> openai.InternalServerError:
+    """The error that a chat gets."""
+    with pytest.raises(openai.InternalServerError) as error:
+        chat(cluster, messages)
+    return error.value
+
+
+def test_pd_killed_ends_answers_with_errors_and_a_new_one_serves(cluster: Cluster) -> None:
+    stream = streamed(cluster, text_messages(), **LONG)
+    next(stream)
+    with in_flight(cluster, text_messages(), lambda load: load.running == 2, **LONG) as whole:
         cluster.processes["pd_0"].send_signal(signal.SIGKILL)
         with pytest.raises(openai.InternalServerError) as error:
-            answer.result(2 * DEADLINE_S)
+            whole.result(2 * DEADLINE_S)
     assert error.value.status_code == 502
+    with pytest.raises(openai.APIError, match=r"prefill-decode|worker"):
+        for _ in stream:
+            pass
+    cluster.wait_healthy(1)
+    for messages in (text_messages(), image_messages()):
+        answer = refused(cluster, messages)
+        assert answer.status_code == 503
+        assert "prefill-decode" in answer.message
+    assert cluster.get("/health")[0] == 503
+    cluster.start("pd_0")
+    assert chat(cluster, image_messages()).usage.completion_tokens > 0
 
 
-@pytest.mark.parametrize("kill", [True, False], ids=["killed", "silent"])
-def test_encoder_gone_with_a_picture_in_flight_is_an_error_not_silence(cluster: Cluster, kill: bool) -> None:
+@contextmanager
+def picture_in_flight(cluster: Cluster) -> Iterator[None]:
+    """The encoder is stopped: it has a picture, and does nothing. The request must end with an error that says so."""
     address = cluster.pd_addresses[0]
     checks = cluster.ping(address).counters["integrity_checks"]
-    # Stopped, the encoder takes the picture and does nothing: the picture is in flight for sure.
-    encoder = cluster.processes["encoder_0"]
-    encoder.send_signal(signal.SIGSTOP)
-    with in_flight(cluster, image_messages(), lambda load: load.waiting == 1) as answer:
-        if kill:
-            encoder.send_signal(signal.SIGKILL)
+    cluster.processes["encoder_0"].send_signal(signal.SIGSTOP)
+    with in_flight(cluster, image_messages(1), lambda load: load.waiting == 1) as answer:
+        yield
         with pytest.raises(openai.InternalServerError) as error:
             answer.result(2 * DEADLINE_S)
     assert error.value.status_code == 502
     assert "encoder" in error.value.message
     wait_until_idle(cluster, address, checks)
-    encoder.send_signal(signal.SIGKILL)
-    encoder.popen.wait()
-    assert chat(cluster, text_messages()).usage.completion_tokens > 0
-    cluster.start("encoder_0")
+
+
+def test_encoder_silent_with_a_picture_in_flight_is_an_error_not_silence(cluster: Cluster) -> None:
+    with picture_in_flight(cluster):
+        pass
+    cluster.processes["encoder_0"].send_signal(signal.SIGCONT)
+    cluster.wait_healthy(2)
     assert chat(cluster, image_messages()).usage.completion_tokens > 0
+
+
+def test_encoder_killed_with_a_picture_in_flight_and_while_there_is_none(cluster: Cluster) -> None:
+    encoder = cluster.processes["encoder_0"]
+    with picture_in_flight(cluster):
+        encoder.send_signal(signal.SIGKILL)
+    encoder.popen.wait()
+    cluster.wait_healthy(1)
+    assert chat(cluster, text_messages()).choices[0].finish_reason in ("stop", "length")
+    answer = refused(cluster, image_messages(2))
+    assert answer.status_code == 503
+    assert "encoder" in answer.message
+    assert answer.response.headers["retry-after"]
+    cluster.start("encoder_0")
+    assert chat(cluster, image_messages(2)).usage.completion_tokens > 0
 
 
 def test_random_bytes_on_the_sockets_cost_nothing(demo: Cluster) -> None:
@@ -178,6 +189,7 @@ def test_random_bytes_on_the_sockets_cost_nothing(demo: Cluster) -> None:
 
 
 def test_sigterm_finishes_the_running_answer_and_exits_cleanly(cluster: Cluster) -> None:
+    """Last: nothing of the cluster is left."""
     stream = streamed(cluster, text_messages(), max_tokens=200, extra_body={"ignore_eos": True})
     next(stream)
     cluster.processes["pd_0"].send_signal(signal.SIGTERM)
