@@ -58,6 +58,9 @@ class SharedProduct:
         self._bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
         """Input and product, as one value: the thread that compiles steps calls layers beside the engine's."""
+        self._traced: tuple[torch.Tensor, torch.Tensor] | None = None
+        """The same for the compiler, which must not find what the engine's thread holds at that moment: a graph that
+        expects it fits no other moment."""
         self.outputs = 0
         panel = 0
         for layer in layers:
@@ -67,12 +70,17 @@ class SharedProduct:
 
     def __call__(self, rows: torch.Tensor, *, is_last: bool) -> torch.Tensor:
         """All columns. The last call for an input says so, that the product is not kept."""
-        last = self._last
+        is_tracing = torch.compiler.is_dynamo_compiling()  # of this thread; `is_compiling` is of the process
+        last = self._traced if is_tracing else self._last
         if last is not None and last[0] is rows:
             product = last[1]
         else:
             product = _linear(rows, self._weight, self._scales, self._bias)
-        self._last = None if is_last else (rows, product)
+        kept = None if is_last else (rows, product)
+        if is_tracing:
+            self._traced = kept
+        else:
+            self._last = kept
         return product
 
 

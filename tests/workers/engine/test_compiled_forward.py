@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.workers.engine.oracle import Encoded, Oracle, add, greedy, make_engine, picture, provide, run
-from workers.engine import attention_cpu, compiled_forward, int8_kernel, int8_linear
+from workers.engine import attention, attention_cpu, compiled_forward, int8_kernel, int8_linear
 from workers.engine.compiled_forward import CompiledForward
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
@@ -84,6 +84,51 @@ def test_a_model_is_traced_once(qwen2_5_vl: Oracle, quantization: str) -> None:
     products = [node for node in graphs[0].graph.nodes if node.target in int8_ops]
     # Of two layers, whose other products have too few outputs; ours computes gate and up in one.
     assert len(products) == (0 if quantization == "none" else 2 if int8_kernel.is_available() else 4)
+
+
+def test_compiled_steps_in_eight_bits_are_the_plain_ones_but_for_rounding(qwen2_5_vl: Oracle) -> None:
+    """Float32 differs in its last digits; where that moves a number past the middle of two codes, one code differs.
+
+    Tokens are not compared: such a code can decide between the nearly equal logits of a random model.
+    """
+    if not (HAS_COMPILER and int8_kernel.is_available()):
+        pytest.skip("needs a processor with AVX512-VNNI and a C++ compiler")
+    _, forward = engine_with(qwen2_5_vl.path, quantization="int8")
+    forward.prepare()
+    compiled, model = forward._compiled, forward._model
+    assert compiled is not None
+    torch.manual_seed(0)
+    differences = []
+    with torch.inference_mode(), attention.use_backend(compiled_forward._Echo()):
+        for count in (*range(1, 21), 64, 200):
+            embeds = model.embedding_weight[torch.randint(5, len(model.embedding_weight), (count,))].clone()
+            positions = torch.randint(0, 200, (count,)).repeat(model.adapter.num_axes, 1)
+            expected, actual = model.hidden(embeds, positions), compiled(embeds, positions)
+            differences.append((actual - expected).abs().amax(-1) / expected.abs().amax(-1).clamp_min(1e-6))
+    rows = torch.cat(differences)
+    assert (rows < 1e-5).double().mean() > 0.95
+    assert rows.max() < 0.02
+
+
+def test_a_graph_does_not_depend_on_what_the_engine_does_meanwhile(qwen2_5_vl: Oracle) -> None:
+    """Steps run while the compiler traces, and may be between two layers that share a product in eight bits."""
+    if not int8_kernel.is_available():
+        pytest.skip("needs a processor with AVX512-VNNI and a C++ compiler")
+    _, forward = engine_with(qwen2_5_vl.path, quantization="int8")
+    model = forward._model
+    layers = [layer for layer in model._model.modules() if isinstance(layer, int8_linear.KernelLinear)]
+    shared = {layer.shared for layer in layers if layer.shared is not None}
+    assert shared
+    for product in shared:
+        product._last = (torch.ones(1, 64), torch.ones(1, product.outputs))
+    torch._dynamo.reset()
+
+    def go_on(graph: torch.fx.GraphModule, _: Any) -> Any:
+        for product in shared:
+            product._last = None
+        return graph.forward
+
+    compiled_forward._check(compiled_forward.compile_hidden(model, go_on), model)
 
 
 def test_steps_go_on_plainly_when_the_compiler_fails(
