@@ -29,6 +29,8 @@ class Plan:
     """Of undisturbed traffic before each fault: what latencies are compared with."""
     rate: float = 6.0
     """Requests a second."""
+    streams: int = 6
+    """Long ones on top, when the quiet phase begins and when the fault strikes."""
     pool: int = 24
     """Distinct requests."""
     watch_s: float | None = None
@@ -73,9 +75,9 @@ class Suite:
         return make_row(fault.title, traffic.outcomes, at, scene.problems, "; ".join(scene.notes))
 
     async def _strike_and_mend(self, fault: Fault, scene: Scene) -> Moments:
-        await scene.traffic.fill_streams()  # the quiet phase has them too, to be compared with
+        await scene.traffic.fill_streams(self.plan.streams)  # the quiet phase has them too, to be compared with
         await asyncio.sleep(self.plan.quiet_s)
-        await scene.traffic.fill_streams()
+        await scene.traffic.fill_streams(self.plan.streams)
         struck = time.monotonic()
         await fault.strike(scene)
         watch_s = fault.watch_s if self.plan.watch_s is None else self.plan.watch_s

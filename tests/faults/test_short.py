@@ -18,7 +18,7 @@ NAMES = ("encoder", "pd", "flush", "garbage", "redis", "proxy")
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
     by_name = {fault.name: fault for fault in FAULTS}
-    plan = Plan(quiet_s=1.5, watch_s=2.5, pool=9, mends=False)
+    plan = Plan(quiet_s=1.0, watch_s=2.0, rate=5.0, streams=4, pool=6, mends=False)
     faults = [by_name[name] for name in NAMES]
     found = asyncio.run(run_suite(faults, plan, tmp_path_factory.mktemp("faults")))
     return dict(zip(NAMES, found, strict=True))

@@ -19,8 +19,6 @@ _PICTURE_SIZES = ((112, 112), (140, 84), (84, 140), (168, 112))
 LONG = "long text"
 _KINDS = ("text", "image", "sampled text", "sampled image", LONG, "two images")
 _LONG_TOKENS = 240
-_FULL = 6
-"""Streams of `fill_streams`."""
 _FILL_TIMEOUT_S = 5.0
 
 
@@ -117,10 +115,10 @@ class Traffic:
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
 
-    async def fill_streams(self) -> None:
+    async def fill_streams(self, count: int) -> None:
         """Streams on top of the steady ones, begun and far from their end on return: work for a fault to hit."""
         long = [(request, answer) for request, answer in self.pool if request.kind == LONG]
-        begun = [asyncio.Event() for _ in range(_FULL)]
+        begun = [asyncio.Event() for _ in range(count)]
         for index, event in enumerate(begun):
             request, expected = long[index % len(long)]
             self._send(request, expected, stream=True, first=index, is_extra=True, on_piece=_setter(event))
