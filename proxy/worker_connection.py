@@ -42,14 +42,12 @@ from proxy.circuit import Circuit
 from proxy.greeting import CONNECT_RETRY_S, NOBODY, Identity, Refused, greet
 from proxy.in_hand import EncodeSink, InHand, Lost, OutputSink, WorkerGone
 from proxy.known_pictures import KnownPictures
+from proxy.silence import SILENT_PINGS, Silence
 from proxy.work_ledger import WorkLedger
 
 log = logging.getLogger(__name__)
 
 PING_INTERVAL_S = 0.4
-SILENT_PINGS = 4
-"""A worker that says nothing while so many pings are sent is dead: 2 s after its last word at most, an interval more
-than they take. Seconds would blame it for a stall of this process, during which nobody can be heard."""
 REFUSED_RETRY_S = 2.0
 _MAX_PINGS = 256
 """Whose time is remembered. A worker may send other things and never answer them."""
@@ -115,8 +113,7 @@ class WorkerConnection:
         self._sequence = 0
         self._pings: dict[int, float] = {}
         self._refreshes: dict[int, asyncio.Future[None]] = {}
-        self._unheard = 0
-        """Pings since its last sign of life."""
+        self._silence = Silence()
         self._changed = asyncio.Event()
 
     @property
@@ -204,6 +201,7 @@ class WorkerConnection:
         dealer = self._dealer
         if dealer is None or self.info is None:
             raise self._failure(self.problem)
+        self._silence.sent(sum(memoryview(one).nbytes for one in buffers))
         try:
             await dealer.send(message, *buffers)
         except PeerGone as error:
@@ -259,7 +257,7 @@ class WorkerConnection:
     def _welcome(self, worker: WorkerInfo) -> None:
         self.info, self.model, self.problem = worker, worker.model, ""
         self._greeted_at = time.monotonic()
-        self._unheard = 0
+        self._silence = Silence()
         self.circuit.reset()
         self._note_state(worker.state, is_stuck=False)
         log.info("%s %s is up", self.member.role.value, self.member.address)
@@ -273,8 +271,7 @@ class WorkerConnection:
             await self._pause(reader)
             if self._changed.is_set():
                 raise PeerGone("it takes no messages")
-            self._unheard += 1
-            if self._unheard >= SILENT_PINGS:
+            if self._silence.ping_passed():
                 raise _Silent(f"silent for {SILENT_PINGS * PING_INTERVAL_S:g} s")
         await reader  # raises why it ended
 
@@ -312,7 +309,7 @@ class WorkerConnection:
             except ProtocolError as error:
                 log.warning("%s sent a malformed message, dropped: %s", self.member.address, error)
                 continue
-            self._unheard = 0
+            self._silence.heard()
             self._in_hand.heard()
             self._handle(message)
 

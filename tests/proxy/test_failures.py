@@ -13,6 +13,7 @@ import pytest
 from epd.errors import ErrorInfo, InvalidImage, Overloaded, WorkerFailed
 from epd.types import FinishReason, WorkerRole, WorkerState
 from proxy import worker_connection
+from proxy.silence import SILENT_PINGS
 from proxy.worker_connection import PROXY_TO_INSTANCE
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, eventually, png
 from tests.proxy.fakes import FakeEncoder, FakePrefillDecode, Received
@@ -153,7 +154,7 @@ async def test_a_stall_of_the_proxy_is_no_silence_of_the_worker(
     await cluster.pd.until(lambda: len(cluster.pd.requests) == 1)
     answered = pings.snapshot()[PROXY_TO_INSTANCE].count
     asyncio.get_running_loop().call_soon(time.sleep, 0.5)  # holds up the event loop, and with it the fake worker
-    await eventually(lambda: pings.snapshot()[PROXY_TO_INSTANCE].count > answered + worker_connection.SILENT_PINGS)
+    await eventually(lambda: pings.snapshot()[PROXY_TO_INSTANCE].count > answered + SILENT_PINGS)
     assert not task.done()
     await cluster.pd.received[0].send(finish=FinishReason.STOP)
     assert (await task).status_code == 200
