@@ -229,6 +229,7 @@ class PrefillDecodeService:
             "prefix_cache_queries": load.prefix_cache_queries,
             "prefix_cache_hits": load.prefix_cache_hits,
             "preemptions": load.preemptions,
+            "compiled_steps": load.compiled_steps,
             "integrity_checks": self._engine.integrity_checks,
             "integrity_failures": self._engine.integrity_failures,
         }

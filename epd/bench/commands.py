@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -324,6 +325,7 @@ def _add_soak(benches: Any) -> None:
     )
     parser.add_argument("--encoders", type=int, default=1, metavar="N", help=_default("encoder workers"))
     parser.add_argument("--pds", type=int, default=1, metavar="N", help=_default("prefill-decode workers"))
+    parser.add_argument("--compiled", action="store_true", help="begin when the steps of all workers are compiled")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help=_default("of questions and their order"))
 
 
@@ -332,7 +334,7 @@ def _soak(arguments: argparse.Namespace) -> int:
     from epd.observability import setup_logging
 
     setup_logging("soak", "warning")
-    names = ("requests", "concurrency", "pool", "abort_share", "kv_cache_memory_bytes", "encoders", "pds", "seed")
+    names = {field.name for field in dataclasses.fields(SoakBench)} & vars(arguments).keys()
     return soak_and_print(SoakBench(**{name: getattr(arguments, name) for name in names}))
 
 

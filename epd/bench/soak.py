@@ -35,6 +35,7 @@ _IDLE_FOR_S = 2.5
 _ALLOWED_GROWTH = 1.10
 _ALLOWED_GROWTH_BYTES = 48 << 20
 """Caches and allocators fill in the beginning; a leak of 2,000 requests is larger."""
+_COMPILE_TIMEOUT_S = 300.0
 _FIRST_WORDS = 3
 """Violations of one kind that are printed."""
 
@@ -54,6 +55,8 @@ class SoakBench:
     max_tokens: int = 64
     encoders: int = 1
     pds: int = 1
+    compiled: bool = False
+    """Begin when steps are compiled."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,6 +97,7 @@ async def run_soak(bench: SoakBench) -> SoakResult:
         pds=bench.pds,
         port=free_port(),
         dtype="float32",
+        compile="on" if bench.compiled else "auto",
         kv_cache_memory_bytes=bench.kv_cache_memory_bytes,
         log_level="warning",
     )
@@ -102,6 +106,8 @@ async def run_soak(bench: SoakBench) -> SoakResult:
     async with Cluster(config) as cluster:
         await cluster.wait_ready()
         client = HttpClient(cluster.base_urls[0])
+        if bench.compiled:
+            await _until_compiled(cluster, bench, client)
         pool = make_pool(_MODEL_NAME, bench.pool, rng, max_tokens=bench.max_tokens)
         expected = await _expected_answers(client, pool)
         pids = {name: process.pid for name, process in cluster.processes.items()}
@@ -178,6 +184,18 @@ async def _ask_and_check(
 # -- afterwards --------------------------------------------------------------------------------------------------------
 
 
+async def _until_compiled(cluster: Cluster, bench: SoakBench, client: HttpClient) -> None:
+    """Ask now and then, until every prefill-decode worker answers by a compiled graph."""
+    deadline = asyncio.get_running_loop().time() + _COMPILE_TIMEOUT_S
+    question = make_pool(_MODEL_NAME, 1, random.Random(0), max_tokens=2)
+    for index in range(bench.pds):
+        # It compiles in idle moments, which this call waits for.
+        while not (await _idle_pong(cluster, f"prefill_decode_{index}")).counters["compiled_steps"]:
+            if asyncio.get_running_loop().time() > deadline:
+                raise ConfigError(f"steps were not compiled within {_COMPILE_TIMEOUT_S:g} s; is there a C++ compiler?")
+            await _expected_answers(client, question)
+
+
 async def _check_workers(cluster: Cluster, bench: SoakBench, result: SoakResult) -> None:
     """Nothing runs, no block is held, the workers' own recounts found nothing, and preemptions were forced."""
     for index in range(bench.pds):
@@ -194,6 +212,8 @@ async def _check_workers(cluster: Cluster, bench: SoakBench, result: SoakResult)
         result.violations.append(f"{result.counters['integrity_failures']} recounts of the engine found a leak")
     if not result.integrity_checks:
         result.violations.append("the engine never recounted its resources")
+    if bench.compiled and result.counters["compiled_steps"] < result.counters["requests_stop"]:
+        result.violations.append(f"only {result.counters['compiled_steps']} steps were compiled")
     if not result.preemptions:
         result.violations.append("nothing was preempted: the KV cache is too large, or the load too small, to tell")
 

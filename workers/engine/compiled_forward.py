@@ -65,6 +65,8 @@ class CompiledForward(LocalForward):
         self._config = config
         self._compiled: Hidden | None = None
         self._last_step = time.monotonic()
+        self.compiled_steps = 0
+        """Steps that ran by the graph."""
         self.ended = threading.Event()
         """Set when the preparations have ended, well or not."""
 
@@ -93,12 +95,14 @@ class CompiledForward(LocalForward):
         try:
             # The graph is the only one and takes any step, so that asking whether it fits would be time lost.
             with attention.use_backend(self._backend), torch.compiler.set_stance(_STANCE, skip_guard_eval_unsafe=True):
-                return compiled(self._model.embed(inputs), inputs.positions)
+                hidden = compiled(self._model.embed(inputs), inputs.positions)
         except RuntimeError as error:
             # The step is run again, plainly, and so are all that follow.
             self._compiled = None
             log.warning("steps are not compiled any more: %s", _first_line(error))
             return super().hidden(inputs)
+        self.compiled_steps += 1
+        return hidden
 
     def _wait_for_idle(self) -> None:
         """Return when no step ran for a while: steps beside the tracing take many times as long as usual."""

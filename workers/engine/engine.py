@@ -248,6 +248,7 @@ class Engine:
             work_ms=self._estimate.work_ms(self._requests.values()),
             ms_per_token=self._estimate.ms_per_token,
             largest_step_ms=self._estimate.largest_step_ms,
+            compiled_steps=self._runner.compiled_steps,
             content_keys=self._store.keys,
         )
 

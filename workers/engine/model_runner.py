@@ -10,6 +10,7 @@ import torch
 from epd.types import TokenLogprobs
 from workers.engine import step_inputs
 from workers.engine.adapter import PlacedImage, PlainPositions
+from workers.engine.compiled_forward import CompiledForward
 from workers.engine.forward import Forward
 from workers.engine.grammar import GrammarCompiler
 from workers.engine.logprobs import PromptLogprobs
@@ -22,6 +23,10 @@ from workers.engine.transfer import to_device
 
 class Runner(Protocol):
     """What the engine needs of a model; tests put a fake here."""
+
+    @property
+    def compiled_steps(self) -> int:
+        """Steps that ran by a compiled graph, since the start."""
 
     def add(self, request_id: str, token_ids: Sequence[int], images: Sequence[PlacedImage]) -> None:
         """Learn an expanded prompt before its first step. Raises EPDError when it cannot be positioned."""
@@ -60,6 +65,11 @@ class ModelRunner:
         self.grammars = grammars
         self._prompt_logprobs = PromptLogprobs(forward.logits)
         self._pooler = Pooler(forward.logits)
+
+    @property
+    def compiled_steps(self) -> int:
+        """See `Runner`."""
+        return self._forward.compiled_steps if isinstance(self._forward, CompiledForward) else 0
 
     def add(self, request_id: str, token_ids: Sequence[int], images: Sequence[PlacedImage]) -> None:
         """See `Runner`."""

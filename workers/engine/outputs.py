@@ -50,6 +50,8 @@ class EngineLoad:
     """What one more prompt token takes; 0: nothing learned yet."""
     largest_step_ms: float = 0.0
     """What the largest step that there may be takes; 0: nothing learned yet."""
+    compiled_steps: int = 0
+    """Steps that ran by a compiled graph, since the start."""
     content_keys: tuple[str, ...] = ()
     """Pictures whose embeddings are here; the same object as long as they stay the same."""
 

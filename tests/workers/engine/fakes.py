@@ -36,6 +36,8 @@ class FakeClock:
 class FakeRunner:
     """Says how long the sequence is, unless told to fail."""
 
+    compiled_steps = 0
+
     def __init__(self) -> None:
         self.prompts: dict[str, list[int]] = {}
         self.failure: Exception | None = None
