@@ -188,6 +188,8 @@ class RosterFeed:
         self._touched: set[str] = set()
         """Names that events told of since the last scan began, which knows less of them."""
         self._scan_now = asyncio.Event()
+        self.was_read = asyncio.Event()
+        """Set when all that the store held has been taken in once."""
         self._complaints: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -235,6 +237,7 @@ class RosterFeed:
             if record.name not in self._touched:
                 self._put(record, is_current=True)
         self._judge({record.name for record in records} | self._touched)
+        self.was_read.set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._scan_interval_s):
                 await self._scan_now.wait()

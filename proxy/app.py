@@ -39,6 +39,8 @@ _LAST_WORDS_S = 5
 KEEP_ALIVE_S = 65
 """Longer than load balancers keep idle connections, so that they close them, not we under a request."""
 _BACKLOG = 2048
+_FIRST_TRY_S = 1.0
+"""A proxy that has just started does not refuse requests for want of workers that it could know of within so long."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LEADING_SLASHES = re.compile(r"^/+v1/+")
 
@@ -213,6 +215,11 @@ class _Server(uvicorn.Server):
             with contextlib.suppress(RuntimeError, ValueError):
                 loop.add_signal_handler(number, self._on_signal)
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to serve, once workers have been tried: what comes meanwhile waits in the listener's queue."""
+        await self._service.until_workers_are_tried(_FIRST_TRY_S)
+        await super().startup(sockets)
 
     def _on_signal(self) -> None:
         if self._draining is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from epd.config import ProxyConfig
 from epd.errors import InvalidRequest, ModelNotFound, NoWorker
@@ -101,6 +102,14 @@ class Service:
         if self.discovery is not None:
             await self.discovery.leave()
         await draining
+
+    async def until_workers_are_tried(self, timeout_s: float) -> None:
+        """Wait until the workers of address lists and of the metastore have been asked once, `timeout_s` at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                if self.discovery is not None:
+                    await self.discovery.feed.was_read.wait()
+                await self.pool.tried()
 
     async def close(self) -> None:
         """Drop connections and threads."""

@@ -51,6 +51,7 @@ PING_INTERVAL_S = 0.4
 REFUSED_RETRY_S = 2.0
 _MAX_PINGS = 256
 """Whose time is remembered. A worker may send other things and never answer them."""
+_UNTRIED = "not connected yet"
 _CLOSED_BY_US = "the proxy closed the connection"
 
 T = TypeVar("T")
@@ -96,7 +97,7 @@ class WorkerConnection:
         """Whether it does what it is given."""
         self.is_stuck = False
         """It answers, but its engine does not move: it counts as dead until it says otherwise."""
-        self.problem = "not connected yet"
+        self.problem = _UNTRIED
         """Why the worker is not up, for people."""
         self._greeted_at = 0.0
         self._on_ready = on_ready
@@ -115,6 +116,11 @@ class WorkerConnection:
         self._refreshes: dict[int, asyncio.Future[None]] = {}
         self._silence = Silence()
         self._changed = asyncio.Event()
+
+    @property
+    def is_untried(self) -> bool:
+        """Whether the first try to reach it is still under way."""
+        return self.problem is _UNTRIED
 
     @property
     def is_ready(self) -> bool:

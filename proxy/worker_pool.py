@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 _MAX_WORKERS = 1 << 12
 """Whoever announces more costs others nothing: each one that is known takes a connection."""
 _EXPIRE_INTERVAL_S = 1.0
+_TRIED_INTERVAL_S = 0.02
 _RETIRE_POLL_S = 0.05
 _ROLE_NAMES = {
     WorkerRole.ENCODER: "encoder",
@@ -84,6 +85,11 @@ class WorkerPool:
             self._spawn(self._listen(self._router), "announcements")
         self._spawn(self._expire(), "roster leases")
         self._roster.subscribe(self._join, self._leave, self._change)
+
+    async def tried(self) -> None:
+        """Return when every worker that is known now has answered, or could not be reached at the first try."""
+        while any(one.is_untried for one in self._connections.values()):
+            await asyncio.sleep(_TRIED_INTERVAL_S)
 
     async def close(self) -> None:
         """Drop all connections; requests in hand fail."""
