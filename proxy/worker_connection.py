@@ -51,7 +51,6 @@ PING_INTERVAL_S = 0.4
 REFUSED_RETRY_S = 2.0
 _MAX_PINGS = 256
 """Whose time is remembered. A worker may send other things and never answer them."""
-_UNTRIED = "not connected yet"
 _CLOSED_BY_US = "the proxy closed the connection"
 
 T = TypeVar("T")
@@ -97,12 +96,14 @@ class WorkerConnection:
         """Whether it does what it is given."""
         self.is_stuck = False
         """It answers, but its engine does not move: it counts as dead until it says otherwise."""
-        self.problem = _UNTRIED
+        self.problem = "not connected yet"
         """Why the worker is not up, for people."""
         self._greeted_at = 0.0
         self._on_ready = on_ready
         self._ended_by: PeerGone | None = None
         """What ended the connection; None: nothing yet, or this proxy itself."""
+        self.was_tried = asyncio.Event()
+        """Set when it has answered, or could not be reached for the first time."""
         self._identity = identity
         self._peers = peers
         self._on_up = on_up
@@ -116,11 +117,6 @@ class WorkerConnection:
         self._refreshes: dict[int, asyncio.Future[None]] = {}
         self._silence = Silence()
         self._changed = asyncio.Event()
-
-    @property
-    def is_untried(self) -> bool:
-        """Whether the first try to reach it is still under way."""
-        return self.problem is _UNTRIED
 
     @property
     def is_ready(self) -> bool:
@@ -262,6 +258,7 @@ class WorkerConnection:
 
     def _welcome(self, worker: WorkerInfo) -> None:
         self.info, self.model, self.problem = worker, worker.model, ""
+        self.was_tried.set()
         self._greeted_at = time.monotonic()
         self._silence = Silence()
         self.circuit.reset()
@@ -431,6 +428,7 @@ class WorkerConnection:
             level = logging.INFO if problem == NOBODY else logging.WARNING
             log.log(level, "%s %s is not up: %s", self.member.role.value, self.member.address, problem)
         self.problem = problem
+        self.was_tried.set()
 
 
 class _Silent(PeerGone):

@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 _MAX_WORKERS = 1 << 12
 """Whoever announces more costs others nothing: each one that is known takes a connection."""
 _EXPIRE_INTERVAL_S = 1.0
-_TRIED_INTERVAL_S = 0.02
 _RETIRE_POLL_S = 0.05
 _ROLE_NAMES = {
     WorkerRole.ENCODER: "encoder",
@@ -88,8 +87,7 @@ class WorkerPool:
 
     async def tried(self) -> None:
         """Return when every worker that is known now has answered, or could not be reached at the first try."""
-        while any(one.is_untried for one in self._connections.values()):
-            await asyncio.sleep(_TRIED_INTERVAL_S)
+        await asyncio.gather(*(one.was_tried.wait() for one in self._connections.values()))
 
     async def close(self) -> None:
         """Drop all connections; requests in hand fail."""

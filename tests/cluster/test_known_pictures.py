@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from epd.demo import CHECKPOINT_DIR
@@ -43,6 +45,17 @@ def pd_counter(cluster: Cluster, name: str) -> int:
     return cluster.ping(cluster.pd_addresses[0]).counters.get(name, 0)
 
 
+def first_health(cluster: Cluster) -> int:
+    """Status of the first answer that a proxy gives which has just been started."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return httpx.get(f"http://127.0.0.1:{cluster.port}/health", timeout=30).status_code
+        except httpx.ConnectError:
+            assert time.monotonic() < deadline, cluster.logs()
+            time.sleep(0.01)
+
+
 def test_the_second_request_moves_nothing_at_the_encoder(cluster: Cluster) -> None:
     first = ask(cluster, 1)
     before, hits = encodes(cluster), pd_counter(cluster, "pd_embedding_cache_hits")
@@ -58,8 +71,10 @@ def test_the_second_request_moves_nothing_at_the_encoder(cluster: Cluster) -> No
 def test_a_proxy_that_has_just_started_knows_what_the_pd_holds(cluster: Cluster) -> None:
     first = ask(cluster, 6)
     before = encodes(cluster)
-    cluster.processes["proxy"].send_signal(signal.SIGKILL)
-    cluster.start("proxy")
+    proxy = cluster.processes["proxy"]
+    proxy.send_signal(signal.SIGKILL)
+    proxy.start()
+    assert first_health(cluster) == 200  # nobody is refused while it still looks for its workers
     cluster.get("/metrics")  # which hears of every worker
     assert ask(cluster, 6) == first
     assert encodes(cluster) == before

@@ -110,23 +110,39 @@ def _picture(report: Report, oracle: Oracle, device: str) -> None:
 
 
 def _teacher_forced(report: Report, oracle: Oracle, device: str) -> None:
-    """bfloat16: the most likely token at every position of given texts, against transformers on the same device."""
-    model: Any = AutoModelForCausalLM.from_pretrained(oracle.path, dtype=torch.bfloat16).to(device).eval()
+    """bfloat16: the most likely token at every position of given texts, against transformers on the same device.
+
+    Random weights have many near ties: transformers' own two attentions, eager and SDPA, agree on 97 % of these
+    positions. So whoever is at least as near to float32 as transformers in bfloat16 is right too.
+    """
+    prompts = [oracle.prompt(text) for text in TEXTS[1:]]
     engine = make_engine(oracle.path, device=device, dtype="bfloat16", max_num_batched_tokens=128)
-    same = total = 0
-    for prompt in (oracle.prompt(text) for text in TEXTS[1:]):
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([prompt.token_ids], device=device)).logits[0, :-1]
-        found = _likeliest(engine, prompt)
-        matches = [a == b for a, b in zip(found, logits.argmax(-1).tolist(), strict=True)]
-        same, total = same + sum(matches), total + len(matches)
+    found = [token for prompt in prompts for token in _likeliest(engine, prompt)]
+    theirs = _reference(oracle, prompts, device, torch.bfloat16)
+    exact = _reference(oracle, prompts, device, torch.float32)
+    same, near, theirs_near = _count_same(found, theirs), _count_same(found, exact), _count_same(theirs, exact)
     report.add(
         SECTION,
         f"teacher-forced agreement with transformers, bfloat16, {_backend(engine)}",
-        f"{same} of {total}",
-        f"{AGREEMENT:.0%}",
-        same >= AGREEMENT * total,
+        f"{same} of {len(found)}; with float32 {near}, theirs {theirs_near}",
+        f"{AGREEMENT:.0%}, or as near to float32 as theirs",
+        same >= AGREEMENT * len(found) or near >= theirs_near,
     )
+
+
+def _reference(oracle: Oracle, prompts: Sequence[Prompt], device: str, dtype: torch.dtype) -> list[int]:
+    """What transformers holds most likely at each position of the prompts but the first."""
+    model: Any = AutoModelForCausalLM.from_pretrained(oracle.path, dtype=dtype).to(device).eval()
+    tokens: list[int] = []
+    for prompt in prompts:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([prompt.token_ids], device=device)).logits[0, :-1]
+        tokens += logits.argmax(-1).tolist()
+    return tokens
+
+
+def _count_same(first: Sequence[int], second: Sequence[int]) -> int:
+    return sum(a == b for a, b in zip(first, second, strict=True))
 
 
 def _likeliest(engine: Engine, prompt: Prompt) -> list[int]:
