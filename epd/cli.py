@@ -82,7 +82,10 @@ def _add_command(commands: Any, name: str, command: Command, summary: str, confi
 def _add_chat(commands: Any) -> None:
     chat = _add_command(commands, "chat", _chat, "ask a running cluster and see where the time went", None)
     chat.add_argument("question", help="what to ask")
-    chat.add_argument("--image", nargs="+", type=Path, default=[], metavar="FILE", help="pictures to ask about")
+    # One file each: with several, a question behind them would be taken for a file.
+    chat.add_argument(
+        "--image", action="append", type=Path, default=[], metavar="FILE", help="picture to ask about; may be repeated"
+    )
     chat.add_argument(
         "--url", default="http://127.0.0.1:5580/v1", help="base URL of the cluster (default: %(default)s)"
     )

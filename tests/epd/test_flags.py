@@ -88,5 +88,5 @@ def test_chat_says_what_to_do_when_nobody_answers(capsys: pytest.CaptureFixture[
 
 def test_chat_names_a_picture_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     missing = tmp_path / "missing.png"
-    assert main(["chat", "--model", "m", "--image", str(missing), "--", "what?"]) == 2
+    assert main(["chat", "--model", "m", "--image", str(missing), "what?"]) == 2
     assert str(missing) in capsys.readouterr().err
