@@ -15,12 +15,10 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import msgspec
-
-from epd.bench.http_client import HttpClient, ServerGone
 from epd.cluster_view import ClusterView
 from epd.demo import CHECKPOINT_DIR
 from tests.cluster.harness import Process, free_port
+from tests.cluster_view import ask_view
 from tests.faults.relay import Relay
 from tests.faults.traffic import MODEL
 from tests.redis_server import RedisServer
@@ -98,16 +96,7 @@ class FaultCluster:
 
     async def view(self, proxy: str) -> ClusterView | None:
         """What a proxy says of the cluster; None: it does not answer."""
-        pieces: list[bytes] = []
-        client = HttpClient(self.url(proxy).removesuffix("/v1"))
-        try:
-            async with asyncio.timeout(5):
-                await client.request("GET", "/cluster", on_body=pieces.append)
-            return msgspec.json.decode(b"".join(pieces), type=ClusterView)
-        except (ServerGone, TimeoutError, msgspec.DecodeError):
-            return None
-        finally:
-            client.close()
+        return await ask_view(self.url(proxy))
 
     async def wait_healthy(self, timeout_s: float = HEALTHY_TIMEOUT_S) -> None:
         """Wait until every proxy that should run has every worker that should run, ready, and no other.

@@ -11,13 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
-
-from epd.bench.http_client import HttpClient, ServerGone
 from epd.cluster_view import ClusterView
 from epd.demo import CHECKPOINT_DIR
 from epd.keys import new_key_file
 from tests.cluster.harness import Process
+from tests.cluster_view import ask_view
 from tests.faults.traffic import MODEL
 from tests.hosts import compose
 from tests.hosts.netns import Host, network
@@ -69,16 +67,7 @@ class HostCluster:
 
     async def view(self, proxy: str) -> ClusterView | None:
         """What a proxy says of the cluster; None: it does not answer."""
-        pieces: list[bytes] = []
-        client = HttpClient(self.base_url(proxy).removesuffix("/v1"))
-        try:
-            async with asyncio.timeout(5):
-                await client.request("GET", "/cluster", on_body=pieces.append)
-            return msgspec.json.decode(b"".join(pieces), type=ClusterView)
-        except (ServerGone, TimeoutError, msgspec.DecodeError):
-            return None
-        finally:
-            client.close()
+        return await ask_view(self.base_url(proxy))
 
     async def wait_ready(self, *workers: str, timeout_s: float = HEALTHY_TIMEOUT_S) -> None:
         """Wait until every proxy has exactly these workers ready.
