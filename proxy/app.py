@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
+import msgspec
 import uvicorn
 import uvloop
 from fastapi import FastAPI, Request
@@ -28,11 +29,15 @@ from epd.errors import ClientError, ConfigError, EPDError, InternalError, Invali
 from metastore.roster import Roster
 from proxy.api import embeddings, openai, operations, score
 from proxy.api.http import error_response
+from proxy.api.requests import REF
 from proxy.byte_budget import ByteBudget
 from proxy.request_context import REQUEST_ID
 from proxy.service import Service
 
 log = logging.getLogger(__name__)
+
+_DIALECTS = (openai, embeddings, score, operations)
+"""Modules with a `router`, and the structs that it is `DOCUMENTED` with."""
 
 _LAST_WORDS_S = 5
 """Clients have so long to take the ends of their answers when the time for draining is over."""
@@ -72,10 +77,8 @@ def create_app(config: ProxyConfig, roster: Roster | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    app.include_router(openai.router)
-    app.include_router(embeddings.router)
-    app.include_router(score.router)
-    app.include_router(operations.router)
+    for dialect in _DIALECTS:
+        app.include_router(dialect.router)
     app.add_middleware(_Edge, budget=service.bytes)
     app.add_exception_handler(EPDError, _on_epd_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -91,7 +94,9 @@ def _document_bodies(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         document = generate()
-        document.setdefault("components", {}).setdefault("schemas", {}).update(openai.schema_components())
+        kinds = [kind for dialect in _DIALECTS for kind in dialect.DOCUMENTED]
+        _, components = msgspec.json.schema_components(kinds, ref_template=REF)
+        document.setdefault("components", {}).setdefault("schemas", {}).update(components)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -15,8 +15,8 @@ from starlette.responses import Response
 
 from epd.errors import InvalidRequest
 from epd.types import Pooling, PoolingKind
+from proxy.api.dialect import Head
 from proxy.api.http import Client, Exchange
-from proxy.api.openai_answer import Head
 from proxy.api.openai_prompt import token_prompts
 from proxy.api.requests import deadline, decoded, documented, service_of
 from proxy.api.vectors import MAX_INPUTS, VectorUsage, pooled

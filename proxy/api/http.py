@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -94,7 +94,7 @@ async def _read_within(request: Request, max_bytes: int) -> bytes:
 
 
 class Client:
-    """Where an answer is written to. Either `reply` once, or `start_stream`, events, `end_stream`."""
+    """Where an answer is written to. Either `reply` once, or `start_stream`, `write`, `end_stream`."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -106,23 +106,19 @@ class Client:
         await self._start({"content-type": JSON, "content-length": str(len(body))})
         await self._body(body, more=False)
 
-    async def start_stream(self) -> None:
-        """Send status and headers of a stream of server-sent events."""
-        await self._start(STREAM_HEADERS)
+    async def start_stream(self, headers: Mapping[str, str]) -> None:
+        """Send status and headers of an answer that comes in pieces."""
+        await self._start(headers)
 
-    async def event(self, value: Any) -> None:
-        """Send one event."""
-        await self._body(b"data: %b\n\n" % msgspec.json.encode(value))
+    async def write(self, words: bytes) -> None:
+        """Send a piece."""
+        await self._body(words)
 
-    async def ping(self) -> None:
-        """Send a comment, so that nobody on the way takes a long prefill for a dead connection."""
-        await self._body(b": ping\n\n")
+    async def end_stream(self, words: bytes) -> None:
+        """Send the last piece, which may be empty."""
+        await self._body(words, more=False)
 
-    async def end_stream(self) -> None:
-        """Send the closing event."""
-        await self._body(b"data: [DONE]\n\n", more=False)
-
-    async def _start(self, headers: dict[str, str]) -> None:
+    async def _start(self, headers: Mapping[str, str]) -> None:
         self.started = True
         pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self._send({"type": "http.response.start", "status": 200, "headers": pairs})
@@ -144,7 +140,7 @@ class Exchange(Response):
         write: writes the answer.
     """
 
-    def __init__(self, write: Callable[[Client], Awaitable[None]]) -> None:
+    def __init__(self, write: Callable[[Client], Awaitable[object]]) -> None:
         super().__init__()
         self._write = write
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from msgspec import UNSET, UnsetType
 
 from proxy.answer import Answer, ShownToken
+from proxy.api.dialect import DONE, Head, News, ServerSent, Timings, server_sent
 from proxy.api.openai_logprobs import Echo, chat_logprobs, joined, prompt_logprobs, text_logprobs
 from proxy.api.openai_responses import (
     AnswerMessage,
@@ -27,23 +25,6 @@ from proxy.api.openai_responses import (
     Usage,
 )
 from proxy.token_text import TokenTexts
-
-Timings = dict[str, float]
-TokenIds = list[int] | UnsetType
-
-
-@dataclass(frozen=True)
-class Head:
-    """What all chunks of an answer share."""
-
-    id: str
-    created: int
-    model: str
-
-    @classmethod
-    def new(cls, prefix: str, model: str) -> Head:
-        """A head with an unguessable id such as `chatcmpl-…`."""
-        return cls(f"{prefix}-{secrets.token_hex(16)}", int(time.time()), model)
 
 
 @dataclass(frozen=True)
@@ -65,40 +46,7 @@ class Wanted:
         return prompt_logprobs(answer.prompt_logprobs, self.texts, self.prompt_logprobs)
 
 
-@dataclass(frozen=True)
-class News:
-    """What a chunk tells of a sample."""
-
-    text: str = ""
-    token_ids: TokenIds = UNSET
-    """If the client wants them."""
-    shown: Sequence[ShownToken] = ()
-    """Tokens of the text, if the client wants log probabilities."""
-
-
-class Dialect(Protocol):
-    """How an endpoint words its answers."""
-
-    def opening(self, index: int) -> Any | None:
-        """The first chunk of a sample, if there is one."""
-
-    def prompt(self, index: int, answer: Answer) -> Any | None:
-        """A chunk for the log probabilities of the prompt, which just came, if there is one."""
-
-    def chunk(self, index: int, news: News) -> Any:
-        """New text."""
-
-    def closing(self, index: int, reason: str, news: News, timings: Timings | UnsetType) -> Any:
-        """The end of a sample, with what belongs to no text."""
-
-    def usage(self, usage: Usage) -> Any:
-        """The last chunk, which has no choices."""
-
-    def whole(self, answers: Sequence[Answer], usage: Usage, timings: Timings | UnsetType) -> Any:
-        """The answer in one piece."""
-
-
-class ChatDialect:
+class ChatDialect(ServerSent):
     """`/v1/chat/completions`.
 
     Args:
@@ -111,27 +59,24 @@ class ChatDialect:
         self._wanted = wanted
         self._no_usage: UnsetType | None = None if wanted.usage else UNSET
 
-    def opening(self, index: int) -> ChatChunk:
+    def opening(self, index: int) -> bytes:
         """The role, once."""
         return self._chunk([ChunkChoice(index, Delta(role="assistant", content=""))])
 
-    def prompt(self, index: int, answer: Answer) -> None:
-        """They are not streamed."""
-
-    def chunk(self, index: int, news: News) -> ChatChunk:
+    def chunk(self, index: int, news: News) -> bytes:
         """New text."""
         delta, logprobs = Delta(content=news.text), self._logprobs(news.shown) if news.shown else None
         return self._chunk([ChunkChoice(index, delta, logprobs=logprobs, token_ids=news.token_ids)])
 
-    def closing(self, index: int, reason: str, news: News, timings: Timings | UnsetType) -> ChatChunk:
+    def closing(self, index: int, answer: Answer, news: News, timings: Timings | UnsetType) -> bytes:
         """An empty delta with the reason."""
         logprobs = self._logprobs(news.shown) if news.shown else None
-        choice = ChunkChoice(index, Delta(), reason, logprobs=logprobs, token_ids=news.token_ids)
+        choice = ChunkChoice(index, Delta(), _reason(answer), logprobs=logprobs, token_ids=news.token_ids)
         return self._chunk([choice], timings=timings)
 
-    def usage(self, usage: Usage) -> ChatChunk:
-        """Token counts."""
-        return self._chunk([], usage)
+    def end(self, usage: Usage) -> bytes:
+        """Token counts, if they are wanted."""
+        return (self._chunk([], usage) if self._wanted.usage else b"") + DONE
 
     def whole(self, answers: Sequence[Answer], usage: Usage, timings: Timings | UnsetType) -> ChatCompletion:
         """The answer in one piece."""
@@ -151,12 +96,14 @@ class ChatDialect:
 
     def _chunk(
         self, choices: list[ChunkChoice], usage: Usage | None = None, timings: Timings | UnsetType = UNSET
-    ) -> ChatChunk:
+    ) -> bytes:
         head = self._head
-        return ChatChunk(head.id, head.created, head.model, choices, usage=usage or self._no_usage, timings=timings)
+        return server_sent(
+            ChatChunk(head.id, head.created, head.model, choices, usage=usage or self._no_usage, timings=timings)
+        )
 
 
-class TextDialect:
+class TextDialect(ServerSent):
     """`/v1/completions`.
 
     Args:
@@ -175,34 +122,34 @@ class TextDialect:
         self._samples = samples
         self._n = n
 
-    def opening(self, index: int) -> TextCompletion | None:
+    def opening(self, index: int) -> bytes:
         """The prompt, when it is to be echoed. With log probabilities it waits for those."""
         echo = self._echo(index)
         if echo is None or not echo.text or self._wanted.logprobs is not None:
-            return None
-        return self._make([TextChoice(index, echo.text)])
+            return b""
+        return self._event([TextChoice(index, echo.text)])
 
-    def prompt(self, index: int, answer: Answer) -> TextCompletion | None:
+    def prompt(self, index: int, answer: Answer) -> bytes:
         """The prompt and its log probabilities, when it is to be echoed."""
         echo, top = self._echo(index), self._wanted.logprobs
         if echo is None or top is None:
-            return None
-        return self._make([TextChoice(index, echo.text, logprobs=self._logprobs_of_echo(echo, answer, top))])
+            return b""
+        return self._event([TextChoice(index, echo.text, logprobs=self._logprobs_of_echo(echo, answer, top))])
 
-    def chunk(self, index: int, news: News) -> TextCompletion:
+    def chunk(self, index: int, news: News) -> bytes:
         """New text."""
         logprobs = self._logprobs(index, news.shown) if news.shown else None
-        return self._make([TextChoice(index, news.text, logprobs=logprobs, token_ids=news.token_ids)])
+        return self._event([TextChoice(index, news.text, logprobs=logprobs, token_ids=news.token_ids)])
 
-    def closing(self, index: int, reason: str, news: News, timings: Timings | UnsetType) -> TextCompletion:
+    def closing(self, index: int, answer: Answer, news: News, timings: Timings | UnsetType) -> bytes:
         """No text, the reason."""
         logprobs = self._logprobs(index, news.shown) if news.shown else None
-        choice = TextChoice(index, "", reason, logprobs=logprobs, token_ids=news.token_ids)
-        return self._make([choice], timings=timings)
+        choice = TextChoice(index, "", _reason(answer), logprobs=logprobs, token_ids=news.token_ids)
+        return self._event([choice], timings=timings)
 
-    def usage(self, usage: Usage) -> TextCompletion:
-        """Token counts."""
-        return self._make([], usage)
+    def end(self, usage: Usage) -> bytes:
+        """Token counts, if they are wanted."""
+        return (self._event([], usage) if self._wanted.usage else b"") + DONE
 
     def whole(self, answers: Sequence[Answer], usage: Usage, timings: Timings | UnsetType) -> TextCompletion:
         """The answer in one piece."""
@@ -242,6 +189,11 @@ class TextDialect:
 
     def _logprobs_of_echo(self, echo: Echo, answer: Answer, top: int) -> TextLogprobs:
         return echo.logprobs(answer.prompt_logprobs, self._wanted.texts, top)
+
+    def _event(
+        self, choices: list[TextChoice], usage: Usage | None = None, timings: Timings | UnsetType = UNSET
+    ) -> bytes:
+        return server_sent(self._make(choices, usage, timings))
 
     def _make(
         self, choices: list[TextChoice], usage: Usage | None = None, timings: Timings | UnsetType = UNSET

@@ -15,9 +15,9 @@ from starlette.responses import Response
 
 from epd.errors import InvalidRequest
 from epd.types import Pooling, PoolingKind, WorkerTask
+from proxy.api.dialect import Head
 from proxy.api.embeddings import default_pooling
 from proxy.api.http import Client, Exchange
-from proxy.api.openai_answer import Head
 from proxy.api.openai_prompt import naming, token_prompts
 from proxy.api.requests import deadline, decoded, documented, service_of
 from proxy.api.vectors import MAX_INPUTS, Vectors, VectorUsage, pooled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,8 +11,8 @@ from msgspec import UNSET, UnsetType
 
 from epd.errors import EPDError
 from proxy.answer import Answer, TextOptions
-from proxy.api.http import Client, error_body
-from proxy.api.openai_answer import Dialect, News, Timings
+from proxy.api.dialect import Dialect, News, Timings
+from proxy.api.http import Client
 from proxy.api.openai_responses import PromptTokensDetails, Usage
 from proxy.generation import Generation
 from proxy.tokenizer import Tokenizer
@@ -64,12 +64,19 @@ class Teller:
         self._with_timings = with_timings
         self._told = [_Told() for _ in range(generation.num_samples)]
 
-    async def tell_whole(self, client: Client) -> None:
-        """Wait for the end, answer once.
+    async def tell(self, client: Client, *, stream: bool) -> Sequence[Answer]:
+        """Answer in one piece, or in a stream, in which a failure becomes its last words.
+
+        Returns:
+            The samples, each at its end; fewer words than that where a stream failed.
 
         Raises:
-            EPDError: the request failed; nothing was sent.
+            EPDError: the request failed before anything was sent.
         """
+        await (self._tell_stream(client) if stream else self._tell_whole(client))
+        return self._answers
+
+    async def _tell_whole(self, client: Client) -> None:
         while not self._generation.done:
             for update in await self._generation.next():
                 await self._advance(update)
@@ -77,51 +84,39 @@ class Teller:
         size = sum(len(one.logprobs) + len(one.prompt_logprobs) for one in self._answers)
         await client.reply(await _off_loop_if_many(size, lambda: self._dialect.whole(self._answers, usage, timings)))
 
-    async def tell_stream(self, client: Client, *, include_usage: bool) -> None:
-        """Answer in chunks. A failure after the first of them becomes an error event.
-
-        Raises:
-            EPDError: the request failed before anything was sent.
-        """
+    async def _tell_stream(self, client: Client) -> None:
         updates = await self._generation.next(FIRST_OUTPUT_GRACE_S)
-        await client.start_stream()
+        await client.start_stream(self._dialect.headers)
         try:
             await self._stream_samples(client, updates)
-            if include_usage:
-                await client.event(self._dialect.usage(self._usage()))
+            last_words = self._dialect.end(self._usage())
         except EPDError as error:
-            await client.event({"error": error_body(error)["error"]})
-        await client.end_stream()
+            last_words = self._dialect.failed(error)
+        await client.end_stream(last_words)
 
     async def _stream_samples(self, client: Client, updates: list[Update]) -> None:
-        for index in range(len(self._answers)):
-            opening = self._dialect.opening(index)
-            if opening is not None:
-                await client.event(opening)
+        told = b"".join(self._dialect.opening(index) for index in range(len(self._answers)))
         while True:
-            for update in updates:
-                await self._stream_update(client, update)
+            told += b"".join([await self._words(update) for update in updates])
+            if told:
+                await client.write(told)
             if self._generation.done:
                 return
             updates = await self._generation.next(PING_INTERVAL_S)
-            if not updates and not self._generation.done:
-                await client.ping()
+            told = b"" if updates or self._generation.done else self._dialect.ping
 
-    async def _stream_update(self, client: Client, update: Update) -> None:
-        index = update.index
+    async def _words(self, update: Update) -> bytes:
+        """What a dialect has to say about an update."""
+        index, dialect = update.index, self._dialect
         text, answer = await self._advance(update), self._answers[update.index]
+        told = b""
         if update.prompt_logprobs:
-            size = len(update.prompt_logprobs)
-            prompt = await _off_loop_if_many(size, lambda: self._dialect.prompt(index, answer))
-            if prompt is not None:
-                await client.event(prompt)
-        if text:
-            await client.event(self._dialect.chunk(index, self._news(index, text)))
+            told += await _off_loop_if_many(len(update.prompt_logprobs), lambda: dialect.prompt(index, answer))
+        if text or (dialect.tells_every_token and update.token_ids):
+            told += dialect.chunk(index, self._news(index, text))
         if answer.finish_reason is not None:
-            closing = self._dialect.closing(
-                index, answer.finish_reason.value, self._news(index, ""), await self._timings()
-            )
-            await client.event(closing)
+            told += dialect.closing(index, answer, self._news(index, ""), await self._timings())
+        return told
 
     async def _advance(self, update: Update) -> str:
         answer = self._answers[update.index]

@@ -1,0 +1,186 @@
+"""From a checked body to the told answer: what all endpoints that generate text go through.
+
+Endpoints of other dialects translate their bodies into those of OpenAI, or into a `Work`, and bring a `Dialect` of
+their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from epd.errors import InvalidRequest
+from epd.limits import check_prompt_logprobs
+from epd.types import SamplingParams
+from proxy.answer import Answer, TextOptions
+from proxy.api.dialect import Dialect, Head
+from proxy.api.http import Client
+from proxy.api.openai_answer import ChatDialect, TextDialect, Wanted
+from proxy.api.openai_logprobs import Echo
+from proxy.api.openai_prompt import count_parts, messages_of, prompts_of, template_variables
+from proxy.api.openai_sampling import check_supported, samples_of, sampling_of, shown_logprobs, text_options_of
+from proxy.api.openai_schema import ChatRequest, CompletionRequest, SamplingRequest
+from proxy.api.openai_structured import grammar_of
+from proxy.api.requests import deadline
+from proxy.api.teller import Teller
+from proxy.served_model import ServedModel
+from proxy.work import Work
+
+
+async def answer_chat(
+    client: Client,
+    model: ServedModel,
+    body: ChatRequest,
+    arrived: float,
+    dialect_of: Callable[[Head, Wanted], Dialect] = ChatDialect,
+    id_prefix: str = "chatcmpl",
+) -> Sequence[Answer]:
+    """Answer a conversation.
+
+    Args:
+        client: to be answered.
+        model: that `body` means.
+        body: of the request.
+        arrived: `time.perf_counter()` when it came.
+        dialect_of: makes what words the answer.
+        id_prefix: of the answer's id.
+
+    Returns:
+        The samples as they were told.
+
+    Raises:
+        EPDError: nothing was told.
+    """
+    check_supported(body)
+    options, sampling = text_options_of(body), sampling_of(body, model)
+    model.check_context(count_parts(body), None)
+    messages, sources = messages_of(body)
+    if sources and model.image_token_id is None:
+        raise InvalidRequest("This model reads text only; remove the images.", param=sources[0].param)
+    model.require(images=bool(sources))
+    model.require_task(None)
+    with model.dispatcher.admit():
+        async with deadline(model, arrived):
+            sampling = await _with_grammar(model, body, sampling)
+            prompt = await model.encode_chat(messages, template_variables(body))
+            model.check_context(len(prompt.token_ids), sampling.max_tokens)
+            check_prompt_logprobs(sampling, len(prompt.token_ids))
+            images = await model.load_images(sources)
+        head = Head.new(id_prefix, model.name)
+        work = Work(
+            request_id=head.id,
+            model=model.ref,
+            prompts=(prompt.token_ids,),
+            image_offsets=prompt.image_offsets,
+            images=tuple(images),
+            sampling=_within_context(model, sampling, len(prompt.token_ids)),
+            n=body.n or 1,
+            priority=body.priority or 0,
+            arrived=arrived,
+            timeout_s=model.config.request_timeout,
+        )
+        dialect = dialect_of(head, _wanted(model, body, sampling.logprobs))
+        return await tell(
+            client, model, work, dialect, options, stream=bool(body.stream), with_timings=bool(body.timings)
+        )
+
+
+async def answer_text(client: Client, model: ServedModel, body: CompletionRequest, arrived: float) -> Sequence[Answer]:
+    """Continue texts. Arguments, result and errors are those of `answer_chat`."""
+    check_supported(body)
+    options, sampling = text_options_of(body), sampling_of(body, model)
+    model.require(images=False)
+    model.require_task(None)
+    with model.dispatcher.admit():
+        async with deadline(model, arrived):
+            sampling = await _with_grammar(model, body, sampling)
+            prompts = await prompts_of(body, model, sampling.max_tokens)
+            for prompt in prompts:
+                check_prompt_logprobs(sampling, len(prompt))
+            echoes = await _echoes(model, body, prompts)
+        head, samples = Head.new("cmpl", model.name), samples_of(body)
+        work = Work(
+            request_id=head.id,
+            model=model.ref,
+            prompts=tuple(prompts),
+            sampling=sampling,
+            n=samples,
+            priority=body.priority or 0,
+            arrived=arrived,
+            timeout_s=model.config.request_timeout,
+        )
+        wanted = _wanted(model, body, shown_logprobs(body))
+        dialect = TextDialect(head, wanted, echoes=echoes, samples=samples, n=body.n or 1)
+        return await tell(
+            client, model, work, dialect, options, stream=bool(body.stream), with_timings=bool(body.timings)
+        )
+
+
+async def tell(
+    client: Client,
+    model: ServedModel,
+    work: Work,
+    dialect: Dialect,
+    options: TextOptions,
+    *,
+    stream: bool,
+    with_timings: bool = False,
+) -> Sequence[Answer]:
+    """Hand work to the workers and tell the client what comes. The caller holds a place among the requests in work.
+
+    Args:
+        client: to be answered.
+        model: that the work is for.
+        work: to be done.
+        dialect: words the answer.
+        options: how text is made of tokens.
+        stream: tell as it comes.
+        with_timings: tell where the time went.
+
+    Returns:
+        The samples as they were told.
+
+    Raises:
+        EPDError: nothing was told.
+    """
+    generation = await model.dispatcher.start(work)
+    try:
+        teller = Teller(generation, dialect, model.tokenizer, options, with_timings=with_timings)
+        return await teller.tell(client, stream=stream)
+    finally:
+        await model.dispatcher.close(generation)
+
+
+async def _echoes(model: ServedModel, body: CompletionRequest, prompts: list[tuple[int, ...]]) -> list[Echo]:
+    """The prompts as text, when they are to be given back."""
+    if not body.echo:
+        return []
+    with_offsets = shown_logprobs(body) is not None
+    return await model.off_loop_if_large(
+        sum(map(len, prompts)),
+        lambda: [Echo.of(prompt, model.tokenizer, with_offsets=with_offsets) for prompt in prompts],
+    )
+
+
+async def _with_grammar(model: ServedModel, body: SamplingRequest, sampling: SamplingParams) -> SamplingParams:
+    asked = grammar_of(body)
+    if asked is None:
+        return sampling
+    await model.check_grammar(*asked)
+    return msgspec.structs.replace(sampling, grammar=asked[1])
+
+
+def _wanted(model: ServedModel, body: SamplingRequest, logprobs: int | None) -> Wanted:
+    return Wanted(model.token_texts, _include_usage(body), logprobs, body.prompt_logprobs)
+
+
+def _within_context(model: ServedModel, sampling: SamplingParams, prompt_tokens: int) -> SamplingParams:
+    """Bound an open-ended answer by the configured context; workers know only their own."""
+    if sampling.max_tokens is not None or model.config.max_model_len is None:
+        return sampling
+    return msgspec.structs.replace(sampling, max_tokens=max(model.config.max_model_len - prompt_tokens, 1))
+
+
+def _include_usage(body: SamplingRequest) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)

@@ -1,0 +1,112 @@
+"""What an endpoint's words are made of: the interface between reading a generation and wording its answer.
+
+`proxy.api.teller` reads tokens, makes text and decides when something is to be told; a `Dialect` says it, as bytes that
+are ready for the socket, so that a stream costs one write for all that came in one step.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from epd.errors import EPDError
+from proxy.answer import Answer, ShownToken
+from proxy.api.http import STREAM_HEADERS, error_body
+from proxy.api.openai_responses import Usage
+
+Timings = dict[str, float]
+"""Stage → milliseconds."""
+TokenIds = list[int] | UnsetType
+
+DONE = b"data: [DONE]\n\n"
+"""What ends OpenAI's streams."""
+PING = b": ping\n\n"
+"""A comment, for which readers of server-sent events have no use."""
+
+
+def server_sent(value: Any) -> bytes:
+    """One server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events.html) with `value` as JSON."""
+    return b"data: %b\n\n" % msgspec.json.encode(value)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What all chunks of an answer share."""
+
+    id: str
+    created: int
+    model: str
+
+    @classmethod
+    def new(cls, prefix: str, model: str) -> Head:
+        """A head with an unguessable id such as `chatcmpl-…`."""
+        return cls(f"{prefix}-{secrets.token_hex(16)}", int(time.time()), model)
+
+
+@dataclass(frozen=True)
+class News:
+    """What is to be told of a sample."""
+
+    text: str = ""
+    token_ids: TokenIds = UNSET
+    """If the client wants them."""
+    shown: Sequence[ShownToken] = ()
+    """Tokens of the text, if the client wants log probabilities."""
+
+
+class Dialect(Protocol):
+    """How an endpoint words its answers. One is made for each request.
+
+    A stream is what `opening` gives for each sample; `prompt`, `chunk` and `closing` as things happen, samples
+    interleaved; then `end`; or, at any point, `failed` instead of all that would have followed.
+    """
+
+    headers: Mapping[str, str]
+    """Of a stream."""
+    ping: bytes
+    """Keeps a silent stream open, and means nothing."""
+    tells_every_token: bool
+    """Whether `chunk` is wanted for tokens without text too: part of a character, or what may become a stop string."""
+
+    def opening(self, index: int) -> bytes:
+        """What a sample begins with."""
+
+    def prompt(self, index: int, answer: Answer) -> bytes:
+        """The log probabilities of the prompt just came."""
+
+    def chunk(self, index: int, news: News) -> bytes:
+        """New text."""
+
+    def closing(self, index: int, answer: Answer, news: News, timings: Timings | UnsetType) -> bytes:
+        """A sample is over; the news are what was held back and has no text."""
+
+    def end(self, usage: Usage) -> bytes:
+        """All samples are over."""
+
+    def failed(self, error: EPDError) -> bytes:
+        """The request failed; nothing follows."""
+
+    def whole(self, answers: Sequence[Answer], usage: Usage, timings: Timings | UnsetType) -> Any:
+        """The answer in one piece, which becomes JSON."""
+
+
+class ServerSent:
+    """What dialects of server-sent events share: frames as OpenAI sends them."""
+
+    headers: Mapping[str, str] = STREAM_HEADERS
+    ping = PING
+    tells_every_token = False
+
+    def prompt(self, index: int, answer: Answer) -> bytes:
+        """Nothing: most dialects do not stream the prompt's log probabilities."""
+        return b""
+
+    def failed(self, error: EPDError) -> bytes:
+        """An event with the error, and the end."""
+        return server_sent({"error": error_body(error)["error"]}) + DONE
