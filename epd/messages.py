@@ -210,6 +210,8 @@ class GenerateRequest(Message, frozen=True, kw_only=True):
     timeout_s: float
     priority: int = 0
     """Smaller goes first; requests of equal priority go by arrival."""
+    cache_salt: Name = ""
+    """Cached prefixes are shared only with requests that have the same one."""
     pooling: Pooling | None = None
     """Answer with one vector when the prompt is computed, and with no token; `sampling` is then not looked at."""
     resume_token_ids: tuple[int, ...] = ()

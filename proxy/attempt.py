@@ -93,6 +93,7 @@ class Attempt:
             sampling=msgspec.structs.replace(sampling, seed=(work.sampling.seed + turn) % _SEED_SPAN),
             timeout_s=max(work.arrived + work.timeout_s - time.perf_counter(), 0.001),
             priority=work.priority,
+            cache_salt=work.cache_salt,
             pooling=work.pooling,
             resume_token_ids=tuple(sample.token_ids),
         )

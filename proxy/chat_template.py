@@ -13,12 +13,11 @@ are cut before rendering.
 from __future__ import annotations
 
 import json
-import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice, pairwise, takewhile
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,20 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from epd.checkpoint import ImagePlaceholder, image_placeholder, read_json
 from epd.errors import ConfigError, InvalidRequest
 from proxy.tokenizer import Tokenizer
+from proxy.user_text import Markers, Message, count_images, cut, map_strings, split_points, strings_of, with_tail
 
-Message = dict[str, Any]
-"""`role`, `content` (str, None or a list of parts {"type": "text", "text": …} | {"type": "image"}), and what else."""
-
-_NOT_USER_TEXT = frozenset({"role", "type"})
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Ending(Enum):
+    """What follows the last message."""
+
+    HEADER = auto()
+    """The header of the answer."""
+    NOTHING = auto()
+    """What the template writes behind a message that is complete."""
+    OPEN = auto()
+    """Nothing at all: the answer goes on with its text."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +99,32 @@ class ChatTemplate:
             image=image_placeholder(model),
         )
 
-    def render(self, messages: Sequence[Message], /, **variables: Any) -> str:
-        """The conversation as text, with the header of the answer at its end.
+    def render(self, messages: Sequence[Message], /, *, ending: Ending = Ending.HEADER, **variables: Any) -> str:
+        """The conversation as text.
 
         Raises:
-            InvalidRequest: the template refused the messages, or a variable is none that requests may set.
+            InvalidRequest: the template refused the messages, a variable is none that requests may set, or the last
+                message has no text to go on with, or none that the template shows.
         """
+        if ending is not Ending.OPEN:
+            return self._render(messages, ending, variables)
+        # The blank tells whether the template has trimmed the text: then that before the mark goes too.
+        mark = f"\ue000{secrets.token_hex(8)}\ue001"
+        text, found, behind = self._render(with_tail(messages, f"{mark} "), ending, variables).rpartition(mark)
+        if not found:
+            raise InvalidRequest(
+                "The model's chat template does not show the last message as it is; it can't be continued.",
+                param="continue_final_message",
+            )
+        return text if behind.startswith(" ") else text.rstrip()
+
+    def _render(self, messages: Sequence[Message], ending: Ending, variables: dict[str, Any]) -> str:
         ours: dict[str, Any] = {
             **self._special_tokens,
             "messages": [self._adapt(message) for message in messages],
             "tools": None,
             "documents": None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": ending is Ending.HEADER,
         }
         for name in variables.keys() & ours.keys():
             raise InvalidRequest(f"chat_template_kwargs.{name} can't be set.", param="chat_template_kwargs")
@@ -121,22 +142,26 @@ class ChatTemplate:
                 param="messages",
             ) from error
 
-    def encode(self, messages: Sequence[Message], /, **variables: Any) -> Prompt:
+    def encode(self, messages: Sequence[Message], /, *, ending: Ending = Ending.HEADER, **variables: Any) -> Prompt:
         """Render and encode.
 
         Raises:
-            InvalidRequest: the template refused the messages, or the prompt has not one placeholder for each picture.
+            InvalidRequest: see `render`; or the prompt has not one placeholder for each picture.
         """
-        strings = _strings(messages)
-        plain = self.render(messages, **variables)
+
+        def render(messages: Sequence[Message]) -> str:
+            return self.render(messages, ending=ending, **variables)
+
+        strings = strings_of(messages)
+        plain = render(messages)
         if any(self._tokenizer.hides_added_token(text) for text in strings):
             raise InvalidRequest("The text normalises to a control token of this model.", param="messages")
         if any(self._tokenizer.could_hold_added_token(text) for text in strings):
-            pieces = self._split_safely(messages, plain, variables)
+            pieces = self._split_safely(messages, plain, render)
         else:
             pieces = [plain]
         token_ids = tuple(token for piece in pieces for token in self._tokenizer.encode(self._with_borders(piece)))
-        return Prompt(token_ids, self._image_offsets(token_ids, _count_images(messages)))
+        return Prompt(token_ids, self._image_offsets(token_ids, count_images(messages)))
 
     def _with_borders(self, piece: str) -> str:
         """Add what belongs around placeholders. They are the template's own: users' literals have been cut in two."""
@@ -161,22 +186,24 @@ class ChatTemplate:
 
     # -- who wrote what ------------------------------------------------------------------------------------------
 
-    def _split_safely(self, messages: Sequence[Message], plain: str, variables: dict[str, Any]) -> list[str]:
+    def _split_safely(
+        self, messages: Sequence[Message], plain: str, render: Callable[[Sequence[Message]], str]
+    ) -> list[str]:
         """`plain` in pieces, cut so that no added-token literal which user text takes part in survives."""
-        markers = _Markers()
-        marked = self.render(_map_strings(messages, markers.wrap), **variables)
+        markers = Markers()
+        marked = render(map_strings(messages, markers.wrap))
         text, spans = markers.strip(marked)
         if text == plain:
-            return _cut(text, _split_points(self._tokenizer.find_added_tokens(text), spans))
+            return cut(text, split_points(self._tokenizer.find_added_tokens(text), spans))
         scissors = f"\ue000{secrets.token_hex(8)}\ue001"
-        broken = _map_strings(messages, lambda string: self._break(string, scissors))
-        return [piece for piece in self.render(broken, **variables).split(scissors) if piece]
+        broken = map_strings(messages, lambda string: self._break(string, scissors))
+        return [piece for piece in render(broken).split(scissors) if piece]
 
     def _break(self, text: str, scissors: str) -> str:
         """`text` with `scissors` inside each literal, and at its ends, where it touches what the template writes."""
         found = self._tokenizer.find_added_tokens(text)
-        points = _split_points(found, [(0, len(text))])
-        return scissors + scissors.join(_cut(text, points)) + scissors if text else text
+        points = split_points(found, [(0, len(text))])
+        return scissors + scissors.join(cut(text, points)) + scissors if text else text
 
     # -- what the template can take ------------------------------------------------------------------------------
 
@@ -262,115 +289,3 @@ def _tojson(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-# -- strings of a conversation ---------------------------------------------------------------------------------------
-
-
-def _map_strings(value: Any, change: Callable[[str], str], key: str | None = None) -> Any:
-    """A copy of `value` with every string changed, except roles, types and the keys themselves."""
-    if isinstance(value, str):
-        return value if key in _NOT_USER_TEXT else change(value)
-    if isinstance(value, dict):
-        return {name: _map_strings(item, change, name) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_strings(item, change, key) for item in value]
-    return value
-
-
-def _strings(messages: Sequence[Message]) -> list[str]:
-    found: list[str] = []
-
-    def note(text: str) -> str:
-        found.append(text)
-        return text
-
-    _map_strings(messages, note)
-    return found
-
-
-def _count_images(messages: Sequence[Message]) -> int:
-    contents = (message.get("content") for message in messages)
-    return sum(part.get("type") == "image" for content in contents if isinstance(content, list) for part in content)
-
-
-class _Markers:
-    """Unguessable, numbered marks around user strings, made of private-use characters that no template cares about."""
-
-    def __init__(self) -> None:
-        self._nonce = secrets.token_hex(8)
-        self._pattern = re.compile(f"\ue000{self._nonce}(\\d+)([<>])")
-        self._cores: list[str] = []
-
-    def wrap(self, text: str) -> str:
-        """Marks go inside the outer blanks, so that a template's `trim` still sees them."""
-        core = text.strip()
-        if not core:
-            return text
-        start, number = text.index(core), len(self._cores)
-        self._cores.append(core)
-        before, after = text[:start], text[start + len(core) :]
-        return f"{before}\ue000{self._nonce}{number}<{core}\ue000{self._nonce}{number}>{after}"
-
-    def strip(self, text: str) -> tuple[str, list[tuple[int, int]]]:
-        """Text without marks, and half-open spans of user text in it.
-
-        Where a template cut one mark of a pair away, the span is as long as the text agrees with the user's string.
-        """
-        clean, spans = "", []
-        opened: tuple[int, int] | None = None  # (number, position in `clean`)
-        end = 0
-        for match in self._pattern.finditer(text):
-            clean += text[end : match.start()]
-            end = match.end()
-            number, is_open = int(match[1]), match[2] == "<"
-            if opened is not None and (is_open or opened[0] != number):
-                spans.append(self._span_after(clean, *opened))
-                opened = None
-            if is_open:
-                opened = (number, len(clean))
-            elif opened is not None:
-                spans.append((opened[1], len(clean)))
-                opened = None
-            else:
-                spans.append(self._span_before(clean, number))
-        clean += text[end:]
-        if opened is not None:
-            spans.append(self._span_after(clean, *opened))
-        return clean, spans
-
-    def _span_after(self, clean: str, number: int, start: int) -> tuple[int, int]:
-        return start, start + _shared_length(clean[start:], self._cores[number])
-
-    def _span_before(self, clean: str, number: int) -> tuple[int, int]:
-        core = self._cores[number]
-        return len(clean) - _shared_length(clean[-len(core) :][::-1], core[::-1]), len(clean)
-
-
-def _shared_length(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
-def _split_points(found: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-    """A point strictly inside each literal that overlaps a span, within the span where that is possible.
-
-    Args:
-        found: half-open, by start.
-        spans: half-open, by start, not overlapping.
-    """
-    points, first = set(), 0
-    for start, end in found:
-        while first < len(spans) and spans[first][1] <= start:
-            first += 1
-        for span_start, span_end in islice(spans, first, None):
-            if span_start >= end:
-                break
-            low, high = max(start, span_start), min(end, span_end)
-            points.add(min(max((low + high) // 2, start + 1), end - 1))
-    return sorted(points)
-
-
-def _cut(text: str, points: list[int]) -> list[str]:
-    borders = [0, *points, len(text)]
-    return [text[low:high] for low, high in pairwise(borders) if low < high]

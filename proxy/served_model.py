@@ -14,11 +14,12 @@ from epd.errors import ContextLengthExceeded, InvalidRequest
 from epd.grammar_check import validate
 from epd.tasks import check_task
 from epd.types import Grammar, Pooling, WorkerRole, WorkerTask
-from proxy.chat_template import Message, Prompt
+from proxy.chat_template import Ending, Prompt
 from proxy.checkpoint import Checkpoint
 from proxy.dispatcher import Dispatcher
 from proxy.media import ImageSource, LoadedImage, MediaLoader
 from proxy.model_catalog import ModelRef
+from proxy.user_text import Message
 from proxy.worker_connection import WorkerConnection
 from proxy.worker_pool import WorkerPool
 
@@ -139,7 +140,9 @@ class ServedModel:
         """All pictures of a request; see `MediaLoader.load` for what it raises."""
         return await self._media.load(sources, self.ref.fingerprint)
 
-    async def encode_chat(self, messages: Sequence[Message], variables: dict[str, Any]) -> Prompt:
+    async def encode_chat(
+        self, messages: Sequence[Message], variables: dict[str, Any], ending: Ending = Ending.HEADER
+    ) -> Prompt:
         """The prompt of a conversation.
 
         Raises:
@@ -150,7 +153,7 @@ class ServedModel:
             raise InvalidRequest("This model has no chat template; use /v1/completions.")
         size = _size(messages)
         self._check_size(size)
-        return await self.off_loop_if_large(size, lambda: template.encode(messages, **variables))
+        return await self.off_loop_if_large(size, lambda: template.encode(messages, ending=ending, **variables))
 
     async def encode_text(self, text: str, *, among: int = 0, add_special_tokens: bool = True) -> list[int]:
         """Tokens of a raw prompt, with what the tokenizer puts around each text unless `add_special_tokens` is off.

@@ -26,6 +26,8 @@ class Work:
     """Samples of each prompt; the i-th has `seed + i`. Sample i of prompt p has the index `p * n + i`."""
     priority: int = 0
     """Smaller goes first."""
+    cache_salt: str = ""
+    """Cached prefixes are shared only with requests that have the same one."""
     pooling: Pooling | None = None
     """Asks for one vector of each prompt instead of tokens."""
     arrived: float
@@ -36,9 +38,8 @@ class Work:
     def prefix_chain(self, prompt: int) -> Chain:
         """What names the beginnings of a prompt."""
         keys = [image.content_key for image in self.images]
-        return prefix_chain(
-            self.prompts[prompt], list(zip(self.image_offsets, keys, strict=True)), salt=self.model.fingerprint
-        )
+        salt = f"{self.model.fingerprint}\0{self.cache_salt}"
+        return prefix_chain(self.prompts[prompt], list(zip(self.image_offsets, keys, strict=True)), salt=salt)
 
 
 @dataclass

@@ -280,6 +280,7 @@ class PrefillDecodeService:
                 images=[ImagePlaceholder(slot.content_key, slot.offset) for slot in message.images],
                 resume_token_ids=message.resume_token_ids,
                 priority=message.priority,
+                cache_salt=message.cache_salt,
                 pooling=message.pooling,
                 timeout_s=message.timeout_s,
             )

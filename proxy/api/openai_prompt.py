@@ -15,9 +15,9 @@ from proxy.api.openai_schema import (
     ContentPart,
     ImageURL,
 )
-from proxy.chat_template import Message
 from proxy.media import ImageSource
 from proxy.served_model import ServedModel
+from proxy.user_text import Message
 
 MAX_PROMPTS = 128
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

@@ -9,8 +9,9 @@ import pytest
 
 from epd.checkpoint import ImagePlaceholder
 from epd.errors import ConfigError, InvalidRequest
-from proxy.chat_template import ChatTemplate, Message
+from proxy.chat_template import ChatTemplate, Ending
 from proxy.tokenizer import Tokenizer
+from proxy.user_text import Message
 from tests.proxy.model_files import write_model
 
 IMAGE = {"type": "image"}
@@ -92,6 +93,44 @@ def test_other_templates_render_as_in_transformers(tmp_path: Path, source: str) 
     assert template.render(messages) == wanted
     decoded = Tokenizer(model / "tokenizer.json").decode(template.encode(messages).token_ids, skip_special_tokens=False)
     assert decoded == wanted
+
+
+@pytest.mark.parametrize("source", [None, STRICT])
+@pytest.mark.parametrize("begun", ["The answer", " is: ", "is <|im_end|> not", "", [text("a"), text(" b ")]])
+def test_a_message_that_is_continued_ends_as_in_transformers(tmp_path: Path, begun: Any, source: str | None) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    if source is not None and not isinstance(begun, str):
+        begun = "one string"  # all that this template takes
+    model = write_model(tmp_path, template=source) if source else write_model(tmp_path)
+    messages = [user("hi"), {"role": "assistant", "content": begun}]
+    wanted = PreTrainedTokenizerFast.from_pretrained(model).apply_chat_template(
+        messages, continue_final_message=True, tokenize=False
+    )
+    template = template_of(model)
+    assert template.render(messages, ending=Ending.OPEN) == wanted
+    ids = template.encode(messages, ending=Ending.OPEN).token_ids
+    assert Tokenizer(model / "tokenizer.json").decode(ids, skip_special_tokens=False) == wanted
+
+
+@pytest.mark.parametrize(
+    ("source", "last"),
+    [
+        (None, user(text("a"), IMAGE)),
+        (None, user(IMAGE)),
+        (None, {"role": "assistant", "content": []}),
+        ("{{ messages[0].content }}", {"role": "assistant", "content": "x"}),
+    ],
+)
+def test_what_can_not_be_continued_is_refused(tmp_path: Path, source: str | None, last: Message) -> None:
+    model = write_model(tmp_path, template=source) if source else write_model(tmp_path)
+    with pytest.raises(InvalidRequest) as caught:
+        template_of(model).encode([user("hi"), last], ending=Ending.OPEN)
+    assert caught.value.param == "continue_final_message"
+
+
+def test_a_message_that_is_complete_has_no_header_behind_it(model: Path) -> None:
+    assert template_of(model).render([user("hi")], ending=Ending.NOTHING).endswith("hi<|im_end|>\n")
 
 
 ATTACKS: list[list[Message]] = [

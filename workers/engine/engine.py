@@ -96,6 +96,7 @@ class Engine:
         images: Sequence[ImagePlaceholder] = (),
         resume_token_ids: Sequence[int] = (),
         priority: int = 0,
+        cache_salt: str = "",
         pooling: Pooling | None = None,
         timeout_s: float | None = None,
     ) -> None:
@@ -110,6 +111,7 @@ class Engine:
                 after a preemption and count as generated in every respect; outputs carry what follows them. Log
                 probabilities of the prompt are not given again.
             priority: smaller goes first; see `scheduler` for how much.
+            cache_salt: cached prefixes are shared only with requests that have the same one.
             pooling: end with one vector when the prompt is computed; `sampling` is not looked at.
             timeout_s: after so many seconds, a day at most, the request ends with `DeadlineExceeded`; None: never.
 
@@ -136,6 +138,7 @@ class Engine:
             images=images,
             resume_token_ids=resume_token_ids,
             priority=priority,
+            cache_salt=cache_salt,
             pooling=pooling,
             deadline=admission.deadline_in(timeout_s, self._clock()),
             clock=self._clock,

@@ -32,8 +32,14 @@ class BlockHasher:
         """The names of all full blocks of the tokens that are known, as also kept in the request."""
         names = request.block_names
         for index in range(len(names), request.num_known_tokens // self._block_size):
-            names.append(self._name(request, index, names[-1] if names else self._salt))
+            names.append(self._name(request, index, names[-1] if names else self._root(request)))
         return names
+
+    def _root(self, request: EngineRequest) -> bytes:
+        """What the first block's name is made of: requests share nothing with those of another `cache_salt`."""
+        if not request.cache_salt:
+            return self._salt
+        return hashlib.sha256(self._salt + request.cache_salt.encode()).digest()
 
     def _name(self, request: EngineRequest, index: int, parent: bytes) -> bytes:
         start = index * self._block_size

@@ -77,6 +77,7 @@ class EngineRequest:
         images: Sequence[ImagePlaceholder] = (),
         resume_token_ids: Sequence[int] = (),
         priority: int = 0,
+        cache_salt: str = "",
         pooling: Pooling | None = None,
         deadline: float | None = None,
         clock: Clock = time.monotonic,
@@ -90,6 +91,7 @@ class EngineRequest:
             images: the placeholders, by increasing offset.
             resume_token_ids: beginning of the answer, made elsewhere.
             priority: smaller goes first.
+            cache_salt: cached prefixes are shared only with requests that have the same one.
             pooling: what to make of the prompt instead of tokens.
             deadline: reading of `clock` after which the request is given up; None: never.
             clock: monotonic seconds.
@@ -99,6 +101,7 @@ class EngineRequest:
         self.sampling = sampling
         self.images = tuple(images)
         self.priority = priority
+        self.cache_salt = cache_salt
         self.pooling = pooling
         self.deadline = deadline
 

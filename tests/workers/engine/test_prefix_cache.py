@@ -51,6 +51,16 @@ def test_names_follow_the_request_as_it_grows() -> None:
     assert hasher.names(request) == names(hasher, [1, 2, 3, 4, 5, 6, 7, 8])
 
 
+def test_requests_share_names_only_with_those_of_their_salt() -> None:
+    hasher = BlockHasher(BLOCK_SIZE)
+
+    def salted(salt: str) -> tuple[bytes, ...]:
+        return tuple(hasher.names(EngineRequest("r", [1, 2, 3, 4, 5, 6, 7, 8], SamplingParams(), cache_salt=salt)))
+
+    assert salted("a") == salted("a")
+    assert not set(salted("a")) & {*salted("b"), *salted("")}
+
+
 def test_another_process_has_other_names() -> None:
     assert names(BlockHasher(BLOCK_SIZE), [1, 2, 3, 4]) != names(BlockHasher(BLOCK_SIZE), [1, 2, 3, 4])
 
