@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import mimetypes
+import ssl
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from epd.credentials import Credentials
 from epd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,22 +39,34 @@ class ChatQuestion:
     model: str | None = None
     max_tokens: int = 256
     temperature: float = 0.0
+    credentials: Credentials = Credentials()
 
 
 def ask_and_print(question: ChatQuestion) -> int:
     """Print the answer as it comes, then the times. Returns the exit code."""
     openai = import_openai()
-    client = openai.OpenAI(base_url=question.url, api_key="none", max_retries=0)
+    http = openai.DefaultHttpxClient(verify=question.credentials.tls())
+    key = question.credentials.api_key or "none"
     try:
-        model = question.model or client.models.list().data[0].id
-        timings = _print_answer(client, model, question)
+        with openai.OpenAI(base_url=question.url, api_key=key, max_retries=0, http_client=http) as client:
+            model = question.model or client.models.list().data[0].id
+            timings = _print_answer(client, model, question)
     except openai.APIConnectionError as error:
-        raise ConfigError(f"no cluster answers at {question.url}: start one with `epd up`, or give --url") from error
+        reason = f" ({cause})" if isinstance(cause := _first_cause(error), ssl.SSLError) else ""
+        raise ConfigError(
+            f"no cluster answers at {question.url}{reason}: start one with `epd up`, or give --url"
+        ) from error
     except openai.APIError as error:
         print(f"epd: {error.message}", file=sys.stderr)
         return 1
     print(f"\n\n{format_timings(timings)}")
     return 0
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
 
 
 def import_openai() -> Any:

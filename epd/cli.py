@@ -16,8 +16,9 @@ from typing import Any
 from epd import __version__
 from epd.bench.commands import add_bench
 from epd.config import EncoderConfig, PrefillDecodeConfig, ProxyConfig, UpConfig, WorkerConfig
+from epd.credentials import add_credentials, read_credentials
 from epd.demo import CHECKPOINT_DIR
-from epd.environment import metastore_client_config, router_defaults, unused_variables
+from epd.environment import api_key_default, metastore_client_config, router_defaults, unused_variables
 from epd.errors import ConfigError
 from epd.flags import HelpFormatter, add_flags, read_flags
 
@@ -54,9 +55,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"epd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_command(commands, "up", _up, "run a whole cluster on this host, supervised", UpConfig)
+    up = _add_command(commands, "up", _up, "run a whole cluster on this host, supervised", UpConfig)
+    up.set_defaults(api_key=api_key_default(os.environ))
     proxy = _add_command(commands, "proxy", _proxy, "run the HTTP front", ProxyConfig)
     proxy.set_defaults(**router_defaults(os.environ), admin_key=os.environ.get("EPD_ADMIN_KEY") or None)
+    proxy.set_defaults(api_key=api_key_default(os.environ))
     _add_command(commands, "encoder", _encoder, "run an encoder worker", EncoderConfig)
     _add_command(commands, "pd", _prefill_decode, "run a prefill-decode worker", PrefillDecodeConfig)
     _add_chat(commands)
@@ -94,6 +97,7 @@ def _add_chat(commands: Any) -> None:
         "--max-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (default: %(default)s)"
     )
     chat.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: %(default)s)")
+    add_credentials(chat, os.environ)
 
 
 def _add_ping(commands: Any) -> None:
@@ -107,6 +111,12 @@ def _add_ping(commands: Any) -> None:
         "--timeout", type=float, default=3.0, metavar="S", help="seconds to wait (default: %(default)s)"
     )
     command.add_argument("--cluster-keys", type=Path, metavar="FILE", help="the worker's, when it has any")
+    command.add_argument(
+        "--ca-file",
+        type=Path,
+        metavar="FILE",
+        help="PEM of who signed an https proxy's certificate; default: it is not checked, and no key is sent",
+    )
 
 
 def _add_status(commands: Any) -> None:
@@ -124,6 +134,7 @@ def _add_status(commands: Any) -> None:
         metavar="SECONDS",
         help="look again and again until Ctrl-C (every 2 s when no time is given)",
     )
+    add_credentials(status, os.environ)
     status.add_argument("--json", action="store_true", help="print what the proxy answers (GET /cluster) as it is")
 
 
@@ -264,7 +275,8 @@ def _chat(arguments: argparse.Namespace) -> int:
     from epd.chat import ChatQuestion, ask_and_print
 
     names = {field.name for field in dataclasses.fields(ChatQuestion)}
-    question = ChatQuestion(**{name: value for name, value in vars(arguments).items() if name in names})
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    question = ChatQuestion(**given, credentials=read_credentials(arguments))
     return ask_and_print(question)
 
 
@@ -272,7 +284,9 @@ def _ping(arguments: argparse.Namespace) -> int:
     from epd.ping import ping
 
     _use_cluster_keys(arguments.cluster_keys)
-    is_well, told = asyncio.run(ping(arguments.address, timeout_s=arguments.timeout, ready=arguments.ready))
+    is_well, told = asyncio.run(
+        ping(arguments.address, timeout_s=arguments.timeout, ready=arguments.ready, ca_file=arguments.ca_file)
+    )
     print(f"{arguments.address}: {told}", file=sys.stdout if is_well else sys.stderr)
     return 0 if is_well else 1
 
@@ -288,6 +302,7 @@ def _status(arguments: argparse.Namespace) -> int:
             metastore=None if text is None else MetastoreConfig.from_json(text),
             watch=arguments.watch,
             json=arguments.json,
+            credentials=read_credentials(arguments),
         )
     )
 

@@ -8,31 +8,17 @@ the environment.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
+from epd.access_options import AccessOptions
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
+from epd.options import option, required, secret_option
 from metastore.config import MetastoreConfig
 
 ROUTERS = ("random", "round_robin", "least_loaded", "power_of_two", "affinity")
 """Policies of `--encoder-router` and `--pd-router`; see `proxy.routing`."""
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field with a default and the text that `--help` shows. `metadata`: metavar, choices, minimum."""
-    return field(default=default, metadata={"help": help, **metadata})
-
-
-def secret_option(default: Any, help: str, **metadata: Any) -> Any:
-    """As `option`, for values that may hold a password: `repr` leaves them out."""
-    return field(default=default, repr=False, metadata={"help": help, **metadata})
-
-
-def required(help: str, **metadata: Any) -> Any:
-    """A field that must be given."""
-    return field(metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +69,7 @@ class ModelConfig(ProcessConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProxyConfig(ProcessConfig):
+class ProxyConfig(AccessOptions, ProcessConfig):
     """The HTTP front."""
 
     model: Path | None = option(
@@ -119,8 +105,11 @@ class ProxyConfig(ProcessConfig):
         10.0, "seconds that a request which lost its worker waits for another one to appear", minimum=0
     )
     drain_timeout: float = option(30.0, "seconds that answers under way may go on after SIGTERM", minimum=0)
-    admin_key: str | None = option(
-        None, "key that POST /abort with abort_all wants; EPD_ADMIN_KEY stands for it; default: that is refused"
+    admin_key: str | None = secret_option(
+        None,
+        "key that POST /abort with abort_all wants, good for everything else too; EPD_ADMIN_KEY stands for it; "
+        "default: that is refused",
+        metavar="KEY",
     )
     encoder_router: str = option(
         "affinity",
@@ -152,6 +141,7 @@ class ProxyConfig(ProcessConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_access()
         if self.model is not None:
             _check_checkpoint(self.model)
         elif not self.models:
@@ -277,7 +267,7 @@ class PrefillDecodeConfig(WorkerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpConfig(ModelConfig):
+class UpConfig(AccessOptions, ModelConfig):
     """A supervised cluster on this host."""
 
     model: Path = option(CHECKPOINT_DIR, "checkpoint folder in Hugging Face format", metavar="DIR")
@@ -332,5 +322,6 @@ class UpConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_access()
         if self.encoders < 0 or self.pds < 1 or self.proxies < 1:
             raise ConfigError("a cluster needs --pds and --proxies of at least 1, and --encoders of at least 0")

@@ -12,6 +12,9 @@ The metastore:
 | `LM_SERVICE_REDIS_DB`, `LM_SERVICE_REDIS_PASSWORD` | database and password, where the address has none |
 | `LM_SERVICE_REDIS_KEY_PREFIX` | its key `metastore_key_prefix` |
 | `LM_SERVICE_SOCKET_TIMEOUT` | its key `metastore_socket_timeout` |
+
+Ours: `EPD_API_KEY` for `--api-key`, keys separated by commas, and `EPD_ADMIN_KEY` for `--admin-key`. They keep keys out
+of the lists of processes.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from epd.access_options import API_KEY_VARIABLE, check_keys
 from epd.config import ROUTERS
 from epd.errors import ConfigError
 
@@ -52,6 +56,17 @@ def router_defaults(environment: Mapping[str, str]) -> dict[str, str]:
             if variable in _ROUTER_FIELDS:
                 found[_ROUTER_FIELDS[variable]] = policy
     return found
+
+
+def api_key_default(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The keys of `EPD_API_KEY`.
+
+    Raises:
+        ConfigError: one is malformed.
+    """
+    keys = tuple(key for part in environment.get(API_KEY_VARIABLE, "").split(",") if (key := part.strip()))
+    check_keys(keys, API_KEY_VARIABLE)
+    return keys
 
 
 def unused_variables(environment: Mapping[str, str]) -> list[str]:

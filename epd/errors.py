@@ -5,6 +5,7 @@
     │   ├── InvalidRequest       400
     │   ├── ContextLengthExceeded 400
     │   ├── InvalidImage         400
+    │   ├── Unauthorized         401
     │   ├── MediaForbidden       403
     │   ├── AdminOnly            403
     │   ├── ModelNotFound        404
@@ -13,6 +14,7 @@
     │   └── RequestAborted       499
     └── ServerError              5xx: we, or a part of the cluster, failed
         ├── Overloaded           429 (retryable)
+        │   └── TooManyOfKey     429 (retryable)
         ├── WorkerFailed         502
         ├── NoWorker             503 (retryable)
         ├── HandedOver           503 (retryable)
@@ -103,6 +105,14 @@ class InvalidImage(ClientError):
     code = "invalid_image"
 
 
+class Unauthorized(ClientError):
+    """The request brings no key, or a wrong one."""
+
+    status = 401
+    code = "invalid_api_key"
+    type = "authentication_error"
+
+
 class MediaForbidden(ClientError):
     """The address or path of a picture is not allowed."""
 
@@ -164,6 +174,12 @@ class Overloaded(ServerError):
     code = "overloaded"
     type = "rate_limit_error"
     retryable = True
+
+
+class TooManyOfKey(Overloaded):
+    """The caller's key has as many requests in work as it may."""
+
+    code = "rate_limit_exceeded"
 
 
 class WorkerFailed(ServerError):

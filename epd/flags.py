@@ -1,17 +1,20 @@
 """Command-line flags made from the configuration classes, so that a default is written once.
 
-A field `max_num_seqs: int` becomes `--max-num-seqs N`; tuples take several words, commas, or both; a truth value has
-two flags, `--enable-x` and `--no-enable-x`.
+A field `max_num_seqs: int` becomes `--max-num-seqs N`; tuples take several words, commas, a JSON list, or the flag
+again; a truth value has two flags, `--enable-x` and `--no-enable-x`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
+
+import msgspec
 
 from epd.errors import ConfigError
 
@@ -30,11 +33,23 @@ class HelpFormatter(argparse.HelpFormatter):
 def add_flags(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     """Add a flag for each field of the configuration class, except those that the parser has already."""
     hints = typing.get_type_hints(config)
+    groups: dict[str, argparse._ArgumentGroup] = {}
     for field in dataclasses.fields(config):
-        _add_flag(parser, field, hints[field.name])
+        title = field.metadata.get("group")
+        if title is not None and title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_flag(parser if title is None else groups[title], field, hints[field.name])
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
+class _Extend(argparse.Action):
+    """A list that grows when its flag is repeated; the first time it takes the place of the default."""
+
+    def __call__(self, _: object, namespace: argparse.Namespace, values: Any, __: str | None = None) -> None:
+        known = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if known is self.default else [*known, *values])
+
+
+def _add_flag(parser: argparse._ActionsContainer, field: dataclasses.Field[Any], hint: Any) -> None:
     value_type, is_list = _value_type(hint)
     is_required = field.default is dataclasses.MISSING
     help_text = str(field.metadata["help"])
@@ -50,10 +65,12 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
         options["metavar"] = field.metadata.get("metavar", _METAVARS[value_type])
     if is_list:
         options["nargs"] = "+"
+        options["action"] = _Extend
     if not is_required:
         options["default"] = field.default
         if field.default not in (None, ()):
-            help_text += f" (default: {field.default})"
+            shown = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+            help_text += f" (default: {shown})"
     parser.add_argument("--" + field.name.replace("_", "-"), help=help_text.replace("%", "%%"), **options)
 
 
@@ -85,4 +102,11 @@ def read_flags(config: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
 def _split_words(words: list[Any], hint: Any) -> tuple[Any, ...]:
     if _value_type(hint)[0] is Path:  # whose names may have commas
         return tuple(words)
-    return tuple(part for word in words for part in str(word).split(",") if part)
+    return tuple(part for word in words for part in _split(str(word)))
+
+
+def _split(word: str) -> list[str]:
+    if word.startswith("[") and word.endswith("]"):  # JSON, or an IPv6 address
+        with contextlib.suppress(msgspec.DecodeError):
+            return msgspec.json.decode(word, type=list[str])
+    return [part for part in word.split(",") if part]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import json
 import logging
 import os
 import re
@@ -16,13 +17,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 
+from epd.access_options import API_KEY_VARIABLE, AccessOptions
 from epd.config import UpConfig
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
@@ -37,6 +39,9 @@ _KILL_AFTER_S = 40.0
 _EXIT_CONFIG_ERROR = 2
 _LOG_LINE = re.compile(r"\d\d:\d\d:\d\d ")
 _PR_SET_PDEATHSIG = 1
+_ACCESS_FLAGS = tuple(
+    option.name for option in fields(AccessOptions) if option.name not in ("api_key", "allowed_origins")
+)
 _COMMAND = (sys.executable, "-m", "epd")
 
 
@@ -46,6 +51,8 @@ class ChildSpec:
 
     name: str
     arguments: tuple[str, ...]
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Environment variables that it gets besides: lists of processes show flags."""
 
 
 def plan_cluster(config: UpConfig, folder: Path) -> list[ChildSpec]:
@@ -96,21 +103,27 @@ def _plan_proxy(config: UpConfig, folder: Path, index: int, encoders: list[str],
         "log_level",
         "cluster_keys",
         "metastore_client_config",
+        *_ACCESS_FLAGS,
     )
     name = config.served_model_name or ("epd-demo" if config.model == CHECKPOINT_DIR else str(config.model))
     lists = ("--pd-addr-list", *pds) + (("--encode-addr-list", *encoders) if encoders else ())
     own = ("--port", str(port), "--proxy-addr", str(folder / f"proxy_{index}"), "--served-model-name", name)
-    return ChildSpec(f"proxy_{port}", ("proxy", *own, *lists, *flags))
+    origins = (
+        "--allowed-origins",
+        json.dumps(config.allowed_origins),
+    )  # none at all is something else than the default
+    secrets = {API_KEY_VARIABLE: ",".join(config.api_key)} if config.api_key else {}
+    return ChildSpec(f"proxy_{port}", ("proxy", *own, *lists, *origins, *flags), secrets)
 
 
 def _flags(config: UpConfig, *names: str) -> tuple[str, ...]:
     words: list[str] = []
     for name in names:
         value = getattr(config, name)
-        if value in (None, ()):
+        if value in (None, (), "", False):
             continue
         values = value if isinstance(value, tuple) else (value,)
-        words += ["--" + name.replace("_", "-"), *map(str, values)]
+        words += ["--" + name.replace("_", "-"), *(str(one) for one in values if one is not True)]
     return tuple(words)
 
 
@@ -131,7 +144,8 @@ class Cluster:
     def base_urls(self) -> list[str]:
         """What OpenAI clients take as `base_url`, one for each proxy."""
         host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::") else self.config.host
-        return [f"http://{host}:{self.config.port + i}/v1" for i in range(self.config.proxies)]
+        scheme = "http" if self.config.ssl_certfile is None else "https"
+        return [f"{scheme}://{host}:{self.config.port + i}/v1" for i in range(self.config.proxies)]
 
     def worker_address(self, name: str) -> str:
         """Where the worker `encoder_0` or `prefill_decode_0`, and so on, listens."""
@@ -161,7 +175,8 @@ class Cluster:
         """
         wanted = self.config.encoders + self.config.pds
         deadline = time.monotonic() + timeout_s
-        async with httpx.AsyncClient(timeout=5.0) as client:
+        # Whatever name is in the certificate, these are our own children, and they are told nothing secret.
+        async with httpx.AsyncClient(timeout=5.0, verify=False) as client:  # noqa: S501
             for url in self.base_urls:
                 while (found := await _count_workers(client, url)) < wanted:
                     if self.failure.done():
@@ -191,6 +206,7 @@ class Cluster:
         process = await asyncio.create_subprocess_exec(
             *_COMMAND,
             *spec.arguments,
+            env={**os.environ, **spec.secrets},
             stdin=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
             # Ctrl-C reaches the supervisor alone, which then stops the children in order.

@@ -8,33 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
+from pathlib import Path
 
 import httpx
 
+from epd.credentials import Credentials
 from epd.errors import ProtocolError
 from epd.messages import Ping, Pong
 from epd.transport import Dealer, PeerGone
 from epd.types import WorkerState
 
 
-async def ping(address: str, *, timeout_s: float, ready: bool) -> tuple[bool, str]:
+async def ping(address: str, *, timeout_s: float, ready: bool, ca_file: Path | None = None) -> tuple[bool, str]:
     """Ask once.
 
     Args:
         address: of a worker (path, host:port), or the base URL of a proxy (http://host:port).
         timeout_s: for all of it.
         ready: want one that takes new requests; otherwise one that lives.
+        ca_file: of an https proxy's authority; None: whatever certificate it shows is good enough, as for the probes of
+            Kubernetes, because nothing secret is sent.
 
     Returns:
         Whether it is well, and what it is, for people.
 
     Raises:
-        ConfigError: the address is none.
+        ConfigError: the address is none, or the file.
     """
-    ask = _ping_proxy if address.startswith(("http://", "https://")) else _ping_worker
+    is_proxy = address.startswith(("http://", "https://"))
+    tls = Credentials(ca_file=ca_file).tls() if is_proxy and ca_file is not None else False
     try:
         async with asyncio.timeout(timeout_s):
-            return await ask(address, ready)
+            return await (_ping_proxy(address, ready, tls) if is_proxy else _ping_worker(address, ready))
     except TimeoutError:
         return False, f"no answer within {timeout_s:g} s"
 
@@ -57,8 +63,8 @@ async def _ping_worker(address: str, ready: bool) -> tuple[bool, str]:
     return not ready or message.state is WorkerState.READY, told
 
 
-async def _ping_proxy(url: str, ready: bool) -> tuple[bool, str]:
-    async with httpx.AsyncClient(timeout=60) as client:  # the caller has a shorter deadline
+async def _ping_proxy(url: str, ready: bool, tls: ssl.SSLContext | bool) -> tuple[bool, str]:
+    async with httpx.AsyncClient(timeout=60, verify=tls) as client:  # the caller has a shorter deadline
         try:
             response = await client.get(url.rstrip("/") + ("/ready" if ready else "/livez"))
         except (httpx.HTTPError, httpx.InvalidURL) as error:

@@ -15,7 +15,9 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
+from epd.access_options import API_KEY_VARIABLE
 from epd.cluster_view import ClusterView, WorkerView
+from epd.credentials import Credentials
 from epd.errors import ConfigError
 from epd.status_store import read_roster
 from metastore.base import MetastoreError
@@ -28,6 +30,7 @@ _LEAST_WIDTH = 80
 _LONGEST_ADDRESS = 40
 _SHORTEST_ADDRESS = 18
 _MAX_BYTES = 8 << 20
+_NO_CREDENTIALS = Credentials()
 _CLEAR = "\x1b[H\x1b[2J"
 _UNKNOWN = "–"
 _HEADINGS = ("ROLE", "ADDRESS", "STATE", "AGE", "RUN", "WAIT", "KV", "CACHE", "ERRORS", "MODEL")
@@ -47,6 +50,8 @@ class StatusQuery:
     """Seconds between two looks; None: look once."""
     json: bool = False
     """Print the roster as JSON."""
+    credentials: Credentials = Credentials()
+    """For the proxy."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError."""
@@ -80,7 +85,7 @@ def show_status(query: StatusQuery) -> int:
 
 def _look(query: StatusQuery) -> int:
     try:
-        view = _ask_proxy(query.url) if query.metastore is None else _read_metastore(query.metastore)
+        view = _ask_proxy(query) if query.metastore is None else _read_metastore(query.metastore)
     except Unreachable as error:
         _clear_screen(query)
         print(f"epd: {error}", file=sys.stderr, flush=True)
@@ -92,11 +97,11 @@ def _look(query: StatusQuery) -> int:
     return EXIT_OK if view.status == "ok" else EXIT_DEGRADED
 
 
-def _ask_proxy(url: str) -> ClusterView:
+def _ask_proxy(query: StatusQuery) -> ClusterView:
     try:
-        return msgspec.json.decode(fetch(url), type=ClusterView)
+        return msgspec.json.decode(fetch(query.url, query.credentials), type=ClusterView)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Unreachable(f"{url} is no proxy of this version: {error}") from error
+        raise Unreachable(f"{query.url} is no proxy of this version: {error}") from error
 
 
 def _read_metastore(config: MetastoreConfig) -> ClusterView:
@@ -112,15 +117,25 @@ def _clear_screen(query: StatusQuery) -> None:
         print(_CLEAR, end="")
 
 
-def fetch(url: str) -> bytes:
+def fetch(url: str, credentials: Credentials = _NO_CREDENTIALS) -> bytes:
     """The body of `GET /cluster`.
 
     Raises:
+        ConfigError: a file of the credentials is wrong.
         Unreachable: no such answer; says why.
     """
     address = url.rstrip("/").removesuffix("/v1") + "/cluster"
     try:
-        with httpx.stream("GET", address, timeout=_TIMEOUT_S, trust_env=False) as response:
+        with httpx.stream(
+            "GET",
+            address,
+            headers=credentials.headers(),
+            timeout=_TIMEOUT_S,
+            trust_env=False,
+            verify=credentials.tls() if address.startswith("https:") else False,
+        ) as response:
+            if response.status_code == httpx.codes.UNAUTHORIZED:
+                raise Unreachable(f"{address} wants a good API key: give --api-key, or set {API_KEY_VARIABLE}")
             if response.status_code != httpx.codes.OK:
                 raise Unreachable(f"{address} answers {response.status_code}: is that a proxy of this version?")
             body = b""

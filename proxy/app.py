@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from epd.config import ProxyConfig
 from epd.errors import ClientError, ConfigError, EPDError, InternalError, InvalidRequest, ModelNotFound
 from metastore.roster import Roster
+from proxy.access import ApiKeys, Guard
 from proxy.api import embeddings, openai, operations, score
 from proxy.api.http import error_response
 from proxy.api.requests import REF
@@ -48,6 +50,8 @@ _FIRST_TRY_S = 1.0
 """A proxy that has just started does not refuse requests for want of workers that it could know of within so long."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LEADING_SLASHES = re.compile(r"^/+v1/+")
+_EXPOSED_HEADERS = ("x-request-id", "retry-after", "x-should-retry", "www-authenticate")
+"""Of an answer, what the scripts of other origins may read besides the usual."""
 
 
 def create_app(config: ProxyConfig, roster: Roster | None = None) -> FastAPI:
@@ -79,13 +83,30 @@ def create_app(config: ProxyConfig, roster: Roster | None = None) -> FastAPI:
     app.state.service = service
     for dialect in _DIALECTS:
         app.include_router(dialect.router)
-    app.add_middleware(_Edge, budget=service.bytes)
+    _add_layers(app, config, service)
     app.add_exception_handler(EPDError, _on_epd_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(ClientDisconnect, _on_client_disconnect)
     _document_bodies(app)
     return app
+
+
+def _add_layers(app: FastAPI, config: ProxyConfig, service: Service) -> None:
+    """What every request passes, from the outside: CORS, so that pages may read errors too; the edge; the keys."""
+    keys = ApiKeys(config.api_keys(), config.admin_key)
+    if keys:
+        app.add_middleware(Guard, keys=keys, max_requests=config.max_requests_per_key)  # innermost comes first
+    app.add_middleware(_Edge, budget=service.bytes, root_path=config.root_path)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_credentials=config.allow_credentials,
+            allow_methods=config.allowed_methods,
+            allow_headers=config.allowed_headers,
+            expose_headers=_EXPOSED_HEADERS,
+        )
 
 
 def _document_bodies(app: FastAPI) -> None:
@@ -155,16 +176,18 @@ async def _on_client_disconnect(_: Request, __: Exception) -> Response:
 class _Edge:
     """The outermost layer: request ids, sloppy base URLs, bytes held, and the last resort for bugs."""
 
-    def __init__(self, app: ASGIApp, budget: ByteBudget) -> None:
+    def __init__(self, app: ASGIApp, budget: ByteBudget, root_path: str) -> None:
         self._app = app
         self._budget = budget
+        self._root = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         # A base URL with a slash at its end makes clients ask for /v1//models.
-        scope["path"] = _LEADING_SLASHES.sub("/v1/", scope["path"])
+        scope["path"] = _LEADING_SLASHES.sub("/v1/", self._cut_root(scope["path"]))
+        scope["root_path"] = self._root
         request_id = _request_id(scope)
         REQUEST_ID.set(request_id)
         started = False
@@ -185,6 +208,10 @@ class _Edge:
                 raise  # too late for a status; the server cuts the connection
             error = InternalError(f"Internal error; please report it with the request id {request_id}.")
             await error_response(error)(scope, receive, send_with_id)
+
+    def _cut_root(self, path: str) -> str:
+        """The path as routes know it. Gateways cut `--root-path` off or don't; both are right."""
+        return path[len(self._root) :] if self._root and path.startswith(f"{self._root}/") else path
 
 
 def _request_id(scope: Scope) -> str:
@@ -258,7 +285,8 @@ async def _serve(config: ProxyConfig) -> int:
     if service.discovery is not None:
         service.discovery.register(host, port)
     models = ", ".join([config.model_name] * (config.model is not None) + [f"{root}/*" for root in config.models])
-    log.info("serving %s on http://%s:%d", models, f"[{host}]" if ":" in host else host, port)
+    scheme = "http" if config.ssl_certfile is None else "https"
+    log.info("serving %s on %s://%s:%d", models, scheme, f"[{host}]" if ":" in host else host, port)
     server = _Server(
         uvicorn.Config(
             app,
@@ -269,6 +297,8 @@ async def _serve(config: ProxyConfig) -> int:
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=_LAST_WORDS_S,
+            ssl_certfile=config.ssl_certfile,
+            ssl_keyfile=config.ssl_keyfile,
         ),
         service,
     )

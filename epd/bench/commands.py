@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epd.bench.sizes import SIZES
+from epd.credentials import add_credentials, read_credentials
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 from epd.flags import HelpFormatter
@@ -82,7 +84,7 @@ def _add_serve(benches: Any) -> None:
     parser = _add(benches, "serve", _serve, "put load on any server that speaks the OpenAI API, and time its answers")
     parser.add_argument("--base-url", default="http://127.0.0.1:5580/v1", metavar="URL", help=_default("of the server"))
     parser.add_argument("--model", metavar="NAME", help="model to ask (default: the first that the server lists)")
-    parser.add_argument("--api-key", metavar="KEY", help="bearer token (default: none is sent)")
+    add_credentials(parser, os.environ)
     parser.add_argument("--label", metavar="TEXT", help="what tables call the server (default: its host and port)")
     pace = parser.add_mutually_exclusive_group()
     pace.add_argument("--concurrency", type=int, metavar="N", help="requests at once, in a closed loop (default: 1)")
@@ -148,7 +150,7 @@ def _serve_bench(arguments: argparse.Namespace) -> ServeBench:
     return ServeBench(
         base_url=arguments.base_url,
         model=arguments.model,
-        api_key=arguments.api_key,
+        credentials=read_credentials(arguments),
         label=arguments.label,
         pace=Pace(concurrency=concurrency, rate=arguments.rate),
         num_requests=arguments.num_requests,

@@ -7,7 +7,6 @@ request at a time is on each.
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -15,10 +14,13 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from epd.credentials import Credentials
 from epd.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 10.0
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+
+_NO_CREDENTIALS = Credentials()
 
 OnBody = Callable[[bytes], None]
 OnHeader = Callable[[bytes, bytes], None]
@@ -41,15 +43,16 @@ class HttpClient:
 
     Args:
         base_url: such as `http://127.0.0.1:8000/v1`.
-        api_key: sent as a bearer token; None sends none.
+        credentials: the key to send, and whom to trust behind https.
 
     Raises:
-        ConfigError: the URL is not http(s)://host.
+        ConfigError: the URL is not http(s)://host, or a file of the credentials is wrong.
     """
 
-    def __init__(self, base_url: str, *, api_key: str | None = None) -> None:
+    def __init__(self, base_url: str, credentials: Credentials = _NO_CREDENTIALS) -> None:
         self._target = _parse(base_url)
-        self._api_key = api_key
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in credentials.headers().items())
+        self._tls = credentials.tls() if self._target.tls else None
         self._idle: list[_Connection] = []
         self._all: set[_Connection] = set()
 
@@ -101,9 +104,7 @@ class HttpClient:
         lines = [f"{method} {target.path}{path} HTTP/1.1", f"Host: {host}:{target.port}", "Accept: */*"]
         if length:
             lines += ["Content-Type: application/json", f"Content-Length: {length}"]
-        if self._api_key is not None:
-            lines.append(f"Authorization: Bearer {self._api_key}")
-        return ("\r\n".join(lines) + "\r\n\r\n").encode()
+        return ("\r\n".join(lines) + f"\r\n{self._headers}\r\n").encode()
 
     async def _connection(self) -> tuple[_Connection, bool]:
         while self._idle:
@@ -120,7 +121,7 @@ class HttpClient:
                     lambda: _Connection(self._all.discard),
                     target.host,
                     target.port,
-                    ssl=ssl.create_default_context() if target.tls else None,
+                    ssl=self._tls,
                 )
         except (OSError, TimeoutError) as error:
             raise ServerGone(f"can't connect to {target.host}:{target.port}: {error}") from error

@@ -18,6 +18,7 @@ from epd.bench.output import markdown_table, milliseconds, number, progress, wri
 from epd.bench.probe import ServerTraits, probe
 from epd.bench.statistics import Record, Slo, Summary, summarise_kinds
 from epd.bench.workload import Workload, plan_requests
+from epd.credentials import Credentials
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class ServeBench:
     workload: Workload = field(default_factory=Workload)
     num_requests: int = 64
     model: str | None = None
-    api_key: str | None = None
+    credentials: Credentials = Credentials()
     label: str | None = None
     """What tables call the server; None: its host and port."""
     slo: Slo = field(default_factory=Slo)
@@ -71,7 +72,7 @@ async def run_serve(bench: ServeBench, notify: Callable[[str], None] = lambda _:
     Raises:
         ConfigError: the server does not answer a plain request.
     """
-    client = HttpClient(bench.base_url, api_key=bench.api_key)
+    client = HttpClient(bench.base_url, bench.credentials)
     try:
         traits = await probe(
             client,

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from epd.errors import ClientError, EPDError, RequestTooLarge, ShuttingDown
+from epd.errors import ClientError, EPDError, RequestTooLarge, ShuttingDown, Unauthorized
 from proxy.byte_budget import hold
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ def error_response(error: EPDError) -> Response:
         headers["retry-after"] = str(min(max(wanted, RETRY_AFTER_S), LONGEST_RETRY_AFTER_S))
     if isinstance(error, ClientError):
         headers["x-should-retry"] = "false"
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
     if isinstance(error, RequestTimeout | ShuttingDown):
         headers["connection"] = "close"  # the rest of the body may trickle in for ever; or another proxy is to be asked
     return Response(msgspec.json.encode(error_body(error)), error.status, headers, JSON)

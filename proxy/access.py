@@ -1,0 +1,121 @@
+"""API keys: which requests need one, which are good, and how many requests each may have in work.
+
+Open without a key are the paths in `OPEN_PATHS` (is it alive, what is it, its documents, its figures) and OPTIONS, as
+browsers ask before they send keys. All others need one, so that a route that nobody thought of is closed.
+
+Only digests are kept. Each comparison takes the same time for all keys, and neither keys nor their digests are logged.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections import Counter
+from collections.abc import Collection
+from hashlib import sha256
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from epd.errors import EPDError, TooManyOfKey, Unauthorized
+from proxy.api.http import error_response
+from proxy.request_context import KEY_ID
+
+OPEN_PATHS = frozenset(
+    {
+        *("/health", "/healthz", "/ready", "/readiness", "/livez", "/liveness", "/ping", "/check_health", "/version"),
+        *("/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"),
+    }
+)
+_CONTROL_PATHS = frozenset({"/abort", "/abort_request", "/start_profile", "/stop_profile"})
+"""A key that has as many requests in work as it may must still be able to stop some."""
+_ID_LENGTH = 16
+
+
+class ApiKeys:
+    """The keys that are good. False when there are none, and everybody may ask.
+
+    Args:
+        keys: of clients.
+        admin_key: of the operators, good for all that others are good for; it alone asks for no keys.
+    """
+
+    def __init__(self, keys: Collection[str], admin_key: str | None = None) -> None:
+        self._digests = [_digest(key.encode()) for key in dict.fromkeys(keys)]
+        self._admin = None if admin_key is None else _digest(admin_key.encode())
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def owner(self, scope: Scope) -> str | None:
+        """Whose key a request brings: an id, "" for the operators, None for no good key at all."""
+        given: list[bytes] = []
+        for name, value in scope["headers"]:
+            if name == b"authorization" and value[:7].lower() == b"bearer ":
+                given.append(_digest(value[7:].strip()))
+            elif name in (b"x-api-key", b"x-admin-key"):
+                given.append(_digest(value.strip()))
+        found: str | None = None
+        for one in given[:4]:  # more are nobody's mistake
+            for digest in self._digests:
+                if hmac.compare_digest(one, digest):
+                    found = one.hex()[:_ID_LENGTH]
+            if self._admin is not None and hmac.compare_digest(one, self._admin):
+                found = ""
+        return found
+
+
+def _digest(key: bytes) -> bytes:
+    return sha256(key).digest()
+
+
+class Guard:
+    """The layer that lets requests with a good key pass.
+
+    Args:
+        app: what is behind.
+        keys: that are good.
+        max_requests: that a key may have in work at once; None: as many as the proxy takes.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, max_requests: int | None = None) -> None:
+        self._app = app
+        self._keys = keys
+        self._max_requests = max_requests
+        self._in_work: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer it with 401 or 429."""
+        if scope["type"] != "http" or scope["method"] == "OPTIONS" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        owner = self._keys.owner(scope)
+        if owner is None:
+            await _refuse(_unauthorized(scope), scope, receive, send)
+            return
+        KEY_ID.set(owner)
+        if self._max_requests is None or not owner or scope["method"] != "POST" or scope["path"] in _CONTROL_PATHS:
+            await self._app(scope, receive, send)
+        else:
+            await self._count(owner, self._max_requests, scope, receive, send)
+
+    async def _count(self, owner: str, limit: int, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._in_work[owner] >= limit:
+            text = f"{limit} requests with this API key are in work already, which is its limit. Try again in a moment."
+            await _refuse(TooManyOfKey(text), scope, receive, send)
+            return
+        self._in_work[owner] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._in_work[owner] -= 1
+            if not self._in_work[owner]:
+                del self._in_work[owner]
+
+
+def _unauthorized(scope: Scope) -> Unauthorized:
+    brought = any(name in (b"authorization", b"x-api-key", b"x-admin-key") for name, _ in scope["headers"])
+    what = "That API key is wrong" if brought else "An API key is needed"
+    return Unauthorized(f"{what}: send one of this server's as Authorization: Bearer KEY or x-api-key: KEY.")
+
+
+async def _refuse(error: EPDError, scope: Scope, receive: Receive, send: Send) -> None:
+    await error_response(error)(scope, receive, send)

@@ -1,0 +1,166 @@
+"""Keys, origins, limits of keys, the path behind a gateway: over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from epd.config import ProxyConfig
+from epd.errors import ConfigError
+from proxy.access import OPEN_PATHS
+from tests.proxy.conftest import Cluster, ClusterFactory, ask
+from tests.proxy.test_requests import assert_error
+
+PAGE = "https://app.example"
+GUARDED = ("/v1/models", "/cluster", "/health/full", "/token_load", "/v1/nothing", "/v1/chat/completions", "/nowhere")
+
+
+async def get(cluster: Cluster, path: str, **headers: str) -> httpx.Response:
+    return await cluster.http.get(path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+
+async def test_what_is_guarded_needs_a_good_key(
+    start_cluster: ClusterFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    file = tmp_path / "keys"
+    file.write_text("# clients\nfrom-file\n\n")
+    cluster = await start_cluster(api_key=("first", "second"), api_key_file=file, admin_key="operator")
+    for path in GUARDED:
+        response = await get(cluster, path)
+        assert (path, response.status_code) == (path, 401)
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert response.headers["x-request-id"]
+        assert_error(response.json(), 401, code="invalid_api_key")
+        assert response.json()["type"] == "authentication_error"
+    for path in OPEN_PATHS - {"/liveness", "/readiness"}:  # of dialects that are not there yet
+        assert ((await get(cluster, path)).status_code, path) == (200, path)
+    for key in ("first", "second", "from-file", "operator"):
+        for headers in ({"authorization": f"Bearer {key}"}, {"authorization": f"bearer  {key}"}, {"x_api_key": key}):
+            assert (await get(cluster, "/v1/models", **headers)).status_code == 200
+    assert (await get(cluster, "/v1/models", x_admin_key="operator")).status_code == 200
+    for headers in (
+        {"authorization": "Bearer wrong"},
+        {"authorization": "Basic first"},
+        {"authorization": "first"},
+        {"x_api_key": "firs"},
+        {"x_api_key": "first,second"},
+        {"cookie": "first"},
+    ):
+        assert (await get(cluster, "/v1/models", **headers)).status_code == 401
+    for secret in ("first", "from-file", "operator", "wrong"):
+        assert secret not in caplog.text
+        assert secret not in repr(cluster.service.config)
+
+
+async def test_clients_bring_their_key_by_themselves(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(api_key=("good",))
+    bad = cluster.openai
+    answer = await bad.with_options(api_key="good").chat.completions.create(
+        model=cluster.name, messages=[{"role": "user", "content": "x"}]
+    )
+    assert answer.choices[0].message.content == "hello world"
+    with pytest.raises(openai.AuthenticationError) as error:
+        await bad.models.list()
+    assert error.value.code == "invalid_api_key"
+
+
+async def test_a_key_has_its_share_of_requests(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(api_key=("a", "b"), admin_key="c", max_requests_per_key=1)
+    cluster.pd.script = cluster.pd.say_nothing
+
+    def chat(key: str) -> asyncio.Task[httpx.Response]:
+        body, headers = {"messages": ask("x")}, {"x-api-key": key, "x-request-id": f"of-{key}"}
+        return asyncio.create_task(cluster.http.post("/v1/chat/completions", json=body, headers=headers))
+
+    running = chat("a")
+    await cluster.pd.until(lambda: len(cluster.pd.requests) == 1)
+    refused = await chat("a")
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    assert_error(refused.json(), 429, code="rate_limit_exceeded")
+    assert refused.json()["type"] == "rate_limit_error"
+    others = [chat("b"), chat("c"), chat("c")]  # the operators' has no limit
+    await cluster.pd.until(lambda: len(cluster.pd.requests) == 4)
+    assert (await get(cluster, "/v1/models", x_api_key="a")).status_code == 200
+    aborted = await cluster.http.post("/abort", json={"request_id": "of-a"}, headers={"x-api-key": "a"})
+    assert aborted.json()["aborted"] == ["of-a"]
+    assert (await running).status_code == 499
+    again = chat("a")
+    await cluster.pd.until(lambda: len(cluster.pd.requests) == 5)
+    both = {"authorization": "Bearer a", "x-admin-key": "c"}
+    assert len((await cluster.http.post("/abort", json={"abort_all": True}, headers=both)).json()["aborted"]) == 4
+    assert {(await one).status_code for one in (again, *others)} == {499}
+
+
+async def test_pages_of_all_origins_may_call_by_default(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(api_key=("k",))
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    preflight = await cluster.http.options("/v1/chat/completions", headers={"origin": PAGE} | asked)
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == "*"
+    assert "authorization" in preflight.headers["access-control-allow-headers"]
+    for headers, status in (({"x_api_key": "k"}, 200), ({}, 401)):  # a page must be able to read why
+        response = await get(cluster, "/v1/models", origin=PAGE, **headers)
+        assert (response.status_code, response.headers["access-control-allow-origin"]) == (status, "*")
+        assert "x-request-id" in response.headers["access-control-expose-headers"]
+        assert "access-control-allow-credentials" not in response.headers
+
+
+async def test_origins_by_name(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(allowed_origins=(PAGE,), allow_credentials=True, allowed_methods=("POST",))
+    response = await get(cluster, "/nowhere", origin=PAGE)
+    assert (response.status_code, response.headers["access-control-allow-origin"]) == (404, PAGE)
+    assert response.headers["access-control-allow-credentials"] == "true"
+    stranger = await get(cluster, "/v1/models", origin="https://other.example")
+    assert stranger.status_code == 200  # it is the browser that keeps it from the page
+    assert "access-control-allow-origin" not in stranger.headers
+    refused = await cluster.http.options(
+        "/v1/models", headers={"origin": PAGE, "access-control-request-method": "DELETE"}
+    )
+    assert refused.status_code == 400
+
+
+async def test_without_origins_nothing_is_said_of_them(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(allowed_origins=())
+    assert "access-control-allow-origin" not in (await get(cluster, "/v1/models", origin=PAGE)).headers
+
+
+@pytest.mark.parametrize("prefix", ["/epd", ""])
+async def test_a_gateway_may_cut_its_path_off_or_not(start_cluster: ClusterFactory, prefix: str) -> None:
+    cluster = await start_cluster(root_path="/epd", api_key=("k",))
+    assert (await get(cluster, f"{prefix}/v1/models")).status_code == 401
+    assert (await get(cluster, f"{prefix}/v1/models", x_api_key="k")).json()["data"][0]["id"] == cluster.name
+    assert (await get(cluster, f"{prefix}/v1//models", x_api_key="k")).status_code == 200
+    assert (await get(cluster, f"{prefix}/livez")).status_code == 200
+    document = (await get(cluster, f"{prefix}/openapi.json")).json()
+    assert document["servers"] == [{"url": "/epd"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"api_key": ("two words",)}, "--api-key: key 1"),
+        ({"api_key": ("fine", "")}, "--api-key: key 2"),
+        ({"api_key_file": Path("/nowhere")}, "--api-key-file"),
+        ({"api_key_file": Path("/dev/null")}, "--api-key-file"),
+        ({"max_requests_per_key": 3}, "--max-requests-per-key"),
+        ({"api_key": ("k",), "max_requests_per_key": 0}, "--max-requests-per-key"),
+        ({"allow_credentials": True}, "--allowed-origins"),
+        ({"root_path": "epd"}, "--root-path"),
+        ({"root_path": "/"}, "--root-path"),
+        ({"ssl_keyfile": Path("/dev/null")}, "--ssl-certfile"),
+        ({"ssl_certfile": Path("/dev/null")}, "--ssl-certfile"),
+        ({"ssl_certfile": Path("/nowhere")}, "--ssl-certfile"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_by_name(model: Path, fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as error:
+        ProxyConfig(model=model, **fields)
+    assert "two words" not in str(error.value)
