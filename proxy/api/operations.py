@@ -1,12 +1,10 @@
-"""Models, health and figures: what operators and clients ask besides completions."""
+"""Control and figures: what operators ask besides models (`proxy.api.models`) and health (`proxy.api.health`)."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -21,8 +19,6 @@ from proxy.api.http import read_body
 from proxy.api.requests import REF, service_of
 from proxy.prometheus import expose, wants_prometheus
 from proxy.roster_view import cluster_view
-from proxy.served_model import ServedModel
-from proxy.service import Service
 from proxy.worker_connection import PROXY_TO_INSTANCE, PROXY_TTFT, WorkerConnection
 
 router = APIRouter()
@@ -30,138 +26,6 @@ router = APIRouter()
 DOCUMENTED = (ClusterView,)
 _MAX_SMALL_BODY_BYTES = 64 << 10
 _NOTHING = StageStats()
-
-
-# -- models ----------------------------------------------------------------------------------------------------------
-
-
-@router.get("/v1/models", tags=["OpenAI"])
-async def list_models(request: Request) -> JSONResponse:
-    """The served models, in the keys of all dialects."""
-    service = service_of(request)
-    models = service.models()
-    entries = [
-        {
-            "id": model.name,
-            "name": model.name,
-            "status": _status(model),
-            "supports": ["text", "image"] if model.image_token_id is not None else ["text"],
-            "endpoint": "/v1/chat/completions",
-        }
-        | ({"missing": [role.value for role in model.missing_roles]} if model.missing_roles else {})
-        for model in models
-    ]
-    return JSONResponse({"object": "list", "data": [_card(service, model) for model in models], "models": entries})
-
-
-@router.get("/v1/models/{model:path}", tags=["OpenAI"])
-async def get_model(request: Request, model: str) -> JSONResponse:
-    """One model. Its id may hold slashes."""
-    service = service_of(request)
-    if not model:  # /v1/models/ means the list
-        return await list_models(request)
-    return JSONResponse(_card(service, service.model(model)))
-
-
-def _card(service: Service, model: ServedModel) -> dict[str, Any]:
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "epd",
-        "root": model.name,
-        "parent": None,
-        "max_model_len": model.max_model_len or None,
-        "permission": [],
-    }
-
-
-def _status(model: ServedModel) -> str:
-    return "degraded" if model.missing_roles else "healthy"
-
-
-# -- health ----------------------------------------------------------------------------------------------------------
-
-
-@router.head("/ready", include_in_schema=False)
-@router.head("/health", include_in_schema=False)
-@router.head("/healthz", include_in_schema=False)
-@router.get("/ready", tags=["operations"])
-@router.get("/healthz", tags=["operations"])
-@router.get("/health", tags=["operations"])
-async def health(request: Request) -> JSONResponse:
-    """Readiness: 200 while a model has live workers of each role that it needs, else 503; 503 too while the proxy
-    shuts down. Models that lack some are `degraded`."""
-    service = service_of(request)
-    models = service.models()
-    missing = _missing(models)
-    is_draining = service.dispatcher.is_draining
-    can_serve = any(model.name not in missing for model in models) and not is_draining
-    status = "draining" if is_draining else "unhealthy"
-    body: dict[str, Any] = {
-        "message": "Ok" if can_serve else "Error",
-        "status": ("degraded" if missing else "healthy") if can_serve else status,
-        "models": {model.name: "degraded" if model.name in missing else "healthy" for model in models},
-        "total": len(models),
-    }
-    if missing:
-        body["missing"] = missing
-    return JSONResponse(body, 200 if can_serve else 503)
-
-
-@router.get("/check_health", tags=["operations"])
-async def check_health(request: Request) -> JSONResponse:
-    """Each worker by name, and whether it answers; 503 when no model can be served, and while the proxy shuts down."""
-    service = service_of(request)
-    models = service.models()
-    missing = _missing(models)
-    is_draining = service.dispatcher.is_draining
-    can_serve = any(model.name not in missing for model in models) and not is_draining
-    status = "draining" if is_draining else "error"
-    body: dict[str, Any] = {
-        "status": ("degraded" if missing else "ok") if can_serve else status,
-        "results": {f"{_name(one)}-{one.member.address}": _condition(one) for one in service.pool.connections()},
-    }
-    if missing:
-        body["missing"] = missing
-    return JSONResponse(body, 200 if can_serve else 503)
-
-
-def _missing(models: Sequence[ServedModel]) -> dict[str, list[str]]:
-    """Name of a model → roles that it needs and nobody plays. Of two checkpoints under one name the better counts."""
-    found: dict[str, list[str]] = {}
-    for model in models:
-        roles = [role.value for role in model.missing_roles]
-        found[model.name] = min(found.get(model.name, roles), roles, key=len)
-    return {name: roles for name, roles in found.items() if roles}
-
-
-@router.head("/livez", include_in_schema=False)
-@router.head("/ping", include_in_schema=False)
-@router.get("/livez", tags=["operations"])
-@router.get("/ping", tags=["operations"])
-async def ping() -> Response:
-    """Liveness: the HTTP server answers. Says nothing of the workers."""
-    return Response()
-
-
-@router.get("/version", tags=["operations"])
-async def get_version() -> JSONResponse:
-    """Version of this software."""
-    try:
-        return JSONResponse({"version": version("epd")})
-    except PackageNotFoundError:  # run from a checkout
-        return JSONResponse({"version": "unknown"})
-
-
-def _condition(worker: WorkerConnection) -> str:
-    if worker.is_ready:
-        return "Healthy"
-    return f"Unhealthy: {worker.problem or worker.state.value}"
-
-
-def _name(worker: WorkerConnection) -> str:
-    return worker.member.role.server_type
 
 
 # -- control ---------------------------------------------------------------------------------------------------------
@@ -253,6 +117,10 @@ async def metrics(request: Request, format: Literal["text", "prometheus"] | None
             lines.append(f"Server Type: {shown}")
         lines.extend(_worker_lines(worker))
     return PlainTextResponse("".join(f"{line}\n" for line in lines))
+
+
+def _name(worker: WorkerConnection) -> str:
+    return worker.member.role.server_type
 
 
 def _worker_lines(worker: WorkerConnection) -> list[str]:
