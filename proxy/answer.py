@@ -1,4 +1,4 @@
-"""Tokens of one sample to the text that a client sees, and the log probabilities that belong to it."""
+"""Tokens of one sample to what a client sees: text, tool calls, and the log probabilities that belong to them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from msgspec import UNSET, UnsetType
 
 from epd.types import FinishReason, TokenLogprobs
 from proxy.tokenizer import Detokenizer, StopChecker, Tokenizer
+from proxy.tools.calls import CallDelta, ToolCall
+from proxy.tools.reader import CallOptions, CallReader
 from proxy.work import Update
 
 
@@ -27,6 +29,8 @@ class TextOptions:
     """The answer goes on with the prompt's text, as opposed to a turn of its own."""
     with_token_ids: bool = False
     """Whether the client wants the tokens beside the text."""
+    calls: CallOptions | None = None
+    """How tool calls are read from the text; None: it has none."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ class Answer:
 
     def __init__(self, tokenizer: Tokenizer, options: TextOptions, prompt: Sequence[int] = ()) -> None:
         self.text = ""
-        """All that was given out so far."""
+        """All that was given out so far; besides, the text of tool calls that never became whole."""
+        self.call_deltas: list[CallDelta] = []
+        """All news of tool calls so far."""
         self.token_ids: list[int] | UnsetType = [] if options.with_token_ids else UNSET
         """All tokens so far, that which ended the answer included."""
         self.logprobs: list[ShownToken] = []
@@ -79,10 +85,28 @@ class Answer:
             tokenizer,
             skip_special_tokens=options.skip_special_tokens,
             context=prompt if options.continues_prompt else (),
+            shown_ids=options.calls.shown_ids if options.calls is not None else frozenset(),
         )
         self._stops = StopChecker(options.stop, include=options.include_stop)
         self._options = options
+        self._reader = CallReader(options.calls.new_parser()) if options.calls is not None else None
         self._unshown = _Unshown()
+        self._made = 0
+        """Length of the text so far, whether it became content or tool calls."""
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """Those that are whole."""
+        return self._reader.calls if self._reader is not None else []
+
+    @property
+    def reason(self) -> str:
+        """Why it ended, as OpenAI words it: `stop`, `length` or `tool_calls`."""
+        assert self.finish_reason is not None
+        calls = self._options.calls
+        if self.finish_reason is FinishReason.STOP and calls is not None and calls.ends_with_calls and self.tool_calls:
+            return "tool_calls"
+        return self.finish_reason.value
 
     @property
     def mean_logprob(self) -> float:
@@ -90,27 +114,29 @@ class Answer:
         return self.total_logprob / max(self.completion_tokens, 1)
 
     def push(self, update: Update) -> str:
-        """The new text, which may be empty; sets `finish_reason` at the end."""
+        """The new content, which may be empty; sets `finish_reason` at the end. See `call_deltas` for the rest."""
         if self.finish_reason is not None:
             return ""
         self.prompt_logprobs = self.prompt_logprobs or update.prompt_logprobs
         shown = len(update.token_ids) - self._ends_with_hidden_token(update)
-        text = self._push_tokens(update.token_ids[:shown], update.logprobs[:shown])
-        if self._stops.matched is None:
+        content = self._push_tokens(update.token_ids[:shown], update.logprobs[:shown])
+        is_cut = self._is_cut
+        if is_cut:
+            self.finish_reason = FinishReason.STOP
+        else:
             self._count(update.token_ids[shown:], update.logprobs[shown:])
             self._tell_end(update.logprobs[shown:])
             if update.finish_reason is not None:
-                text += self._flush()
+                content += self._read(self._flush())
                 self.finish_reason = update.finish_reason
-        self.text += text
-        if self._stops.matched is not None:
-            self.finish_reason = FinishReason.STOP
-        is_whole = self.finish_reason is not None and self._stops.matched is None
-        self.logprobs += self._unshown.take(None if is_whole else len(self.text))
-        return text
+        if self.finish_reason is not None:
+            content += self._finish_reading()
+        is_whole = self.finish_reason is not None and not is_cut
+        self.logprobs += self._unshown.take(None if is_whole else self._made)
+        return content
 
     def _push_tokens(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> str:
-        """One by one, so that tokens after a stop string are neither shown nor counted."""
+        """One by one, so that tokens after what ends the answer are neither shown nor counted."""
         pieces = []
         for index, token_id in enumerate(token_ids):
             known = logprobs[index : index + 1]
@@ -118,10 +144,32 @@ class Answer:
             text = self._detokenizer.push((token_id,))
             for one in known:
                 self._unshown.add(one, text)
-            pieces.append(text if self.completion_tokens < self._options.min_tokens else self._stops.push(text))
-            if self._stops.matched is not None:
+            is_early = self.completion_tokens < self._options.min_tokens
+            pieces.append(self._read(text if is_early else self._stops.push(text)))
+            if self._is_cut:
                 break
         return "".join(pieces)
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether the answer has ended by what its text is."""
+        return self._stops.matched is not None or (self._reader is not None and self._reader.is_over)
+
+    def _read(self, text: str) -> str:
+        """What of the text is content."""
+        self._made += len(text)
+        if self._reader is None:
+            self.text += text
+            return text
+        return self._note(*self._reader.push(text))
+
+    def _finish_reading(self) -> str:
+        return "" if self._reader is None else self._note(*self._reader.finish())
+
+    def _note(self, told: str, whole: str, deltas: list[CallDelta]) -> str:
+        self.text += whole
+        self.call_deltas += deltas
+        return told
 
     def _count(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         self.completion_tokens += len(token_ids)

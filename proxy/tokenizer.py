@@ -131,10 +131,22 @@ class Detokenizer:
         skip_special_tokens: leave special tokens out of the text.
         context: tokens that stand before the answer, when it goes on with their text: some decoders strip the blank
             at the beginning of a text.
+        shown_ids: special tokens that are not left out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        context: Sequence[int] = (),
+        shown_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._hidden: frozenset[int] = frozenset()
+        if skip_special_tokens and shown_ids:  # the library leaves out all or none
+            self._hidden = tokenizer.special_ids - shown_ids
+            skip_special_tokens = False
         self._skip = skip_special_tokens
         known = list(context[-_CONTEXT:])
         if tokenizer.decode(known, skip_special_tokens=skip_special_tokens).endswith(REPLACEMENT):
@@ -146,6 +158,8 @@ class Detokenizer:
         """The text that these tokens complete; may be empty while a character is incomplete."""
         pieces: list[str] = []
         for token_id in token_ids:
+            if token_id in self._hidden:
+                continue
             self._held.append(token_id)
             piece = self._step(token_id)
             if piece is not None:

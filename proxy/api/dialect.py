@@ -19,6 +19,7 @@ from epd.errors import EPDError
 from proxy.answer import Answer, ShownToken
 from proxy.api.http import STREAM_HEADERS, error_body
 from proxy.api.openai_responses import Usage
+from proxy.tools.calls import CallDelta
 
 Timings = dict[str, float]
 """Stage → milliseconds."""
@@ -58,6 +59,8 @@ class News:
     """If the client wants them."""
     shown: Sequence[ShownToken] = ()
     """Tokens of the text, if the client wants log probabilities."""
+    calls: Sequence[CallDelta] = ()
+    """Of tool calls. Where there are some, there may be no text."""
 
 
 class Dialect(Protocol):
@@ -81,7 +84,7 @@ class Dialect(Protocol):
         """The log probabilities of the prompt just came."""
 
     def chunk(self, index: int, news: News) -> bytes:
-        """New text."""
+        """New text, or news of tool calls, or both: the text stands first."""
 
     def closing(self, index: int, answer: Answer, news: News, timings: Timings | UnsetType) -> bytes:
         """A sample is over; the news are what was held back and has no text."""

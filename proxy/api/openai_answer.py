@@ -11,6 +11,8 @@ from proxy.answer import Answer, ShownToken
 from proxy.api.dialect import DONE, Head, News, ServerSent, Timings, server_sent
 from proxy.api.openai_logprobs import Echo, chat_logprobs, joined, prompt_logprobs, text_logprobs
 from proxy.api.openai_responses import (
+    AnswerCall,
+    AnswerCallDelta,
     AnswerMessage,
     ChatChoice,
     ChatChunk,
@@ -18,6 +20,8 @@ from proxy.api.openai_responses import (
     ChatLogprobs,
     ChunkChoice,
     Delta,
+    FunctionCall,
+    FunctionDelta,
     PromptLogprobs,
     TextChoice,
     TextCompletion,
@@ -25,6 +29,7 @@ from proxy.api.openai_responses import (
     Usage,
 )
 from proxy.token_text import TokenTexts
+from proxy.tools.calls import CallDelta
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Wanted:
     """Log probabilities of each token, and of so many most likely ones."""
     prompt_logprobs: int | None = None
     """The same for the prompt."""
+    function_call: bool = False
+    """Tool calls in their deprecated form: one, without an id."""
 
     def of_prompt(self, answer: Answer) -> PromptLogprobs | UnsetType:
         """The field `prompt_logprobs`, if there is to be one."""
@@ -64,14 +71,25 @@ class ChatDialect(ServerSent):
         return self._chunk([ChunkChoice(index, Delta(role="assistant", content=""))])
 
     def chunk(self, index: int, news: News) -> bytes:
-        """New text."""
-        delta, logprobs = Delta(content=news.text), self._logprobs(news.shown) if news.shown else None
-        return self._chunk([ChunkChoice(index, delta, logprobs=logprobs, token_ids=news.token_ids)])
+        """New text, then news of calls, each in a chunk of its own. Tokens come with the first of them."""
+        logprobs = self._logprobs(news.shown) if news.shown else None
+        deltas = [Delta(content=news.text)] if news.text or not news.calls else []
+        deltas += [self._call_delta(call) for call in news.calls]
+        first = self._chunk([ChunkChoice(index, deltas[0], logprobs=logprobs, token_ids=news.token_ids)])
+        return first + b"".join(self._chunk([ChunkChoice(index, delta)]) for delta in deltas[1:])
+
+    def _call_delta(self, call: CallDelta) -> Delta:
+        function = FunctionDelta(call.name, call.arguments)
+        if self._wanted.function_call:
+            return Delta(function_call=function)
+        if call.id is None:
+            return Delta(tool_calls=[AnswerCallDelta(call.index, function)])
+        return Delta(tool_calls=[AnswerCallDelta(call.index, function, call.id, "function")])
 
     def closing(self, index: int, answer: Answer, news: News, timings: Timings | UnsetType) -> bytes:
         """An empty delta with the reason."""
         logprobs = self._logprobs(news.shown) if news.shown else None
-        choice = ChunkChoice(index, Delta(), _reason(answer), logprobs=logprobs, token_ids=news.token_ids)
+        choice = ChunkChoice(index, Delta(), self._reason(answer), logprobs=logprobs, token_ids=news.token_ids)
         return self._chunk([choice], timings=timings)
 
     def end(self, usage: Usage) -> bytes:
@@ -82,13 +100,26 @@ class ChatDialect(ServerSent):
         """The answer in one piece."""
         head = self._head
         choices = [
-            ChatChoice(i, AnswerMessage(one.text), _reason(one), self._logprobs(one.logprobs), one.token_ids)
+            ChatChoice(i, self._message(one), self._reason(one), self._logprobs(one.logprobs), one.token_ids)
             for i, one in enumerate(answers)
         ]
         of_prompt = self._wanted.of_prompt(answers[0])
         return ChatCompletion(
             head.id, head.created, head.model, choices, usage, timings=timings, prompt_logprobs=of_prompt
         )
+
+    def _message(self, answer: Answer) -> AnswerMessage:
+        calls = [AnswerCall(call.id, FunctionCall(call.name, call.arguments)) for call in answer.tool_calls]
+        message = AnswerMessage(answer.text if answer.text or not calls else None)
+        if calls and self._wanted.function_call:
+            message.function_call = calls[0].function
+        elif calls:
+            message.tool_calls = calls
+        return message
+
+    def _reason(self, answer: Answer) -> str:
+        is_old = answer.reason == "tool_calls" and self._wanted.function_call
+        return "function_call" if is_old else answer.reason
 
     def _logprobs(self, shown: Sequence[ShownToken]) -> ChatLogprobs | None:
         top = self._wanted.logprobs
@@ -144,7 +175,7 @@ class TextDialect(ServerSent):
     def closing(self, index: int, answer: Answer, news: News, timings: Timings | UnsetType) -> bytes:
         """No text, the reason."""
         logprobs = self._logprobs(index, news.shown) if news.shown else None
-        choice = TextChoice(index, "", _reason(answer), logprobs=logprobs, token_ids=news.token_ids)
+        choice = TextChoice(index, "", answer.reason, logprobs=logprobs, token_ids=news.token_ids)
         return self._event([choice], timings=timings)
 
     def end(self, usage: Usage) -> bytes:
@@ -174,7 +205,7 @@ class TextDialect(ServerSent):
         return TextChoice(
             place,
             (echo.text if echo else "") + answer.text,
-            _reason(answer),
+            answer.reason,
             logprobs,
             answer.token_ids,
             self._wanted.of_prompt(answer),
@@ -202,8 +233,3 @@ class TextDialect(ServerSent):
         return TextCompletion(
             head.id, head.created, head.model, choices, usage=usage or self._no_usage, timings=timings
         )
-
-
-def _reason(answer: Answer) -> str:
-    assert answer.finish_reason is not None
-    return answer.finish_reason.value

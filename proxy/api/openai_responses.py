@@ -67,12 +67,32 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
+class FunctionCall(msgspec.Struct):
+    """What a tool call calls."""
+
+    name: str
+    arguments: str
+    """JSON text, as the model wrote it."""
+
+
+class AnswerCall(msgspec.Struct):
+    """A tool call of an answer."""
+
+    id: str
+    function: FunctionCall
+    type: str = "function"
+
+
 class AnswerMessage(msgspec.Struct):
     """The model's turn."""
 
-    content: str
+    content: str | None
+    """None where there are tool calls alone."""
     role: str = "assistant"
     refusal: str | None = None
+    tool_calls: list[AnswerCall] | UnsetType = UNSET
+    function_call: FunctionCall | UnsetType = UNSET
+    """In its place, for requests with the deprecated `functions`."""
 
 
 class ChatChoice(msgspec.Struct):
@@ -98,11 +118,32 @@ class ChatCompletion(msgspec.Struct):
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
+class FunctionDelta(msgspec.Struct):
+    """What a chunk adds to a call."""
+
+    name: str | None
+    """Once, and whole. Then null, not absent: there are clients that read it in each chunk."""
+    arguments: str
+
+
+class AnswerCallDelta(msgspec.Struct):
+    """What a chunk adds to a tool call."""
+
+    index: int
+    """Which of the calls of the answer."""
+    function: FunctionDelta
+    id: str | UnsetType = UNSET
+    """Once: accumulators would join it."""
+    type: str | UnsetType = UNSET
+
+
 class Delta(msgspec.Struct):
     """What a chunk adds."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[AnswerCallDelta] | UnsetType = UNSET
+    function_call: FunctionDelta | UnsetType = UNSET
 
 
 class ChunkChoice(msgspec.Struct):

@@ -35,6 +35,7 @@ class _Told:
 
     token_ids: int = 0
     logprobs: int = 0
+    calls: int = 0
 
 
 class Teller:
@@ -112,7 +113,8 @@ class Teller:
         told = b""
         if update.prompt_logprobs:
             told += await _off_loop_if_many(len(update.prompt_logprobs), lambda: dialect.prompt(index, answer))
-        if text or (dialect.tells_every_token and update.token_ids):
+        is_news = text or len(answer.call_deltas) > self._told[index].calls
+        if is_news or (dialect.tells_every_token and update.token_ids):
             told += dialect.chunk(index, self._news(index, text))
         if answer.finish_reason is not None:
             told += dialect.closing(index, answer, self._news(index, ""), await self._timings())
@@ -129,8 +131,8 @@ class Teller:
         """The text with all that no chunk has told yet: what was held back comes with the text that it belongs to."""
         answer, told = self._answers[index], self._told[index]
         token_ids = UNSET if answer.token_ids is UNSET else answer.token_ids[told.token_ids :]
-        news = News(text, token_ids, answer.logprobs[told.logprobs :])
-        told.logprobs = len(answer.logprobs)
+        news = News(text, token_ids, answer.logprobs[told.logprobs :], answer.call_deltas[told.calls :])
+        told.logprobs, told.calls = len(answer.logprobs), len(answer.call_deltas)
         told.token_ids += 0 if token_ids is UNSET else len(token_ids)
         return news
 
