@@ -29,7 +29,7 @@ from epd.config import ProxyConfig
 from epd.errors import ClientError, ConfigError, EPDError, InternalError, InvalidRequest, ModelNotFound
 from metastore.roster import Roster
 from proxy.access import ApiKeys, Guard
-from proxy.api import embeddings, health, models, openai, operations, score
+from proxy.api import embeddings, generate, health, models, openai, operations, score
 from proxy.api.http import error_response
 from proxy.api.requests import REF
 from proxy.byte_budget import ByteBudget
@@ -38,7 +38,7 @@ from proxy.service import Service
 
 log = logging.getLogger(__name__)
 
-_DIALECTS = (openai, embeddings, score, models, health, operations)
+_DIALECTS = (openai, generate, embeddings, score, models, health, operations)
 """Modules with a `router`, and the structs that it is `DOCUMENTED` with."""
 
 _LAST_WORDS_S = 5

@@ -154,6 +154,16 @@ class Service:
             f"The model {name[:200]!r} does not exist; this server serves {_listed(models)}.", param="model"
         )
 
+    def default_model(self) -> ServedModel:
+        """The model of endpoints whose requests can't name one: `--model`, else the only one.
+
+        Raises:
+            InvalidRequest, NoWorker: there is no telling, or none to be had; see `model`.
+        """
+        models = self.models()
+        name = self.config.model_name
+        return self.model(name if any(model.name == name for model in models) else None)
+
     def _only(self, models: list[ServedModel]) -> ServedModel:
         if len({model.name for model in models}) == 1:
             return self.model(models[0].name) if len(models) > 1 else models[0]

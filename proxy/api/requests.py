@@ -27,17 +27,26 @@ def service_of(request: Request) -> Service:
     return service
 
 
-async def decoded(request: Request, kind: type[T]) -> T:
-    """The body, within the limits of the server.
+async def read_request(request: Request) -> bytes:
+    """The body as it came, within the limits of the server.
 
     Raises:
         ShuttingDown: nothing new is taken.
-        RequestTooLarge, RequestTimeout, Overloaded, InvalidRequest: see `read_body` and `decode_body`.
+        RequestTooLarge, RequestTimeout, Overloaded: see `read_body`.
     """
     service = service_of(request)
     service.dispatcher.check_open()
     config = service.config
-    return decode_body(await read_body(request, config.max_body_bytes, config.request_timeout), kind)
+    return await read_body(request, config.max_body_bytes, config.request_timeout)
+
+
+async def decoded(request: Request, kind: type[T]) -> T:
+    """The body, within the limits of the server.
+
+    Raises:
+        ShuttingDown, RequestTooLarge, RequestTimeout, Overloaded, InvalidRequest: see `read_request` and `decode_body`.
+    """
+    return decode_body(await read_request(request), kind)
 
 
 @asynccontextmanager

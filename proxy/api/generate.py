@@ -1,0 +1,88 @@
+"""`POST /generate`: one path that servers with different words share. The keys of the body say which one is meant.
+
+    inputs                                     → LightLLM, or TGI by its parameters   (`proxy.api.lightllm`)
+    prompt, old keys or nothing else           → LMDeploy of 2023, with sessions      (`proxy.api.lmdeploy`)
+    prompt or input_ids with newer keys        → LMDeploy of today
+    text or input_ids with sampling_params     → SGLang
+    anything else                              → 400, which names the keys
+
+A field `model` has no meaning on this path, whoever is meant: what is asked is the default model.
+"""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import APIRouter, Request
+from msgspec import UNSET, Raw, Struct, UnsetType
+from starlette.responses import Response
+
+from epd.errors import InvalidRequest
+from proxy.api import lightllm, lmdeploy
+from proxy.api.openai_schema import decode_body
+from proxy.api.requests import read_request
+
+router = APIRouter(tags=["Native"])
+
+DOCUMENTED = ()
+
+_OLD_LMDEPLOY = ("instance_id", "sequence_start", "sequence_end", "request_output_len")
+_NEW_LMDEPLOY = (
+    *("max_tokens", "stop_token_ids", "return_logprob", "image_data", "min_p"),
+    "include_stop_str_in_output",
+)
+_ACCEPTED = "Send inputs with parameters (LightLLM, TGI), or prompt (LMDeploy)."
+
+
+class _Keys(Struct):
+    """The keys that tell dialects apart. Their values stay as they came: looking costs no decoding."""
+
+    inputs: Raw | UnsetType = UNSET
+    prompt: Raw | UnsetType = UNSET
+    text: Raw | UnsetType = UNSET
+    input_ids: Raw | UnsetType = UNSET
+    sampling_params: Raw | UnsetType = UNSET
+    instance_id: Raw | UnsetType = UNSET
+    sequence_start: Raw | UnsetType = UNSET
+    sequence_end: Raw | UnsetType = UNSET
+    request_output_len: Raw | UnsetType = UNSET
+    max_tokens: Raw | UnsetType = UNSET
+    stop_token_ids: Raw | UnsetType = UNSET
+    return_logprob: Raw | UnsetType = UNSET
+    image_data: Raw | UnsetType = UNSET
+    min_p: Raw | UnsetType = UNSET
+    include_stop_str_in_output: Raw | UnsetType = UNSET
+
+    def has(self, *names: str) -> list[str]:
+        """Those of the keys that the body gives a value; null is none."""
+        values = {name: getattr(self, name) for name in names}
+        return [name for name, value in values.items() if value is not UNSET and bytes(value) != b"null"]
+
+
+@router.post("/generate", response_model=None)
+async def generate(request: Request) -> Response:
+    """Continue a text, in the words of LightLLM, TGI, LMDeploy or SGLang: the keys of the body decide."""
+    arrived = time.perf_counter()
+    body = await read_request(request)
+    keys = decode_body(body, _Keys)
+    prompts, old, new = keys.has("inputs", "prompt", "text", "input_ids"), *_lmdeploy_keys(keys)
+    if len(prompts) != 1:
+        problem = f"{' and '.join(prompts)} are of different dialects" if prompts else "There is no prompt"
+        raise InvalidRequest(f"{problem}. {_ACCEPTED}", param=prompts[-1] if prompts else "inputs")
+    if prompts == ["inputs"]:
+        return await lightllm.answer(request, body, arrived)
+    if keys.has("sampling_params") or prompts == ["text"]:
+        raise InvalidRequest(f"SGLang's form of /generate is not served. {_ACCEPTED}", param=prompts[0])
+    if old and new:
+        raise InvalidRequest(
+            f"{new[0]} and {old[0]} are of different versions of LMDeploy; leave one of them out.", param=new[0]
+        )
+    if new or prompts == ["input_ids"]:
+        raise InvalidRequest(
+            f"{(new or prompts)[0]} is not served on /generate. {_ACCEPTED}", param=(new or prompts)[0]
+        )
+    return await lmdeploy.answer(request, body, arrived)
+
+
+def _lmdeploy_keys(keys: _Keys) -> tuple[list[str], list[str]]:
+    return keys.has(*_OLD_LMDEPLOY), keys.has(*_NEW_LMDEPLOY)
