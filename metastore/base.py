@@ -17,6 +17,7 @@ import msgspec
 
 from epd.messages import Load, WorkerInfo
 from metastore.config import MetastoreConfig
+from metastore.sessions import SessionLimits, SessionStore
 
 PROXY_ROLE = "proxy"
 """`Record.role` of proxies; that of workers is the value of their `WorkerRole`."""
@@ -117,6 +118,10 @@ class Metastore(ABC):
 
         `subscribed` is called when events begin to come, and again whenever some may have been missed.
         """
+
+    def sessions(self, limits: SessionLimits) -> SessionStore | None:
+        """Where proxies keep conversations between their turns; None: not here, so that each keeps its own."""
+        return None
 
     @abstractmethod
     async def close(self) -> None:

@@ -26,7 +26,7 @@ class RedisClient(Protocol):
     """Where the server tells of expired keys, should that be switched on; None: in several places."""
 
     async def eval(self, script: str, key: str, *arguments: str | bytes | int) -> Any:
-        """Run a script that touches one key."""
+        """Run a script that touches one key, or several of one hash tag."""
 
     async def read_all(self, pattern: str, count: int) -> dict[str, bytes]:
         """Key → value of all keys that match; `count` keys are looked at in one step."""

@@ -23,6 +23,8 @@ from epd.errors import ConfigError
 from metastore.base import Event, Metastore, MetastoreError, Record
 from metastore.config import FLAG, MetastoreConfig
 from metastore.redis_client import RedisClient, connect
+from metastore.redis_sessions import RedisSessionStore
+from metastore.sessions import SessionLimits, SessionStore
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class RedisMetastoreClient(Metastore):
     def __init__(self, client: RedisClient, config: MetastoreConfig) -> None:
         self._client = client
         self._timeout_s = config.socket_timeout
+        self._prefix = config.key_prefix
         self._key_start = f"{config.key_prefix}:member:"
         self._events = f"{config.key_prefix}:events"
         self._expired = client.expired_channel
@@ -100,6 +103,13 @@ class RedisMetastoreClient(Metastore):
         """Implements `Metastore`."""
         values = await self._bounded(self._client.read_all(_escape(self._key_start) + "*", _SCAN_COUNT))
         return [record for key, value in values.items() if (record := self._decode(key, value)) is not None]
+
+    def sessions(self, limits: SessionLimits) -> SessionStore:
+        """Implements `Metastore`."""
+        return RedisSessionStore(self._run, self._prefix, limits)
+
+    async def _run(self, script: str, key: str, *arguments: str | bytes | int) -> Any:
+        return await self._bounded(self._client.eval(script, key, *arguments))
 
     async def _bounded(self, call: Awaitable[T]) -> T:
         """What a call of redis-py gives, in bounded time, with its errors as ours."""
