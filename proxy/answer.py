@@ -25,12 +25,29 @@ class TextOptions:
     skip_special_tokens: bool = True
     include_stop: bool = False
     """Show the stop string or token that ended the answer."""
+    hides_stop_token: bool = False
+    """Never show a token that ended the answer, though a stop string may be shown."""
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    """Tokens that end the answer where they stand in a row. They are shown."""
     continues_prompt: bool = False
     """The answer goes on with the prompt's text, as opposed to a turn of its own."""
     with_token_ids: bool = False
     """Whether the client wants the tokens beside the text."""
+    with_pieces: bool = False
+    """Whether the client wants the text token by token. Where there are stop strings, it needs `include_stop`."""
     calls: CallOptions | None = None
     """How tool calls are read from the text; None: it has none."""
+
+
+@dataclass
+class Piece:
+    """A token of the answer and what it adds to the text."""
+
+    token_id: int
+    text: str
+    """Nothing while a character is incomplete, and for a token that is not shown."""
+    logprob: float | None
+    """When log probabilities came with it."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +93,8 @@ class Answer:
         self.logprobs: list[ShownToken] = []
         """Tokens of `text`, when log probabilities came with them: none behind a stop string. The token that ended an
         answer is among them if it is shown, or if the answer went on with the prompt's text."""
+        self.pieces: list[Piece] = []
+        """All tokens, that which ended the answer included, if they are wanted; their texts make `text`."""
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
         self.completion_tokens = 0
         self.total_logprob = 0.0
@@ -93,6 +112,9 @@ class Answer:
         self._unshown = _Unshown()
         self._made = 0
         """Length of the text so far, whether it became content or tool calls."""
+        self._tail: deque[int] = deque(maxlen=max(map(len, options.stop_sequences), default=0))
+        self._has_sequence = False
+        """A stop sequence was found."""
 
     @property
     def tool_calls(self) -> list[ToolCall]:
@@ -124,8 +146,7 @@ class Answer:
         if is_cut:
             self.finish_reason = FinishReason.STOP
         else:
-            self._count(update.token_ids[shown:], update.logprobs[shown:])
-            self._tell_end(update.logprobs[shown:])
+            self._hide_tokens(update.token_ids[shown:], update.logprobs[shown:])
             if update.finish_reason is not None:
                 content += self._read(self._flush())
                 self.finish_reason = update.finish_reason
@@ -144,8 +165,12 @@ class Answer:
             text = self._detokenizer.push((token_id,))
             for one in known:
                 self._unshown.add(one, text)
-            is_early = self.completion_tokens < self._options.min_tokens
-            pieces.append(self._read(text if is_early else self._stops.push(text)))
+            if self.completion_tokens >= self._options.min_tokens:
+                text = self._stops.push(text)
+            self._note_piece(token_id, text, known)
+            if self._ends_in_sequence(token_id):
+                text += self._flush()
+            pieces.append(self._read(text))
             if self._is_cut:
                 break
         return "".join(pieces)
@@ -153,7 +178,12 @@ class Answer:
     @property
     def _is_cut(self) -> bool:
         """Whether the answer has ended by what its text is."""
-        return self._stops.matched is not None or (self._reader is not None and self._reader.is_over)
+        return self.has_stop or (self._reader is not None and self._reader.is_over)
+
+    @property
+    def has_stop(self) -> bool:
+        """Whether one of the client's stop strings or sequences ended the answer."""
+        return self._stops.matched is not None or self._has_sequence
 
     def _read(self, text: str) -> str:
         """What of the text is content."""
@@ -171,6 +201,25 @@ class Answer:
         self.call_deltas += deltas
         return told
 
+    def _hide_tokens(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
+        """The token that ended the answer, where it is not shown."""
+        self._count(token_ids, logprobs)
+        self._tell_end(logprobs)
+        for token_id in token_ids:
+            self._note_piece(token_id, "", logprobs)
+
+    def _ends_in_sequence(self, token_id: int) -> bool:
+        if not self._options.stop_sequences:
+            return False
+        self._tail.append(token_id)
+        tail, is_early = tuple(self._tail), self.completion_tokens < self._options.min_tokens
+        self._has_sequence = not is_early and any(tail[-len(one) :] == one for one in self._options.stop_sequences)
+        return self._has_sequence
+
+    def _note_piece(self, token_id: int, text: str, logprobs: Sequence[TokenLogprobs]) -> None:
+        if self._options.with_pieces:
+            self.pieces.append(Piece(token_id, text, logprobs[0].logprob if logprobs else None))
+
     def _count(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         self.completion_tokens += len(token_ids)
         self.total_logprob += sum(one.logprob for one in logprobs)
@@ -184,8 +233,12 @@ class Answer:
                 self._unshown.add(one, "")
 
     def _flush(self) -> str:
-        return self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+        text = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+        if text and self.pieces:
+            self.pieces[-1].text += text
+        return text
 
     def _ends_with_hidden_token(self, update: Update) -> bool:
-        ended_by = update.stop_token_id
-        return ended_by is not None and update.token_ids[-1:] == [ended_by] and not self._options.include_stop
+        ended_by, options = update.stop_token_id, self._options
+        is_shown = options.include_stop and not options.hides_stop_token
+        return ended_by is not None and update.token_ids[-1:] == [ended_by] and not is_shown

@@ -187,7 +187,7 @@ class Detokenizer:
 class StopChecker:
     """Cuts an answer at the first stop string, also when it comes in pieces.
 
-    Text that could be the beginning of a stop string is held back until it is decided.
+    Text that could be the beginning of a stop string is held back until it is decided, unless it is to be shown anyway.
 
     Args:
         stops: non-empty strings.
@@ -198,6 +198,8 @@ class StopChecker:
         self._stops = tuple(stops)
         self._include = include
         self._pending = ""
+        self._sent = 0
+        """How much of it was given out already."""
         self.matched: str | None = None
         """The stop string that ended the answer."""
 
@@ -209,16 +211,19 @@ class StopChecker:
             return text
         self._pending += text
         cut = self._earliest_match()
-        if cut is None:
-            cut = len(self._pending) - self._held_length()
-            safe, self._pending = self._pending[:cut], self._pending[cut:]
+        if cut is not None:
+            safe, self._pending = self._pending[self._sent : cut], ""
+            self._sent = 0
             return safe
-        safe, self._pending = self._pending[:cut], ""
+        start = len(self._pending) - self._held_length()
+        safe = self._pending[self._sent : len(self._pending) if self._include else start]
+        self._pending = self._pending[start:]
+        self._sent = len(self._pending) if self._include else 0
         return safe
 
     def flush(self) -> str:
         """What was held back, at the end of an answer that no stop string ended."""
-        text, self._pending = self._pending, ""
+        text, self._pending, self._sent = self._pending[self._sent :], "", 0
         return text
 
     def _earliest_match(self) -> int | None:

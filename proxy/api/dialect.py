@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from epd.errors import EPDError
-from proxy.answer import Answer, ShownToken
+from proxy.answer import Answer, Piece, ShownToken
 from proxy.api.http import STREAM_HEADERS, error_body
 from proxy.api.openai_responses import Usage
 from proxy.tools.calls import CallDelta
@@ -61,6 +61,12 @@ class News:
     """Tokens of the text, if the client wants log probabilities."""
     calls: Sequence[CallDelta] = ()
     """Of tool calls. Where there are some, there may be no text."""
+    pieces: Sequence[Piece] = ()
+    """The tokens, with text or without, if the client wants the text token by token."""
+    prompt_tokens: int = 0
+    """If the dialect tells every token."""
+    is_last: bool = False
+    """The sample's `closing` follows at once."""
 
 
 class Dialect(Protocol):

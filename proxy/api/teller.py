@@ -35,6 +35,7 @@ class _Told:
 
     token_ids: int = 0
     logprobs: int = 0
+    pieces: int = 0
     calls: int = 0
 
 
@@ -131,7 +132,16 @@ class Teller:
         """The text with all that no chunk has told yet: what was held back comes with the text that it belongs to."""
         answer, told = self._answers[index], self._told[index]
         token_ids = UNSET if answer.token_ids is UNSET else answer.token_ids[told.token_ids :]
-        news = News(text, token_ids, answer.logprobs[told.logprobs :], answer.call_deltas[told.calls :])
+        news = News(
+            text,
+            token_ids,
+            answer.logprobs[told.logprobs :],
+            answer.call_deltas[told.calls :],
+            answer.pieces[told.pieces :],
+            self._generation.prompt_tokens if self._dialect.tells_every_token else 0,
+            answer.finish_reason is not None,
+        )
+        told.pieces = len(answer.pieces)
         told.logprobs, told.calls = len(answer.logprobs), len(answer.call_deltas)
         told.token_ids += 0 if token_ids is UNSET else len(token_ids)
         return news
