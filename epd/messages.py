@@ -88,10 +88,12 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Sum of a stage's durations in milliseconds, and how many there were."""
+    """Sum of a stage's durations in milliseconds, how many there were, and how they are spread."""
 
     count: int = 0
     total_ms: float = 0.0
+    buckets: Annotated[tuple[int, ...], msgspec.Meta(max_length=64)] = ()
+    """How many were in each range of `epd.observability.BOUNDS_MS`, those above all of them last; empty: not told."""
 
 
 class Hello(Message, frozen=True, kw_only=True):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from bisect import bisect_left
+from collections import defaultdict
 from enum import StrEnum
 from types import TracebackType
 from typing import Self
@@ -39,21 +41,44 @@ class Stage(StrEnum):
     """Encoder: shipping the embeddings until the PD has acknowledged them."""
 
 
-class StageRecorder:
-    """Sums of stage durations since start. One writer thread."""
+BOUNDS_MS = (1, 2.5, 5, 10, 15, 20, 30, 50, 75, 100, 150, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 120_000)
+"""Upper bounds, included, of the ranges that durations are counted in: from a decode step to a request's whole time. Of
+processes with different ones only sums are of use, so let another list have another length."""
+
+
+class Histogram:
+    """Durations in milliseconds, counted in ranges. Made for one writer."""
+
+    __slots__ = ("buckets", "total_ms")
 
     def __init__(self) -> None:
-        self._count: dict[str, int] = {}
-        self._total_ms: dict[str, float] = {}
+        self.buckets = [0] * (len(BOUNDS_MS) + 1)
+        """One for each of `BOUNDS_MS`, and one for all above."""
+        self.total_ms = 0.0
+
+    def observe(self, duration_ms: float) -> None:
+        """Add one duration."""
+        self.buckets[bisect_left(BOUNDS_MS, duration_ms)] += 1
+        self.total_ms += duration_ms
+
+    def snapshot(self) -> StageStats:
+        """As of now."""
+        return StageStats(count=sum(self.buckets), total_ms=self.total_ms, buckets=tuple(self.buckets))
+
+
+class StageRecorder:
+    """Durations of stages since start. One writer thread."""
+
+    def __init__(self) -> None:
+        self._stages: defaultdict[str, Histogram] = defaultdict(Histogram)
 
     def observe(self, stage: str, duration_ms: float) -> None:
         """Add one duration."""
-        self._count[stage] = self._count.get(stage, 0) + 1
-        self._total_ms[stage] = self._total_ms.get(stage, 0.0) + duration_ms
+        self._stages[stage].observe(duration_ms)
 
     def snapshot(self) -> dict[str, StageStats]:
         """All stages seen so far."""
-        return {stage: StageStats(count=count, total_ms=self._total_ms[stage]) for stage, count in self._count.items()}
+        return {stage: histogram.snapshot() for stage, histogram in self._stages.items()}
 
 
 class Stopwatch:

@@ -9,6 +9,7 @@ import re
 import secrets
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -33,7 +34,8 @@ from proxy.api import embeddings, generate, health, models, openai, operations, 
 from proxy.api.http import error_response
 from proxy.api.requests import REF
 from proxy.byte_budget import ByteBudget
-from proxy.request_context import REQUEST_ID
+from proxy.metrics import CLIENT_CLOSED_REQUEST, Metrics
+from proxy.request_context import OUTCOME, REQUEST_ID, Outcome, note_client_left
 from proxy.service import Service
 
 log = logging.getLogger(__name__)
@@ -97,7 +99,7 @@ def _add_layers(app: FastAPI, config: ProxyConfig, service: Service) -> None:
     keys = ApiKeys(config.api_keys(), config.admin_key)
     if keys:
         app.add_middleware(Guard, keys=keys, max_requests=config.max_requests_per_key)  # innermost comes first
-    app.add_middleware(_Edge, budget=service.bytes, root_path=config.root_path)
+    app.add_middleware(_Edge, budget=service.bytes, metrics=service.metrics, root_path=config.root_path)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -170,15 +172,17 @@ async def _on_validation_error(_: Request, error: Exception) -> Response:
 
 
 async def _on_client_disconnect(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
+    note_client_left()
+    return Response(status_code=CLIENT_CLOSED_REQUEST)  # nobody reads it
 
 
 class _Edge:
-    """The outermost layer: request ids, sloppy base URLs, bytes held, and the last resort for bugs."""
+    """The outermost layer: request ids, sloppy base URLs, bytes held, outcomes, and the last resort for bugs."""
 
-    def __init__(self, app: ASGIApp, budget: ByteBudget, root_path: str) -> None:
+    def __init__(self, app: ASGIApp, budget: ByteBudget, metrics: Metrics, root_path: str) -> None:
         self._app = app
         self._budget = budget
+        self._metrics = metrics
         self._root = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -190,12 +194,12 @@ class _Edge:
         scope["root_path"] = self._root
         request_id = _request_id(scope)
         REQUEST_ID.set(request_id)
-        started = False
+        arrived, outcome = time.perf_counter(), Outcome()
+        OUTCOME.set(outcome)
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
+                outcome.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
@@ -204,10 +208,13 @@ class _Edge:
                 await self._app(scope, receive, send_with_id)
         except Exception:
             log.exception("bug in %s %s (request id %s)", scope["method"], scope["path"], request_id)
-            if started:
-                raise  # too late for a status; the server cuts the connection
             error = InternalError(f"Internal error; please report it with the request id {request_id}.")
+            if outcome.status:
+                outcome.error = error
+                raise  # too late for a status; the server cuts the connection
             await error_response(error)(scope, receive, send_with_id)
+        finally:
+            self._metrics.answered(scope, outcome, arrived)
 
     def _cut_root(self, path: str) -> str:
         """The path as routes know it. Gateways cut `--root-path` off or don't; both are right."""

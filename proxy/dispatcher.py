@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from epd.errors import EPDError, Overloaded, RequestAborted, ShuttingDown
 from epd.types import WorkerRole
 from proxy.generation import Generation
+from proxy.metrics import Metrics
 from proxy.model_catalog import ModelRef
-from proxy.request_context import REQUEST_ID
+from proxy.request_context import REQUEST_ID, note_model
 from proxy.retries import RetryLimits
 from proxy.work import Work
 from proxy.worker_connection import WorkerConnection
@@ -49,11 +50,13 @@ class Dispatcher:
         pool: the workers.
         max_requests: in work at once, those whose media are still loading included.
         limits: on the patience with workers.
+        metrics: of the proxy.
     """
 
-    def __init__(self, pool: WorkerPool, max_requests: int, limits: RetryLimits) -> None:
+    def __init__(self, pool: WorkerPool, max_requests: int, limits: RetryLimits, metrics: Metrics) -> None:
         self._pool = pool
         self._limits = limits
+        self._metrics = metrics
         self._max_requests = max_requests
         self._admitted = 0
         self._is_idle = asyncio.Event()
@@ -151,7 +154,8 @@ class Dispatcher:
         Raises:
             NoWorker: it could not be sent; nothing is left to close.
         """
-        generation = Generation(work, self._pool, self._limits)
+        note_model(work.model.name)
+        generation = Generation(work, self._pool, self._limits, self._metrics.model(work.model.name))
         self.active[work.request_id] = generation  # before it is sent, which may take a while
         try:
             await generation.send()

@@ -63,6 +63,8 @@ class Encoding:
         self._timings = timings
         self._is_patient = is_patient
         self.on_failure: Callable[[EPDError], None] = lambda _: None
+        self.on_retry: Callable[[Trouble], None] = lambda _: None
+        """Called when a picture goes to another encoder, with the reason."""
         self.held = pd.pictures.use(picker.keys)
         """Content keys that the PD should hold, so that no encoder is asked."""
         self.is_moot = False
@@ -136,10 +138,12 @@ class Encoding:
         """Try until an encoder has done it. Raises why none did."""
         retries = Retries()
         error: EPDError = no_worker(WorkerRole.ENCODER, self._work.model)
-        wait_s = self._limits.failover_wait_s
+        wait_s, trouble = self._limits.failover_wait_s, Trouble.LOST
         while True:
             if encoder is None:
                 encoder = await self._find(index, retries, wait_s, error)
+                if retries.num:
+                    self.on_retry(trouble)
             failed = await self._encode_at(encoder, index, retries)
             if failed is None or self.is_moot:
                 return

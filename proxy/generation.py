@@ -24,9 +24,10 @@ from contextlib import suppress
 
 from epd.errors import DeadlineExceeded, EPDError, InternalError, NoWorker, WorkerFailed
 from epd.messages import TokenOutput
-from epd.types import FinishReason
+from epd.types import FinishReason, WorkerRole
 from proxy.attempt import Attempt
 from proxy.encoding import Encoding
+from proxy.metrics import ModelFigures
 from proxy.picker import Picker
 from proxy.placement import Plan
 from proxy.request_context import REQUEST_ID
@@ -43,8 +44,9 @@ log = logging.getLogger(__name__)
 class Generation:
     """A request in work. Made by `Dispatcher.start`, read by one consumer, closed by it whatever happens."""
 
-    def __init__(self, work: Work, pool: WorkerPool, limits: RetryLimits) -> None:
+    def __init__(self, work: Work, pool: WorkerPool, limits: RetryLimits, figures: ModelFigures) -> None:
         self.work = work
+        self._figures = figures
         self.http_id = REQUEST_ID.get()
         """What the client knows the request by before there is an answer."""
         self._pool = pool
@@ -115,6 +117,8 @@ class Generation:
 
     async def close(self) -> None:
         """Stop what still runs. Safe to call again, and after a failure."""
+        if not self._is_closed:
+            self._count_tokens()
         self._is_closed = True  # a PD that fails while others are told finds no heir any more
         for task in self._chores:
             task.cancel()
@@ -196,24 +200,50 @@ class Generation:
             name = f"{work.request_id}-e{self._num_attempts}"
             limits, is_patient = self._limits, self._has_tokens
             encoding = Encoding(work, name, pd, self._picker, limits, self._timings, is_patient=is_patient)
+            encoding.on_retry = self._on_encode_retry
         attempt = Attempt(work, pd, samples, encoding, self)
         self._attempts.append(attempt)
         return attempt
+
+    def _on_encode_retry(self, trouble: Trouble) -> None:
+        self._figures.retries[WorkerRole.ENCODER.value, trouble.value] += 1
 
     # -- from the workers: called on the event loop, never blocking ------------------------------------------------
 
     def on_output(self, attempt: Attempt, sample: Sample, output: TokenOutput) -> None:
         """Implements `Listener`."""
-        if output.token_ids and not self._has_tokens:
-            attempt.pd.records.observe(PROXY_TTFT, self._timings.note_first_token())
+        if output.token_ids:
+            self._measure(attempt, sample)
         sample.add(output)
         if sample.lacks_logprobs(output, self.work.sampling):
             self.fail(WorkerFailed("The prefill-decode worker left out log probabilities."))
         elif output.finish_reason not in (None, FinishReason.ERROR):
             sample.end(output)
+            if (more := len(sample.token_ids) - 1) > 0:
+                span_s = sample.last_token_at - sample.first_token_at
+                self._figures.time_per_output_token.observe(1000 * span_s / more)
             self._timings.note(output.timings_ms)
         if sample.has_news:
             self._news.set()
+
+    def _measure(self, attempt: Attempt, sample: Sample) -> None:
+        """Tokens are here: the first of the request, the first of the sample, or more."""
+        if not self._has_tokens:
+            first_ms = self._timings.note_first_token()
+            attempt.pd.records.observe(PROXY_TTFT, first_ms)
+            self._figures.time_to_first_token.observe(first_ms)
+        now = time.perf_counter()
+        if sample.last_token_at:
+            self._figures.inter_token.observe(1000 * (now - sample.last_token_at))
+        else:
+            sample.first_token_at = now
+        sample.last_token_at = now
+
+    def _count_tokens(self) -> None:
+        figures = self._figures
+        figures.prompt_tokens += self.prompt_tokens
+        figures.cached_tokens += self.cached_tokens
+        figures.completion_tokens += sum(len(sample.token_ids) for sample in self._samples)
 
     def on_trouble(self, attempt: Attempt, samples: list[Sample], error: EPDError) -> None:
         """Implements `Listener`."""
@@ -255,6 +285,7 @@ class Generation:
         if pd is None or not samples:
             return
         log.info("%s goes on at %s: %s", self.work.request_id, pd.member.address, error.message)
+        self._figures.retries[pd.member.role.value, trouble.value] += 1
         await self._attempt(pd, samples).send({})
         if not old.samples:
             # Only now: an encoder that is at a picture finishes it for both.

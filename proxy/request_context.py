@@ -3,9 +3,47 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from dataclasses import dataclass
+
+from epd.errors import EPDError
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """As in the header X-Request-Id, the client's own or ours; empty outside of requests."""
 
 KEY_ID: ContextVar[str] = ContextVar("key_id", default="")
 """Whose request it is: the beginning of the API key's digest, the same at all proxies; empty: no keys are asked for."""
+
+
+@dataclass
+class Outcome:
+    """How a request ended, noted by whoever finds out: the status of a stream is sent before its failure."""
+
+    model: str = ""
+    """That it was for; empty where nothing reached the workers."""
+    status: int = 0
+    """Of the answer; 0: none was sent."""
+    error: EPDError | None = None
+    """That ended a stream."""
+    client_left: bool = False
+
+
+OUTCOME: ContextVar[Outcome | None] = ContextVar("outcome", default=None)
+"""Of the request; None outside of requests."""
+
+
+def note_model(name: str) -> None:
+    """Workers get the request, for that model."""
+    if (outcome := OUTCOME.get()) is not None:
+        outcome.model = name
+
+
+def note_stream_error(error: EPDError) -> None:
+    """A stream ends with an error."""
+    if (outcome := OUTCOME.get()) is not None:
+        outcome.error = error
+
+
+def note_client_left() -> None:
+    """The client did not wait for the end."""
+    if (outcome := OUTCOME.get()) is not None:
+        outcome.client_left = True

@@ -33,6 +33,9 @@ class Sample:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     num_prompt_logprobs: int = 0
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+    """`time.perf_counter()`; 0: there is none yet."""
     finished: bool = False
     taken: bool = False
     """The consumer has seen the end."""

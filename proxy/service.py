@@ -17,6 +17,7 @@ from proxy.discovery import Discovery
 from proxy.dispatcher import Dispatcher
 from proxy.media import MediaLimits, MediaLoader
 from proxy.media_http import HttpFetcher, parse_networks
+from proxy.metrics import Metrics
 from proxy.model_catalog import ModelCatalog, ModelRef
 from proxy.retries import RetryLimits
 from proxy.routing import make_policy
@@ -42,6 +43,7 @@ class Service:
         self.created = int(time.time())
         self.bytes = ByteBudget(config.max_media_bytes)
         """Of all requests."""
+        self.metrics = Metrics()
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
         self.catalog = ModelCatalog(config.model, config.model_name, config.models, self._threads)
         self.media = MediaLoader(
@@ -80,6 +82,7 @@ class Service:
                 encode_timeout_s=config.encode_timeout,
                 queue_timeout_s=config.queue_timeout,
             ),
+            self.metrics,
         )
         self._shared = Shared(config, self.pool, self.dispatcher, self.media, self._threads)
         self._started = False

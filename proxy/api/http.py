@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
@@ -16,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from epd.errors import ClientError, EPDError, RequestTooLarge, ShuttingDown, Unauthorized
 from proxy.byte_budget import hold
+from proxy.request_context import note_client_left
 
 log = logging.getLogger(__name__)
 
@@ -153,10 +153,12 @@ class Exchange(Response):
         try:
             await asyncio.wait({writer, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if writer.done():
-                with contextlib.suppress(ClientDisconnect):
-                    writer.result()
+                writer.result()
             else:
+                note_client_left()
                 log.info("the client of %s left early", scope["path"])
+        except ClientDisconnect:
+            note_client_left()
         finally:
             watcher.cancel()
             writer.cancel()

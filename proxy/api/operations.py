@@ -101,12 +101,16 @@ async def metrics(request: Request, format: Literal["text", "prometheus"] | None
     Times inside a worker come from its own clock, asked for now; `proxy ttft` is from the arrival of the
     HTTP request to the first token at this proxy; `proxy to instance` is half a ping's round trip.
     """
-    pool = service_of(request).pool
+    service = service_of(request)
+    pool = service.pool
     connections = pool.connections()
     await asyncio.gather(*(worker.refresh() for worker in connections))
     accept = request.headers.get("accept", "")
     if wants_prometheus(accept, format):
-        body, content_type = expose(connections, len(service_of(request).dispatcher.active), pool.counters(), accept)
+        in_work = len(service.dispatcher.active)
+        body, content_type = await asyncio.to_thread(
+            expose, connections, in_work, pool.counters(), service.metrics, accept
+        )
         return Response(body, headers={"content-type": content_type})
     workers = sorted(connections, key=lambda one: (_name(one), one.member.address))
     lines: list[str] = []

@@ -15,6 +15,7 @@ from proxy.api.dialect import Dialect, News, Timings
 from proxy.api.http import Client
 from proxy.api.openai_responses import PromptTokensDetails, Usage
 from proxy.generation import Generation
+from proxy.request_context import note_stream_error
 from proxy.tokenizer import Tokenizer
 from proxy.work import Update
 
@@ -93,6 +94,7 @@ class Teller:
             await self._stream_samples(client, updates)
             last_words = self._dialect.end(self._usage())
         except EPDError as error:
+            note_stream_error(error)
             last_words = self._dialect.failed(error)
         await client.end_stream(last_words)
 

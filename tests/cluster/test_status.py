@@ -1,13 +1,15 @@
-"""`epd status` on a real cluster."""
+"""What a real cluster tells of itself: `epd status`, and the figures of all its processes."""
 
 from __future__ import annotations
 
 import msgspec
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from epd.cli import main
 from epd.cluster_view import ClusterView
 from tests.cluster.harness import Cluster
+from tests.cluster.reference import picture, user
 
 
 def test_status_of_a_real_cluster(demo: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,3 +24,25 @@ def test_status_of_a_real_cluster(demo: Cluster, capsys: pytest.CaptureFixture[s
     assert encoder.incarnation != pd.incarnation
     assert main(["status", "--url", demo.base_url]) == 0
     assert "test-model" in capsys.readouterr().out
+
+
+def test_figures_of_all_roles_are_there_for_prometheus(demo: Cluster) -> None:
+    body = {"messages": [user(picture(77), "What is it?")], "max_tokens": 4, "ignore_eos": True}
+    assert demo.post("/v1/chat/completions", body)[0] == 200
+    families = {one.name: one for one in text_string_to_metric_families(demo.get("/metrics?format=prometheus")[1])}
+    spread = {
+        (one.labels["role"], one.labels["stage"]): one.value
+        for one in families["epd_stage_seconds"].samples
+        if one.name.endswith("_bucket") and one.labels["le"] == "120.0"
+    }
+    for role, stages in (
+        ("encoder", ("e2e", "encode_queue", "preprocess", "encode", "transfer")),
+        ("pd", ("e2e", "queue", "embeddings_wait", "prefill", "time_to_first_token", "decode")),
+    ):
+        for stage in stages:
+            assert spread[role, stage] >= 1
+    (misses,) = families["epd_worker_embedding_cache_misses"].samples
+    assert misses.value >= 1
+    (made,) = families["epd_completion_tokens"].samples
+    assert made.labels == {"model": "test-model"}
+    assert made.value >= 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 
@@ -11,10 +12,13 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from epd.cluster_view import ClusterView
+from epd.errors import HandedOver, InvalidRequest
 from epd.messages import StageStats
-from epd.types import WorkerRole
+from epd.observability import Histogram
+from epd.types import FinishReason, WorkerRole
 from proxy.circuit import MAX_FAILURES
-from tests.proxy.conftest import Cluster, ClusterFactory, png
+from tests.proxy.conftest import Cluster, ClusterFactory, eventually, png
+from tests.proxy.fakes import Received
 
 AVERAGES = (
     "e2e time requests",
@@ -100,10 +104,14 @@ async def test_metrics_have_the_grammar_and_true_figures(cluster: Cluster) -> No
     ],
 )
 async def test_metrics_for_prometheus(cluster: Cluster, asked: dict[str, Any]) -> None:
-    cluster.pd.stages = {"prefill": StageStats(count=4, total_ms=10_000)}
-    cluster.pd.counters = {"prefix_cache_hits": 32}
+    spread = Histogram()
+    for duration_ms in (1000, 1000.5, 7999.5, 500_000):
+        spread.observe(duration_ms)
+    cluster.pd.stages = {"prefill": spread.snapshot(), "decode": StageStats(count=4, total_ms=10_000)}
+    cluster.pd.counters = {"prefix_cache_hits": 32, "running": 1, "no name": 1}
     response = await cluster.http.get("/metrics", **asked)
-    parse = openmetrics if "openmetrics" in response.headers["content-type"] else text_string_to_metric_families
+    form = response.headers["content-type"]
+    parse = openmetrics if "openmetrics" in form else text_string_to_metric_families
     families = {family.name: family for family in parse(response.text)}
     pd = {"role": "pd", "address": cluster.pd.address}
 
@@ -117,9 +125,99 @@ async def test_metrics_for_prometheus(cluster: Cluster, asked: dict[str, Any]) -
 
     assert figure("epd_worker_up", "epd_worker_up") == figure("epd_worker_ready", "epd_worker_ready") == 1
     assert figure("epd_worker_waiting", "epd_worker_waiting") == 0
-    assert figure("epd_stage_seconds", "epd_stage_seconds_sum", stage="prefill") == 10
-    assert figure("epd_stage_seconds", "epd_stage_seconds_count", stage="prefill") == 4
-    assert figure("epd_worker_events", "epd_worker_events_total", event="prefix_cache_hits") == 32
+    for stage, total_s, in_ranges in (("prefill", 510, [0, 1, 2, 3, 4]), ("decode", 10, [None] * 4 + [4])):
+        assert figure("epd_stage_seconds", "epd_stage_seconds_sum", stage=stage) == total_s
+        assert figure("epd_stage_seconds", "epd_stage_seconds_count", stage=stage) == 4
+        for bound, count in zip(("0.5", "1.0", "2.5", "10.0", "+Inf"), in_ranges, strict=True):
+            if count is not None:  # a worker that tells no ranges
+                assert figure("epd_stage_seconds", "epd_stage_seconds_bucket", stage=stage, le=bound) == count
+    hits = "epd_worker_prefix_cache_hits"
+    assert figure(hits if hits in families else f"{hits}_total", f"{hits}_total") == 32
+
+
+async def figures_of(cluster: Cluster) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Name and labels of a sample → value."""
+    text = (await cluster.http.get("/metrics", params={"format": "prometheus"})).text
+    families = text_string_to_metric_families(text)
+    return {(one.name, frozenset(one.labels.items())): one.value for family in families for one in family.samples}
+
+
+async def test_requests_are_counted_by_outcome_and_measured(cluster: Cluster) -> None:
+    chat = "/v1/chat/completions"
+
+    async def counted(name: str, expected: float, **labels: str) -> None:
+        """What ends with the client gone is counted a moment later."""
+        async with asyncio.timeout(10):
+            while (await figures_of(cluster)).get((name, frozenset(labels.items()))) != expected:
+                await asyncio.sleep(0.01)
+
+    for _ in range(2):
+        assert (await cluster.chat("x", stream=True)).status_code == 200
+    assert (await cluster.chat("x", n=0)).status_code == 400
+    assert (await cluster.http.get("/nowhere")).status_code == 404
+    cluster.pd.script = cluster.pd.say_nothing
+    for leave in (False, True):
+        task = asyncio.create_task(cluster.chat("x"))
+        await cluster.pd.until(lambda leave=leave: len(cluster.pd.requests) == 3 + leave)  # type: ignore[misc]
+        if leave:
+            task.cancel()
+        else:
+            await cluster.http.post("/abort", json={"request_id": cluster.pd.requests[-1].request_id[:-2]})
+            assert (await task).status_code == 499
+
+    async def break_off(received: Received) -> None:
+        await received.send(*cluster.pd.answer[:1])
+        error = InvalidRequest("no more").to_info()
+        await received.send(finish=FinishReason.ERROR, error=error)
+
+    cluster.pd.script = break_off
+    assert "no more" in (await cluster.chat("x", stream=True)).text
+
+    of_model = {"model": cluster.name}
+    await counted("epd_requests_total", 2, **of_model, endpoint=chat, outcome="ok")
+    await counted("epd_requests_total", 1, model="", endpoint=chat, outcome="client_error")
+    await counted("epd_requests_total", 1, **of_model, endpoint=chat, outcome="client_error")
+    await counted("epd_requests_total", 1, **of_model, endpoint=chat, outcome="aborted")
+    await counted("epd_requests_total", 1, **of_model, endpoint=chat, outcome="client_gone")
+    await counted("epd_http_requests_total", 3, endpoint=chat, method="POST", status="200")
+    await counted("epd_http_requests_total", 2, endpoint=chat, method="POST", status="499")
+    await counted("epd_http_requests_total", 1, endpoint="other", method="GET", status="404")
+    await counted("epd_request_seconds_count", 5, **of_model, endpoint=chat)
+    await counted("epd_time_to_first_token_seconds_count", 3, **of_model)
+    tokens = len(cluster.pd.answer)
+    await counted("epd_inter_token_seconds_count", 2 * (tokens - 1), **of_model)
+    await counted("epd_time_per_output_token_seconds_count", 2, **of_model)
+    await counted("epd_completion_tokens_total", 2 * tokens + 1, **of_model)
+    await counted("epd_prompt_cached_tokens_total", 8, **of_model)
+    prompt = len(cluster.pd.requests[0].prompt_token_ids)
+    await counted("epd_prompt_tokens_total", 3 * prompt, **of_model)
+
+
+async def test_work_that_goes_elsewhere_is_counted(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(pds=2, encoders=2)
+
+    async def leave(received: Received) -> None:
+        for pd in cluster.pds:
+            pd.script = once_another_encoder_has_it
+        await received.send(finish=FinishReason.ERROR, error=HandedOver("leaving").to_info())
+
+    async def once_another_encoder_has_it(received: Received) -> None:
+        await eventually(lambda: all(encoder.pictures for encoder in cluster.encoders))
+        await received.worker.say_answer(received)
+
+    for worker in cluster.pds:
+        worker.script = leave
+    for encoder in cluster.encoders:
+        encoder.mute = True
+    asked = asyncio.create_task(cluster.chat("x", png()))
+    await eventually(lambda: sum(len(pd.requests) for pd in cluster.pds) == 2)
+    (asked_one,) = (encoder for encoder in cluster.encoders if encoder.pictures)
+    await asked_one.stop()
+    assert (await asked).status_code == 200
+    figures = await figures_of(cluster)
+    for role, reason in (("pd", "leaving"), ("encoder", "death")):
+        labels = {"model": cluster.name, "role": role, "reason": reason}
+        assert figures["epd_retries_total", frozenset(labels.items())] == 1
 
 
 async def test_cluster_shows_each_worker_and_what_is_wrong(cluster: Cluster) -> None:
