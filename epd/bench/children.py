@@ -8,8 +8,9 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 
-from epd.bench.fake_pd import READY
+from epd.bench.fake_worker import READY
 from epd.errors import ConfigError
+from epd.types import WorkerRole
 
 START_TIMEOUT_S = 60.0
 
@@ -36,16 +37,18 @@ async def running(module: str, *arguments: str) -> AsyncIterator[asyncio.subproc
 
 
 @contextlib.asynccontextmanager
-async def fake_pd(address: str, model: str) -> AsyncIterator[None]:
-    """A prefill-decode worker that computes nothing, listening.
+async def fake_worker(
+    address: str, model: str, *, step_ms: float = 0.0, role: WorkerRole = WorkerRole.PREFILL_DECODE
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A worker that computes nothing (`epd.bench.fake_worker`), listening.
 
     Raises:
         ConfigError: it does not start.
     """
-    async with running("epd.bench.fake_pd", address, model) as process:
+    async with running("epd.bench.fake_worker", address, model, str(step_ms), role.value) as process:
         assert process.stdout is not None
         async with asyncio.timeout(START_TIMEOUT_S):
             line = await process.stdout.readline()
         if line.strip() != READY.encode():
             raise ConfigError("the fake worker did not start, see its message above")
-        yield
+        yield process

@@ -286,9 +286,12 @@ def _add_proxy(benches: Any) -> None:
     parser.add_argument(
         "--model", type=Path, default=CHECKPOINT_DIR, metavar="DIR", help="its tokenizer is used (default: the demo's)"
     )
-    parser.add_argument("--requests", type=int, default=200, metavar="N", help=_default("of each side, for each row"))
+    parser.add_argument("--requests", type=int, default=400, metavar="N", help=_default("of each side, for each row"))
     parser.add_argument("--concurrency", type=int, default=16, metavar="N", help=_default("requests at once"))
     parser.add_argument("--output-tokens", type=int, default=64, metavar="N", help=_default("tokens of a stream"))
+    parser.add_argument("--streams", type=int, default=1000, metavar="N", help=_default("streams open at once"))
+    parser.add_argument("--seconds", type=int, default=20, metavar="N", help=_default("for which they are open"))
+    parser.add_argument("--body-mib", type=int, default=60, metavar="N", help=_default("MiB of the large body"))
 
 
 def _proxy(arguments: argparse.Namespace) -> int:
@@ -296,7 +299,7 @@ def _proxy(arguments: argparse.Namespace) -> int:
 
     from epd.bench.proxy import ProxyBench, format_proxy_figures, run_proxy_bench
 
-    names = ("model", "requests", "concurrency", "output_tokens")
+    names = ("model", "requests", "concurrency", "output_tokens", "streams", "seconds", "body_mib")
     bench = ProxyBench(**{name: getattr(arguments, name) for name in names})
     print(format_proxy_figures(uvloop.run(run_proxy_bench(bench, _tell))))
     return 0

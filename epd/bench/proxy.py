@@ -1,35 +1,30 @@
-"""`epd bench proxy`: what the HTTP front adds, against bare FastAPI and uvicorn that send as much.
+"""`epd bench proxy`: what the HTTP front costs, against bare FastAPI and uvicorn that send as much.
 
-Behind the front stands a worker that answers at once, so all that is measured is the front: validation, chat template,
-tokenizer, routing, sockets, detokenizer, the stream. Both sides get the same requests in turns.
+Behind the front stand workers that compute nothing, so all that is measured is the front: validation, chat template,
+tokenizer, routing, sockets, detokenizer, the stream. Both sides get the same requests in turns. Rates *a core* are by
+the processor time of the server's own process: load generator and worker may share its cores.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
-import statistics
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
-from epd.bench.children import START_TIMEOUT_S, fake_pd, free_port, running
-from epd.bench.http_client import HttpClient, ServerGone
+from epd.bench.fronts import Server, bare_fastapi, chat, front
 from epd.bench.output import markdown_table, number
+from epd.bench.proxy_streams import BodyFigures, StreamFigures, measure_large_body, measure_streams
 from epd.bench.words import make_text
-from epd.checkpoint import fingerprint
-from epd.config import ProxyConfig
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 
-_PATH = "/chat/completions"
-_MODEL = "bench"
 _PROMPT_WORDS = 64
+_FEW_STREAMS = 64
+_FEW_STEP_MS = 5.0
+_MANY_STEP_MS = 50.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,154 +33,184 @@ class ProxyBench:
 
     model: Path = CHECKPOINT_DIR
     """Its tokenizer and chat template are used."""
-    requests: int = 200
+    requests: int = 400
     """Of each side, for each row."""
     concurrency: int = 16
     output_tokens: int = 64
     rounds: int = 4
+    streams: int = 1000
+    """Open at once."""
+    seconds: int = 20
+    """For which they are."""
+    body_mib: int = 60
+    """Of the large body."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError."""
-        for name in ("requests", "concurrency", "output_tokens", "rounds"):
+        for name in ("requests", "concurrency", "output_tokens", "rounds", "streams", "seconds", "body_mib"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: want at least 1")
 
 
+@dataclass
+class Side:
+    """One server's part of a row."""
+
+    alone_ms: list[float] = field(default_factory=list)
+    """Durations of requests, one at a time."""
+    busy_s: float = 0.0
+    """That all requests took, many at once."""
+    cpu_s: float = 0.0
+    """Of the server for these."""
+    worker_cpu_s: float = 0.0
+
+    def quantile_ms(self, share: float) -> float:
+        """Of requests alone."""
+        ordered = sorted(self.alone_ms)
+        return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
 @dataclass(frozen=True)
-class ProxyFigures:
+class RequestFigures:
     """One kind of request; the front and the bare server."""
 
     name: str
     tokens: int
     """Of each answer; streamed if more than one."""
-    front_ms: float
-    """Median duration of a request, alone."""
-    echo_ms: float
-    front_per_s: float
-    """Requests a second, many at once."""
-    echo_per_s: float
-
-    @property
-    def added_ms(self) -> float:
-        """By the front, for a request alone."""
-        return self.front_ms - self.echo_ms
+    requests: int
+    front: Side
+    bare: Side
 
 
-async def run_proxy_bench(bench: ProxyBench, notify: Callable[[str], None] = lambda _: None) -> list[ProxyFigures]:
-    """Measure a request of one token, whole, and one of many, streamed.
+@dataclass(frozen=True)
+class ProxyFigures:
+    """All that was measured."""
+
+    requests: list[RequestFigures]
+    streams: list[StreamFigures]
+    body: BodyFigures
+
+
+async def run_proxy_bench(bench: ProxyBench, notify: Callable[[str], None] = lambda _: None) -> ProxyFigures:
+    """Measure requests of one token, and of many streamed; streams at an engine's pace; streams beside a large body.
 
     Raises:
         ConfigError: a server does not start, or refuses the requests.
     """
-    async with _front(bench.model) as front, _echo() as echo:
-        figures = []
+    requests, streams = [], []
+    async with front(bench.model) as ours, bare_fastapi() as bare:
         for name, tokens, stream in (("one token, at once", 1, False), ("streamed", bench.output_tokens, True)):
             notify(name)
-            figures.append(await _measure(bench, front, echo, name, tokens, stream))
-        return figures
-
-
-@contextlib.asynccontextmanager
-async def _front(model: Path) -> AsyncIterator[HttpClient]:
-    ProxyConfig(model=model)  # says what is wrong with the folder
-    with tempfile.TemporaryDirectory(prefix="epd-bench-") as folder:
-        address, port = f"{folder}/pd", free_port()
-        flags = ("--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--pd-addr-list", address)
-        names = ("--served-model-name", _MODEL, "--log-level", "error")
-        async with fake_pd(address, fingerprint(model)), running("epd", "proxy", *flags, *names):
-            yield await _answering(port)
-
-
-@contextlib.asynccontextmanager
-async def _echo() -> AsyncIterator[HttpClient]:
-    port = free_port()
-    async with running("epd.bench.echo", str(port)):
-        yield await _answering(port)
-
-
-async def _answering(port: int) -> HttpClient:
-    """A client for the server, once it answers."""
-    client = HttpClient(f"http://127.0.0.1:{port}/v1")
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        with contextlib.suppress(ServerGone):
-            if await client.request("POST", _PATH, _body("hello", 1, False)) == 200:
-                return client
-        await asyncio.sleep(0.05)
-    raise ConfigError(f"a server for the comparison did not answer within {START_TIMEOUT_S:g} s")
-
-
-def _body(text: str, tokens: int, stream: bool) -> bytes:
-    return msgspec.json.encode(
-        {
-            "model": _MODEL,
-            "messages": [{"role": "user", "content": text}],
-            "max_tokens": tokens,
-            "ignore_eos": True,
-            "stream": stream,
-        }
-    )
+            requests.append(await _measure(bench, ours, bare, name, tokens, stream))
+    async with front(bench.model, step_ms=_FEW_STEP_MS) as ours:
+        notify(f"a body of {bench.body_mib} MiB")
+        body = await measure_large_body(ours, bench.body_mib)
+        few = min(bench.streams, _FEW_STREAMS)
+        notify(f"{few} streams")
+        streams.append(await measure_streams(ours, few, _FEW_STEP_MS, bench.seconds))
+    async with front(bench.model, step_ms=_MANY_STEP_MS) as ours:
+        notify(f"{bench.streams} streams")
+        streams.append(await measure_streams(ours, bench.streams, _MANY_STEP_MS, bench.seconds))
+    return ProxyFigures(requests, streams, body)
 
 
 async def _measure(
-    bench: ProxyBench, front: HttpClient, echo: HttpClient, name: str, tokens: int, stream: bool
-) -> ProxyFigures:
+    bench: ProxyBench, ours: Server, bare: Server, name: str, tokens: int, stream: bool
+) -> RequestFigures:
     rng = random.Random(name)
-    bodies = [_body(make_text(rng, _PROMPT_WORDS), tokens, stream) for _ in range(bench.requests)]
+    bodies = [chat(make_text(rng, _PROMPT_WORDS), tokens, stream=stream) for _ in range(bench.requests)]
     share = max(1, bench.requests // bench.rounds)
-    alone_ms: tuple[list[float], list[float]] = ([], [])
-    busy_s = [0.0, 0.0]
+    sides = ((ours, Side()), (bare, Side()))
     for round_number in range(bench.rounds):
         chosen = bodies[round_number * share : (round_number + 1) * share]
-        for side, client in enumerate((front, echo)):
-            alone_ms[side].extend([await _timed_ms(client, body) for body in chosen])
-            busy_s[side] += await _many_s(client, chosen, bench.concurrency)
-    total = share * bench.rounds
-    front_ms, echo_ms = (statistics.median(times) for times in alone_ms)
-    return ProxyFigures(name, tokens, front_ms, echo_ms, total / busy_s[0], total / busy_s[1])
+        for server, side in sides:
+            side.alone_ms.extend([await _timed_ms(server, body) for body in chosen])
+            cpu_s, worker_cpu_s = server.cpu_s(), server.worker_cpu_s()
+            side.busy_s += await _many_s(server, chosen, bench.concurrency)
+            side.cpu_s += server.cpu_s() - cpu_s
+            side.worker_cpu_s += server.worker_cpu_s() - worker_cpu_s
+    return RequestFigures(name, tokens, share * bench.rounds, sides[0][1], sides[1][1])
 
 
-async def _timed_ms(client: HttpClient, body: bytes) -> float:
+async def _timed_ms(server: Server, body: bytes) -> float:
     start = time.perf_counter()
-    try:
-        status = await client.request("POST", _PATH, body)
-    except ServerGone as error:
-        raise ConfigError(f"a server of the comparison broke: {error}") from error
-    if status != 200:
-        raise ConfigError(f"a server of the comparison answered {status}")
+    await server.ask(body)
     return (time.perf_counter() - start) * 1000
 
 
-async def _many_s(client: HttpClient, bodies: list[bytes], concurrency: int) -> float:
+async def _many_s(server: Server, bodies: list[bytes], concurrency: int) -> float:
     waiting = iter(bodies)
 
     async def worker() -> None:
         for body in waiting:
-            await _timed_ms(client, body)
+            await server.ask(body)
 
     start = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(concurrency)))
     return time.perf_counter() - start
 
 
-def format_proxy_figures(figures: list[ProxyFigures]) -> str:
-    """A table in Markdown."""
-    header = (
-        "request", "tokens", "front, ms", "FastAPI, ms", "added, ms", "added a token, ms", "front, req/s",
-        "FastAPI, req/s", "ratio",
-    )  # fmt: skip
-    rows = [
-        [
-            one.name,
-            str(one.tokens),
-            number(one.front_ms, 2),
-            number(one.echo_ms, 2),
-            number(one.added_ms, 2),
-            number(one.added_ms / one.tokens, 3),
-            number(one.front_per_s, 0),
-            number(one.echo_per_s, 0),
-            number(one.front_per_s / one.echo_per_s, 2),
-        ]
-        for one in figures
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def format_proxy_figures(figures: ProxyFigures) -> str:
+    """Tables in Markdown."""
+    parts = [
+        "Requests alone, milliseconds:",
+        _latency_table(figures.requests),
+        "Many requests at once:",
+        _rate_table(figures.requests),
+        "Streams at an engine's pace; memory is the proxy's, in MiB:",
+        _stream_table(figures.streams),
+        figures.body.describe(),
     ]
+    return "\n\n".join(parts)
+
+
+def _latency_table(figures: list[RequestFigures]) -> str:
+    header = ("request", "tokens", "front p50", "p99", "FastAPI p50", "p99", "added p50", "added p99")
+    rows = []
+    for one in figures:
+        times = [side.quantile_ms(share) for side in (one.front, one.bare) for share in (0.5, 0.99)]
+        added = [times[0] - times[2], times[1] - times[3]]
+        rows.append([one.name, str(one.tokens), *(number(time_ms, 2) for time_ms in (*times, *added))])
+    return markdown_table(header, rows)
+
+
+def _rate_table(figures: list[RequestFigures]) -> str:
+    header = (
+        "request", "tokens", "front, req/s", "FastAPI, req/s", "ratio", "front, CPU ms", "FastAPI, CPU ms", "ratio",
+        "tokens/s a core", "worker, CPU ms",
+    )  # fmt: skip
+    return markdown_table(header, [_rate_row(one) for one in figures])
+
+
+def _rate_row(one: RequestFigures) -> list[str]:
+    front_cpu, bare_cpu = one.front.cpu_s / one.requests, one.bare.cpu_s / one.requests
+    return [
+        one.name,
+        str(one.tokens),
+        number(one.requests / one.front.busy_s, 0),
+        number(one.requests / one.bare.busy_s, 0),
+        number(one.bare.busy_s / one.front.busy_s, 2),
+        number(front_cpu * 1000, 2),
+        number(bare_cpu * 1000, 2),
+        number(bare_cpu / front_cpu if front_cpu else None, 2),
+        number(one.tokens / front_cpu if front_cpu else None, 0),
+        number(one.front.worker_cpu_s / one.requests * 1000, 2),
+    ]
+
+
+def _stream_table(figures: list[StreamFigures]) -> str:
+    header = (
+        "streams", "step, ms", "tokens/s", "events a token", "CPU us a token", "tokens/s a core", "worker, cores",
+        "before", "first quarter", "last quarter", "after",
+    )  # fmt: skip
+    rows = []
+    for one in figures:
+        per_token = one.cpu_s / one.tokens
+        rates = [number(one.tokens / one.duration_s), number(one.events / one.tokens, 2), number(per_token * 1e6, 1)]
+        cores = [number(1 / per_token if per_token else None), number(one.worker_cpu_s / one.duration_s, 2)]
+        memory = [number(size / (1 << 20) if size is not None else None, 1) for size in one.memory_bytes]
+        rows.append([str(one.streams), number(one.step_ms), *rates, *cores, *memory])
     return markdown_table(header, rows)

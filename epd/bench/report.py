@@ -124,7 +124,7 @@ def _parts(bench: ReportBench, model: Path) -> list[_Part]:
         quick = {
             "engine": ("--batch", "1,2", "--rounds", "2", "--steps", "2", "--prefill", "64"),
             "transfer": ("--sizes", "64,1024"),
-            "proxy": ("--requests", "16"),
+            "proxy": ("--requests", "16", "--streams", "50", "--seconds", "2", "--body-mib", "2"),
         }
     return [
         _Part(
@@ -143,8 +143,9 @@ def _parts(bench: ReportBench, model: Path) -> list[_Part]:
         ),
         _Part(
             "HTTP front",
-            "Before a worker that answers at once; *FastAPI* is a bare application on uvicorn that reads as much and "
-            "sends as much. Times are medians of requests alone, rates are with 16 at once.",
+            "Before a worker that answers at once; *FastAPI* is a bare application on uvicorn that decodes the body to "
+            "a dict and sends as much, a chunk for each token. Rates are with 16 requests at once. *CPU* and *a core* "
+            "are by the processor time of the server's own process: load generator and worker share its cores.",
             ("proxy", "--model", str(model), *quick["proxy"]),
         ),
         _Part(

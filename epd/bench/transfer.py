@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from epd.bench.children import fake_pd, free_port
+from epd.bench.children import fake_worker, free_port
 from epd.bench.output import markdown_table, number
 from epd.errors import ConfigError
 from epd.transport import endpoint
@@ -60,7 +60,7 @@ async def run_transfer_bench(
     figures = []
     with tempfile.TemporaryDirectory(prefix="epd-bench-") as folder:
         for transport, address in (("IPC", f"{folder}/sink"), ("TCP", f"127.0.0.1:{free_port()}")):
-            async with fake_pd(address, _MODEL), _sender(endpoint(address)) as transfer:
+            async with fake_worker(address, _MODEL), _sender(endpoint(address)) as transfer:
                 for size in sizes:
                     notify(f"{transport}, {size >> 10} KiB")
                     figures.append(await _measure(transfer, transport, endpoint(address), size))

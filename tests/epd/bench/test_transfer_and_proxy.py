@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from epd.bench.proxy import ProxyBench, ProxyFigures, format_proxy_figures, run_proxy_bench
+from epd.bench.proxy import ProxyBench, ProxyFigures, RequestFigures, Side, format_proxy_figures, run_proxy_bench
+from epd.bench.proxy_streams import BodyFigures, StreamFigures
 from epd.bench.transfer import TransferFigures, format_transfer_figures, run_transfer_bench
 from epd.cli import main
 from epd.errors import ConfigError
@@ -36,17 +37,26 @@ def test_the_commands_print_their_tables(capsys: pytest.CaptureFixture[str]) -> 
     """They run on uvloop, whose transports are not asyncio's."""
     assert main(["bench", "transfer", "--sizes", "4,64"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 6
-    assert main(["bench", "proxy", "--requests", "4", "--concurrency", "2", "--output-tokens", "3"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    small = ["--requests", "4", "--concurrency", "2", "--output-tokens", "3", "--streams", "3", "--seconds", "1"]
+    assert main(["bench", "proxy", *small, "--body-mib", "1"]) == 0
+    assert "| streamed " in capsys.readouterr().out
     assert main(["bench", "transfer", "--sizes", "much"]) == 2
     assert main(["bench", "proxy", "--requests", "0"]) == 2
 
 
 async def test_proxy_against_the_bare_server() -> None:
-    figures = await run_proxy_bench(ProxyBench(requests=8, concurrency=4, output_tokens=5, rounds=2))
-    assert [one.tokens for one in figures] == [1, 5]
-    for one in figures:
-        assert min(one.front_ms, one.echo_ms, one.front_per_s, one.echo_per_s) > 0
+    bench = ProxyBench(requests=8, concurrency=4, output_tokens=5, rounds=2, streams=3, seconds=1, body_mib=1)
+    figures = await run_proxy_bench(bench)
+    assert [one.tokens for one in figures.requests] == [1, 5]
+    for one in figures.requests:
+        assert one.requests == len(one.front.alone_ms) == len(one.bare.alone_ms) == 8
+        assert min(*one.front.alone_ms, *one.bare.alone_ms, one.front.busy_s, one.bare.busy_s) > 0
+    assert [(one.streams, one.tokens) for one in figures.streams] == [(3, 3 * 200), (3, 3 * 20)]
+    for stream in figures.streams:
+        assert 3 <= stream.events <= stream.tokens
+        assert stream.duration_s >= 0.9  # the worker keeps its pace
+    assert figures.body.mib == pytest.approx(1.0, rel=0.1)
+    assert min(figures.body.answer_ms, figures.body.gap_ms, figures.body.quiet_gap_ms) > 0
 
 
 async def test_a_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -57,5 +67,14 @@ async def test_a_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_tables() -> None:
     transfer = format_transfer_figures([TransferFigures("TCP", 1 << 20, 2.0, 0.5, 1.0, 4.0)])
     assert cells(transfer, 2) == ["TCP", "1024", "2.00", "0.50", "1.00", "4.00", "0.12", "0.25"]
-    proxy = format_proxy_figures([ProxyFigures("streamed", 10, 3.0, 1.0, 100, 400)])
-    assert cells(proxy, 2) == ["streamed", "10", "3.00", "1.00", "2.00", "0.200", "100", "400", "0.25"]
+    ours, bare = Side([3.0, 2.0, 5.0], 0.5, 0.1, 0.02), Side([1.0, 1.0, 2.0], 0.25, 0.05)
+    streams = StreamFigures(4, 5.0, 1000, 500, 2.0, 0.05, 0.5, (1 << 20, 2 << 20, 3 << 20, None))
+    body = BodyFigures(60.0, 300.0, 6.0, 40.0)
+    tables = format_proxy_figures(ProxyFigures([RequestFigures("streamed", 10, 100, ours, bare)], [streams], body))
+    alone, many, open_ones = (part for part in tables.split("\n\n") if part.startswith("|"))
+    assert cells(alone, 2) == ["streamed", "10", "3.00", "5.00", "1.00", "2.00", "2.00", "3.00"]
+    assert cells(many, 2) == ["streamed", "10", "200", "400", "0.50", "1.00", "0.50", "0.50", "10000", "0.20"]
+    assert cells(open_ones, 2)[:7] == ["4", "5", "500", "0.50", "50.0", "20000", "0.25"]
+    assert cells(open_ones, 2)[7:] == ["1.0", "2.0", "3.0", "–"]
+    assert "60 MiB" in tables
+    assert "was 40 ms; before, 6 ms" in tables
