@@ -13,6 +13,8 @@ from typing import Any
 
 import tokenizers
 
+from proxy.byte_level import BYTES_OF
+
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 _Step = Callable[[str], str]
@@ -61,7 +63,7 @@ class TokenTexts:
         if piece is None:
             return b""
         if self._is_byte_level:
-            return b"".join(_BYTES_OF.get(letter, letter.encode()) for letter in piece)
+            return b"".join(BYTES_OF.get(letter, letter.encode()) for letter in piece)
         byte = _BYTE.fullmatch(piece) if self._falls_back_to_bytes else None
         if byte is not None:
             return bytes((int(byte[1], 16),))
@@ -91,15 +93,3 @@ def _steps(decoder: dict[str, Any]) -> Iterator[_Step]:
             yield lambda piece: piece.replace(suffix, " ")
         case _:
             pass
-
-
-def _byte_level_alphabet() -> dict[str, bytes]:
-    """The letters by which byte-level vocabularies write bytes: printable ones stand for themselves, the others follow
-    from U+0100 on (the table of GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet = {chr(byte): bytes((byte,)) for byte in printable}
-    return alphabet | {chr(0x100 + index): bytes((byte,)) for index, byte in enumerate(others)}
-
-
-_BYTES_OF = _byte_level_alphabet()

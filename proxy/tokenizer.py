@@ -13,9 +13,8 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from epd.errors import ConfigError
+from proxy.byte_level import REPLACEMENT, ByteDetokenizer, ByteTable
 
-REPLACEMENT = "\ufffd"
-"""What a decoder prints for bytes that are no whole character."""
 _CONTEXT = 8
 """Tokens that decide how the next one is read: more than a character has bytes."""
 
@@ -42,6 +41,8 @@ class Tokenizer:
         self.backend.no_padding()
         self.longest_token = max(map(len, self.backend.get_vocab()), default=1)
         """Characters of the longest token, at least: a text has no fewer tokens than its length by this."""
+        self.bytes = ByteTable.of(self.backend)
+        """For byte-level tokenizers, the short way to text."""
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self._literals = _Literals(token.content for token in added.values())
@@ -142,30 +143,53 @@ class Detokenizer:
         context: Sequence[int] = (),
         shown_ids: frozenset[int] = frozenset(),
     ) -> None:
-        self._tokenizer = tokenizer
-        self._hidden: frozenset[int] = frozenset()
-        if skip_special_tokens and shown_ids:  # the library leaves out all or none
-            self._hidden = tokenizer.special_ids - shown_ids
-            skip_special_tokens = False
-        self._skip = skip_special_tokens
-        known = list(context[-_CONTEXT:])
-        if tokenizer.decode(known, skip_special_tokens=skip_special_tokens).endswith(REPLACEMENT):
-            known = []  # a character that the answer may complete: its text would come twice
-        self._stream = DecodeStream(ids=known, skip_special_tokens=skip_special_tokens)
-        self._held: list[int] = []
+        hidden = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset()
+        self._one: ByteDetokenizer | _StreamDetokenizer
+        if tokenizer.bytes is not None:
+            self._one = ByteDetokenizer(tokenizer.bytes, hidden)
+        else:
+            self._one = _StreamDetokenizer(tokenizer, hidden, context)
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; may be empty while a character is incomplete."""
-        pieces: list[str] = []
-        for token_id in token_ids:
-            if token_id in self._hidden:
-                continue
-            self._held.append(token_id)
-            piece = self._step(token_id)
-            if piece is not None:
-                pieces.append(piece)
-                self._held.clear()
-        return "".join(pieces)
+        if len(token_ids) == 1:
+            return self._one.push(token_ids[0])
+        return "".join(map(self._one.push, token_ids))
+
+    def flush(self) -> str:
+        """What is left at the end: a character that the model did not finish, as U+FFFD."""
+        return self._one.flush()
+
+
+class _StreamDetokenizer:
+    """Any tokenizer's, by the library.
+
+    Args:
+        tokenizer: of the model.
+        hidden: tokens that make no text.
+        context: as for `Detokenizer`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int], context: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        # The library leaves out all special tokens or none.
+        self._skip = bool(hidden) and hidden == tokenizer.special_ids
+        self._hidden = frozenset() if self._skip else hidden
+        known = list(context[-_CONTEXT:])
+        if tokenizer.decode(known, skip_special_tokens=self._skip).endswith(REPLACEMENT):
+            known = []  # a character that the answer may complete: its text would come twice
+        self._stream = DecodeStream(ids=known, skip_special_tokens=self._skip)
+        self._held: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._hidden:
+            return ""
+        self._held.append(token_id)
+        piece = self._step(token_id)
+        if piece is None:
+            return ""
+        self._held.clear()
+        return piece
 
     def _step(self, token_id: int) -> str | None:
         try:
@@ -178,7 +202,6 @@ class Detokenizer:
             return self._tokenizer.decode(self._held, skip_special_tokens=self._skip)
 
     def flush(self) -> str:
-        """What is left at the end: a character that the model did not finish, as U+FFFD."""
         text = self._tokenizer.decode(self._held, skip_special_tokens=self._skip)
         self._held.clear()
         return text if REPLACEMENT in text else ""

@@ -15,8 +15,9 @@ from proxy.api.openai_responses import (
     TokenLogprob,
     TopLogprob,
 )
+from proxy.byte_level import REPLACEMENT
 from proxy.token_text import TokenTexts
-from proxy.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
+from proxy.tokenizer import Detokenizer, Tokenizer
 
 VERY_UNLIKELY = -9999.0
 """Stands for minus infinity, which JSON has no number for."""

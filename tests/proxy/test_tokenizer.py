@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers
+from tokenizers.decoders import DecodeStream
 
 from epd.errors import ConfigError
 from proxy.tokenizer import Detokenizer, StopChecker, Tokenizer
@@ -28,6 +29,23 @@ def test_cut_character_is_flushed_at_the_end(tokenizer: Tokenizer) -> None:
     assert stream.push(tokenizer.encode("a日")[:-1]) == "a"
     assert stream.flush() == "\ufffd"
     assert stream.flush() == ""
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_bytes_give_what_the_library_gives(tokenizer: Tokenizer, skip: bool) -> None:
+    """Any order of tokens, broken characters, added tokens and ids without a token included."""
+    table, source = tokenizer.bytes, random.Random(2)
+    assert table is not None
+    whole = tokenizer.encode("".join(TEXTS)) + sorted(tokenizer.special_ids) + [tokenizer.vocab_size + 7]
+    for _ in range(300):
+        token_ids = source.choices(whole, k=20) + source.choices(range(tokenizer.vocab_size), k=10)
+        source.shuffle(token_ids)
+        ours, library = Detokenizer(tokenizer, skip_special_tokens=skip), DecodeStream(skip_special_tokens=skip)
+        assert [ours.push([token]) for token in token_ids] == [
+            library.step(tokenizer.backend, token) or "" for token in token_ids
+        ]
+        fresh = Detokenizer(tokenizer, skip_special_tokens=skip)
+        assert fresh.push(token_ids) + fresh.flush() == tokenizer.decode(token_ids, skip_special_tokens=skip)
 
 
 def byte_fallback(folder: Path) -> Tokenizer:
