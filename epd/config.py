@@ -14,6 +14,7 @@ from pathlib import Path
 from epd.access_options import AccessOptions
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
+from epd.gateway_options import GatewayOptions
 from epd.options import option, required, secret_option
 from metastore.config import MetastoreConfig
 
@@ -69,7 +70,7 @@ class ModelConfig(ProcessConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProxyConfig(AccessOptions, ProcessConfig):
+class ProxyConfig(GatewayOptions, AccessOptions, ProcessConfig):
     """The HTTP front."""
 
     model: Path | None = option(
@@ -142,6 +143,7 @@ class ProxyConfig(AccessOptions, ProcessConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_access()
+        self.check_gateway()
         if self.model is not None:
             _check_checkpoint(self.model)
         elif not self.models:
@@ -267,7 +269,7 @@ class PrefillDecodeConfig(WorkerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpConfig(AccessOptions, ModelConfig):
+class UpConfig(GatewayOptions, AccessOptions, ModelConfig):
     """A supervised cluster on this host."""
 
     model: Path = option(CHECKPOINT_DIR, "checkpoint folder in Hugging Face format", metavar="DIR")
@@ -323,5 +325,6 @@ class UpConfig(AccessOptions, ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_access()
+        self.check_gateway()
         if self.encoders < 0 or self.pds < 1 or self.proxies < 1:
             raise ConfigError("a cluster needs --pds and --proxies of at least 1, and --encoders of at least 0")

@@ -28,6 +28,7 @@ from epd.access_options import API_KEY_VARIABLE, AccessOptions
 from epd.config import UpConfig
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
+from epd.gateway_options import GatewayOptions
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ _PR_SET_PDEATHSIG = 1
 _ACCESS_FLAGS = tuple(
     option.name for option in fields(AccessOptions) if option.name not in ("api_key", "allowed_origins")
 )
+_GATEWAY_FLAGS = tuple(option.name for option in fields(GatewayOptions))
 _COMMAND = (sys.executable, "-m", "epd")
 
 
@@ -104,6 +106,7 @@ def _plan_proxy(config: UpConfig, folder: Path, index: int, encoders: list[str],
         "cluster_keys",
         "metastore_client_config",
         *_ACCESS_FLAGS,
+        *_GATEWAY_FLAGS,
     )
     name = config.served_model_name or ("epd-demo" if config.model == CHECKPOINT_DIR else str(config.model))
     lists = ("--pd-addr-list", *pds) + (("--encode-addr-list", *encoders) if encoders else ())
@@ -120,7 +123,7 @@ def _flags(config: UpConfig, *names: str) -> tuple[str, ...]:
     words: list[str] = []
     for name in names:
         value = getattr(config, name)
-        if value in (None, (), "", False):
+        if value in (None, (), "") or value is False:  # 0 is a value
             continue
         values = value if isinstance(value, tuple) else (value,)
         words += ["--" + name.replace("_", "-"), *(str(one) for one in values if one is not True)]

@@ -30,18 +30,21 @@ from epd.config import ProxyConfig
 from epd.errors import ClientError, ConfigError, EPDError, InternalError, InvalidRequest, ModelNotFound
 from metastore.roster import Roster
 from proxy.access import ApiKeys, Guard
-from proxy.api import embeddings, generate, health, models, openai, operations, score
+from proxy.api import embeddings, generate, health, models, openai, operations, score, unified
 from proxy.api.http import error_response
 from proxy.api.requests import REF
 from proxy.byte_budget import ByteBudget
 from proxy.metrics import CLIENT_CLOSED_REQUEST, Metrics
-from proxy.request_context import OUTCOME, REQUEST_ID, Outcome, note_client_left
+from proxy.request_context import ERROR_WORDS, OUTCOME, REQUEST_ID, Outcome, note_client_left
 from proxy.service import Service
 
 log = logging.getLogger(__name__)
 
-_DIALECTS = (openai, generate, embeddings, score, models, health, operations)
+_DIALECTS = (openai, generate, unified, embeddings, score, models, health, operations)
 """Modules with a `router`, and the structs that it is `DOCUMENTED` with."""
+
+_ERROR_WORDS = {unified.PATH: unified.error_words}
+"""Endpoints whose errors have a shape of their own, whoever raises them."""
 
 _LAST_WORDS_S = 5
 """Clients have so long to take the ends of their answers when the time for draining is over."""
@@ -196,6 +199,7 @@ class _Edge:
         REQUEST_ID.set(request_id)
         arrived, outcome = time.perf_counter(), Outcome()
         OUTCOME.set(outcome)
+        ERROR_WORDS.set(_ERROR_WORDS.get(scope["path"]))
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

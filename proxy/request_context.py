@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 from epd.errors import EPDError
+
+ErrorWords = Callable[[EPDError], tuple[int, dict[str, Any]]]
+"""Status and body of an answer that is an error."""
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """As in the header X-Request-Id, the client's own or ours; empty outside of requests."""
 
 KEY_ID: ContextVar[str] = ContextVar("key_id", default="")
 """Whose request it is: the beginning of the API key's digest, the same at all proxies; empty: no keys are asked for."""
+
+ERROR_WORDS: ContextVar[ErrorWords | None] = ContextVar("error_words", default=None)
+"""How the endpoint words its errors, those included that come before it is reached; None: as most do."""
 
 
 @dataclass

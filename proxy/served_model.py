@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -78,10 +78,14 @@ class ServedModel:
     @property
     def missing_roles(self) -> list[WorkerRole]:
         """Roles that the model needs and nobody plays."""
+        return self.missing_roles_without(())
+
+    def missing_roles_without(self, absent: Collection[WorkerConnection]) -> list[WorkerRole]:
+        """Roles that the model needs and nobody but `absent` plays."""
         needed = [WorkerRole.PREFILL_DECODE]
         if self.image_token_id is not None:
             needed.insert(0, WorkerRole.ENCODER)
-        return [role for role in needed if not self._pool.ready(role, self.ref)]
+        return [role for role in needed if all(one in absent for one in self._pool.ready(role, self.ref))]
 
     @property
     def task(self) -> WorkerTask | None:

@@ -15,10 +15,12 @@ from metastore.roster import Roster
 from proxy.byte_budget import ByteBudget
 from proxy.discovery import Discovery
 from proxy.dispatcher import Dispatcher
+from proxy.gateway_config import GatewayConfig
 from proxy.media import MediaLimits, MediaLoader
 from proxy.media_http import HttpFetcher, parse_networks
 from proxy.metrics import Metrics
 from proxy.model_catalog import ModelCatalog, ModelRef
+from proxy.model_probe import ModelProbe
 from proxy.retries import RetryLimits
 from proxy.routing import make_policy
 from proxy.served_model import ServedModel, Shared
@@ -40,6 +42,7 @@ class Service:
 
     def __init__(self, config: ProxyConfig, roster: Roster | None = None) -> None:
         self.config = config
+        self.gateway = GatewayConfig.read(config)
         self.created = int(time.time())
         self.bytes = ByteBudget(config.max_media_bytes)
         """Of all requests."""
@@ -85,6 +88,7 @@ class Service:
             self.metrics,
         )
         self._shared = Shared(config, self.pool, self.dispatcher, self.media, self._threads)
+        self.probe = ModelProbe(self.models)
         self._started = False
 
     async def start(self) -> None:
@@ -116,6 +120,7 @@ class Service:
 
     async def close(self) -> None:
         """Drop connections and threads."""
+        await self.probe.close()
         if self.discovery is not None:
             await self.discovery.close()
         await self.pool.close()
@@ -138,7 +143,7 @@ class Service:
         """The model that a request means. Of two checkpoints under one name, as in an update, the more complete one.
 
         Args:
-            name: as requests give it; None: the only one.
+            name: as requests give it, perhaps an alias; None: the only one. What is called like an alias comes first.
 
         Raises:
             ModelNotFound: there is none of that name.
@@ -148,13 +153,15 @@ class Service:
         models = self.models()
         if name is None:
             return self._only(models)
-        named = [model for model in models if model.name == name]
-        if named:
-            return min(named, key=lambda model: len(model.missing_roles)) if len(named) > 1 else named[0]
-        if any(ref.name == name for ref in self._refs()):
+        for real in (name, self.gateway.aliases.get(name, name)):
+            named = [model for model in models if model.name == real]
+            if named:
+                return min(named, key=lambda model: len(model.missing_roles)) if len(named) > 1 else named[0]
+        if any(ref.name in (name, real) for ref in self._refs()):
             raise NoWorker(f"The model {name!r} is being loaded. Try again in a moment.")
+        behind = f", which stands for {real[:200]!r}," if real != name else ""
         raise ModelNotFound(
-            f"The model {name[:200]!r} does not exist; this server serves {_listed(models)}.", param="model"
+            f"The model {name[:200]!r}{behind} does not exist; this server serves {_listed(models)}.", param="model"
         )
 
     def default_model(self) -> ServedModel:
@@ -166,6 +173,16 @@ class Service:
         models = self.models()
         name = self.config.model_name
         return self.model(name if any(model.name == name for model in models) else None)
+
+    def named_models(self) -> dict[str, ServedModel]:
+        """All names that requests may give, aliases last, and the models that they mean."""
+        found: dict[str, ServedModel] = {}
+        for model in self.models():
+            known = found.get(model.name)
+            if known is None or len(model.missing_roles) < len(known.missing_roles):
+                found[model.name] = model
+        aliases = {name: found[real] for name, real in self.gateway.aliases.items() if real in found}
+        return found | {name: model for name, model in aliases.items() if name not in found}
 
     def _only(self, models: list[ServedModel]) -> ServedModel:
         if len({model.name for model in models}) == 1:

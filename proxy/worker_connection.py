@@ -289,8 +289,12 @@ class WorkerConnection:
         self._pings.pop(self._sequence - _MAX_PINGS, None)
         return Ping(sequence=self._sequence)
 
-    async def refresh(self, timeout_s: float = 1.0) -> None:
-        """Wait for the worker's figures as of now; one that does not answer in time keeps its old ones."""
+    async def refresh(self, timeout_s: float = 1.0) -> bool:
+        """Wait for the worker's figures as of now; one that does not answer in time keeps its old ones.
+
+        Returns:
+            Whether it answered.
+        """
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._refreshes[self._sequence + 1] = answered
         ping = self._next_ping()
@@ -299,6 +303,7 @@ class WorkerConnection:
                 await self._send(ping)
                 await answered
         self._refreshes.pop(ping.sequence, None)
+        return answered.done() and not answered.cancelled()
 
     async def _pause(self, reader: asyncio.Task[None]) -> None:
         changed = asyncio.create_task(self._changed.wait())

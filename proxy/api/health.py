@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,11 +12,15 @@ from starlette.responses import JSONResponse, Response
 
 from proxy.api.requests import service_of
 from proxy.served_model import ServedModel
+from proxy.service import Service
 from proxy.worker_connection import WorkerConnection
 
 router = APIRouter(tags=["operations"])
 
 DOCUMENTED = ()
+
+PROBE_TIMEOUT_S = 1.0
+"""`/check_health` waits so long for workers to answer."""
 
 
 @router.head("/ready", include_in_schema=False)
@@ -26,42 +31,84 @@ DOCUMENTED = ()
 @router.get("/health")
 async def health(request: Request) -> JSONResponse:
     """Readiness: 200 while a model has live workers of each role that it needs, else 503; 503 too while the proxy
-    shuts down. Models that lack some are `degraded`."""
+    shuts down. Models that lack some are `degraded`. Aliases are listed like models."""
     service = service_of(request)
-    models = service.models()
-    missing = _missing(models)
-    is_draining = service.dispatcher.is_draining
-    can_serve = any(model.name not in missing for model in models) and not is_draining
-    status = "draining" if is_draining else "unhealthy"
+    missing = _missing(service.models())
+    names = service.named_models()
+    can_serve, status = _overall(service, "healthy", "unhealthy")
     body: dict[str, Any] = {
         "message": "Ok" if can_serve else "Error",
-        "status": ("degraded" if missing else "healthy") if can_serve else status,
-        "models": {model.name: "degraded" if model.name in missing else "healthy" for model in models},
-        "total": len(models),
+        "status": status,
+        "models": {name: "degraded" if model.name in missing else "healthy" for name, model in names.items()},
+        "total": len(names),
     }
     if missing:
         body["missing"] = missing
+    return JSONResponse(body, 200 if can_serve else 503)
+
+
+@router.get("/health/full")
+async def full_health(request: Request) -> JSONResponse:
+    """A live probe: each model makes a token, or a vector, now. 200 while one of them does, else 503.
+
+    `details` has for each name `healthy`, `degraded` (text is answered, pictures are not), `busy` (all its workers are
+    full) or `unhealthy`; `problems` says why. Who asks within a second gets the same verdict; it takes ten at most.
+    """
+    service = service_of(request)
+    verdicts = await service.probe.verdicts()
+    found = {name: verdicts[model.name] for name, model in service.named_models().items() if model.name in verdicts}
+    healthy = sum(one.status == "healthy" for one in found.values())
+    can_serve = any(one.can_serve for one in found.values()) and not service.dispatcher.is_draining
+    status = "healthy" if healthy == len(found) else "degraded"
+    body: dict[str, Any] = {
+        "status": status if can_serve else ("draining" if service.dispatcher.is_draining else "unhealthy"),
+        "details": {name: one.status for name, one in found.items()},
+        "total": len(found),
+        "healthy": healthy,
+        "latency_ms": {name: one.latency_ms for name, one in found.items() if one.latency_ms},
+    }
+    problems = {name: one.problem for name, one in found.items() if one.problem}
+    if problems:
+        body["problems"] = problems
     return JSONResponse(body, 200 if can_serve else 503)
 
 
 @router.get("/check_health")
 async def check_health(request: Request) -> JSONResponse:
-    """Each worker by name, and whether it answers; 503 when no model can be served, and while the proxy shuts down."""
+    """Each worker by name, and whether it answers now. 503 when no model can be served, and while the proxy shuts down;
+    504 when one could be served but for workers that are connected and did not answer within a second."""
     service = service_of(request)
-    models = service.models()
-    missing = _missing(models)
-    is_draining = service.dispatcher.is_draining
-    can_serve = any(model.name not in missing for model in models) and not is_draining
-    status = "draining" if is_draining else "error"
+    asked = [one for one in service.pool.connections() if one.is_ready]
+    answered = await asyncio.gather(*(one.refresh(PROBE_TIMEOUT_S) for one in asked))
+    # Those that went meanwhile are not silent, but gone.
+    silent = {one for one, has_answered in zip(asked, answered, strict=True) if one.is_ready and not has_answered}
+    workers, missing = service.pool.connections(), _missing(service.models())
+    can_serve, status = _overall(service, "ok", "error")
     body: dict[str, Any] = {
-        "status": ("degraded" if missing else "ok") if can_serve else status,
-        "results": {
-            f"{one.member.role.server_type}-{one.member.address}": _condition(one) for one in service.pool.connections()
-        },
+        "status": status,
+        "results": {_name(one): _condition(one, one in silent) for one in workers},
     }
     if missing:
         body["missing"] = missing
+    if can_serve and silent and not _can_serve_without(service, silent):
+        return JSONResponse(body | {"status": "error"}, 504)
     return JSONResponse(body, 200 if can_serve else 503)
+
+
+def _overall(service: Service, well: str, ill: str) -> tuple[bool, str]:
+    """Whether requests can be served, and that in one word."""
+    models = service.models()
+    missing = _missing(models)
+    if service.dispatcher.is_draining:
+        return False, "draining"
+    if all(model.name in missing for model in models):
+        return False, ill
+    return True, "degraded" if missing else well
+
+
+def _can_serve_without(service: Service, silent: Collection[WorkerConnection]) -> bool:
+    """Whether a model has workers of each role that it needs besides these."""
+    return any(not model.missing_roles_without(silent) for model in service.models())
 
 
 def _missing(models: Sequence[ServedModel]) -> dict[str, list[str]]:
@@ -77,6 +124,7 @@ def _missing(models: Sequence[ServedModel]) -> dict[str, list[str]]:
 @router.head("/ping", include_in_schema=False)
 @router.get("/livez")
 @router.get("/ping")
+@router.post("/ping")
 async def ping() -> Response:
     """Liveness: the HTTP server answers. Says nothing of the workers."""
     return Response()
@@ -95,7 +143,9 @@ def _name(worker: WorkerConnection) -> str:
     return f"{worker.member.role.server_type}-{worker.member.address}"
 
 
-def _condition(worker: WorkerConnection) -> str:
+def _condition(worker: WorkerConnection, is_silent: bool) -> str:
+    if is_silent:
+        return f"Unhealthy: no answer within {PROBE_TIMEOUT_S:g} s"
     if worker.is_ready:
         return "Healthy"
     return f"Unhealthy: {worker.problem or worker.state.value}"

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from epd.errors import ClientError, EPDError, RequestTooLarge, ShuttingDown, Unauthorized
 from proxy.byte_budget import hold
-from proxy.request_context import note_client_left
+from proxy.request_context import ERROR_WORDS, note_client_left
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,9 @@ def error_body(error: EPDError) -> dict[str, Any]:
 
 
 def error_response(error: EPDError) -> Response:
-    """The answer that an error becomes before a stream has begun."""
+    """The answer that an error becomes before a stream has begun, in the words of the endpoint."""
+    words = ERROR_WORDS.get()
+    status, body = (error.status, error_body(error)) if words is None else words(error)
     headers = {}
     if error.retryable:
         wanted = math.ceil(error.retry_after_s or RETRY_AFTER_S)
@@ -56,7 +58,7 @@ def error_response(error: EPDError) -> Response:
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, RequestTimeout | ShuttingDown):
         headers["connection"] = "close"  # the rest of the body may trickle in for ever; or another proxy is to be asked
-    return Response(msgspec.json.encode(error_body(error)), error.status, headers, JSON)
+    return Response(msgspec.json.encode(body), status, headers, JSON)
 
 
 class RequestTimeout(ClientError):

@@ -50,9 +50,15 @@ async def decoded(request: Request, kind: type[T]) -> T:
 
 
 @asynccontextmanager
-async def deadline(model: ServedModel, arrived: float) -> AsyncIterator[None]:
-    """Bound what happens before workers have the request by the time that it may take in all."""
-    limit, preparation = model.config.request_timeout, None
+async def deadline(model: ServedModel, arrived: float, limit_s: float | None = None) -> AsyncIterator[None]:
+    """Bound what happens before workers have the request by the time that it may take in all.
+
+    Args:
+        model: that it is for.
+        arrived: `time.perf_counter()` when it came.
+        limit_s: seconds that it may take; default: `--request-timeout`.
+    """
+    limit, preparation = limit_s or model.config.request_timeout, None
     try:
         async with asyncio.timeout(arrived + limit - time.perf_counter()) as timer:
             with model.dispatcher.preparing(timer) as preparation:
