@@ -130,6 +130,12 @@ class ProxyConfig(GatewayOptions, AccessOptions, ProcessConfig):
     max_media_bytes: int = option(1 << 30, "bytes of request bodies and pictures held at once; more get 429", minimum=1)
     max_images_per_request: int = option(32, "most pictures in one request", minimum=1)
     media_timeout: float = option(10.0, "seconds that fetching a picture may take", minimum=0.001)
+    allowed_media_domains: tuple[str, ...] = option(
+        (),
+        "hosts that pictures may be fetched from (example.com, *.example.com for those below), redirects included; "
+        "default: all with a public address",
+        metavar="HOST",
+    )
     allowed_private_media: tuple[str, ...] = option(
         (), "private networks that pictures may be fetched from (127.0.0.0/8); default: none", metavar="CIDR"
     )
@@ -310,6 +316,12 @@ class UpConfig(GatewayOptions, AccessOptions, ModelConfig):
     kv_cache_memory_bytes: int | None = option(None, "memory of each prefill-decode worker for its KV cache, in bytes")
     allowed_local_media_path: Path | None = option(
         None, "folder whose pictures file:// URLs may name; none: file:// is refused", metavar="DIR"
+    )
+    allowed_media_domains: tuple[str, ...] = option(
+        (),
+        "hosts that pictures may be fetched from (example.com, *.example.com for those below), redirects included; "
+        "default: all with a public address",
+        metavar="HOST",
     )
     allowed_private_media: tuple[str, ...] = option(
         (), "private networks that pictures may be fetched from (127.0.0.0/8); default: none", metavar="CIDR"

@@ -1,8 +1,8 @@
 """Pictures from http: and https: URLs, without becoming a door into private networks.
 
-Each hop of a redirect chain is checked alike: scheme, host name → all its addresses, every one of them public or in an
-allowed network. The connection then goes to the address that was checked, not to the name, so that a second look-up
-can't give another one. Nothing of the client's request (cookies, authorisation) is sent along.
+Each hop of a redirect chain is checked alike: scheme, host name (where only some may be) → all its addresses, every
+one of them public or in an allowed network. The connection then goes to the address that was checked, not to the name,
+so that a second look-up can't give another one. Nothing of the client's request (cookies, authorisation) is sent along.
 """
 
 from __future__ import annotations
@@ -72,6 +72,51 @@ def _embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | No
     return None
 
 
+class Domains:
+    """Hosts that pictures may come from: names as they are, and for `*.example.com` all below that.
+
+    Args:
+        texts: the names; none: all hosts.
+
+    Raises:
+        ConfigError: one is no name of a host.
+    """
+
+    def __init__(self, texts: Sequence[str] = ()) -> None:
+        self._is_open = not texts
+        self._names: set[str] = set()
+        self._parents: list[str] = []
+        for text in texts:
+            below = text.startswith("*.")
+            name = _plain_host(text.removeprefix("*.").removeprefix("[").removesuffix("]"))
+            if not name or set(name) & set("/*@?# ") or (":" in name and not _is_ipv6(name)):
+                raise ConfigError(f"--allowed-media-domains {text}: want names such as example.com or *.example.com")
+            if below:
+                self._parents.append(f".{name}")
+            else:
+                self._names.add(name)
+
+    def __contains__(self, host: object) -> bool:
+        name = _plain_host(str(host))
+        return self._is_open or name in self._names or name.endswith(tuple(self._parents))
+
+
+def _plain_host(host: str) -> str:
+    """As names are compared: small letters, other scripts encoded, without the dot of the root."""
+    try:
+        host = host if host.isascii() else host.encode("idna").decode()
+    except UnicodeError:
+        return ""  # which nobody allows
+    return host.lower().removesuffix(".")
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return isinstance(ipaddress.ip_address(text), ipaddress.IPv6Address)
+    except ValueError:
+        return False
+
+
 class HttpFetcher:
     """Fetches pictures within limits.
 
@@ -79,13 +124,21 @@ class HttpFetcher:
         max_bytes: of one picture.
         timeout_s: for all hops together.
         allowed: private networks to allow.
+        domains: hosts to allow, those that redirects lead to included.
         resolver: host and port → addresses; tests put their own in.
     """
 
     def __init__(
-        self, *, max_bytes: int, timeout_s: float, allowed: Sequence[Network] = (), resolver: Resolver = resolve
+        self,
+        *,
+        max_bytes: int,
+        timeout_s: float,
+        allowed: Sequence[Network] = (),
+        domains: Domains | None = None,
+        resolver: Resolver = resolve,
     ) -> None:
         self._max_bytes = max_bytes
+        self._domains = domains or Domains()
         self._timeout_s = timeout_s
         self._allowed = tuple(allowed)
         self._resolve = resolver
@@ -100,7 +153,7 @@ class HttpFetcher:
 
         Raises:
             InvalidRequest: not a URL.
-            MediaForbidden: an address on the way is not public.
+            MediaForbidden: a host on the way is not allowed, or its address not public.
             MediaUnavailable: no answer in time, or not a 200.
             RequestTooLarge: more bytes than allowed.
         """
@@ -123,6 +176,8 @@ class HttpFetcher:
 
     async def _checked_address(self, parts: SplitResult) -> IPAddress:
         host = parts.hostname or ""
+        if host not in self._domains:
+            raise MediaForbidden("The image URL leads to a host that is not among --allowed-media-domains.")
         try:
             found = await self._resolve(host, _port(parts))
         except (OSError, UnicodeError):

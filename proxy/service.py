@@ -17,7 +17,7 @@ from proxy.discovery import Discovery
 from proxy.dispatcher import Dispatcher
 from proxy.gateway_config import GatewayConfig
 from proxy.media import MediaLimits, MediaLoader
-from proxy.media_http import HttpFetcher, parse_networks
+from proxy.media_http import Domains, HttpFetcher, parse_networks
 from proxy.metrics import Metrics
 from proxy.model_catalog import ModelCatalog, ModelRef
 from proxy.model_probe import ModelProbe
@@ -61,6 +61,7 @@ class Service:
                 max_bytes=config.max_image_bytes,
                 timeout_s=config.media_timeout,
                 allowed=parse_networks(config.allowed_private_media),
+                domains=Domains(config.allowed_media_domains),
             ),
             config.allowed_local_media_path,
         )

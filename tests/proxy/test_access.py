@@ -132,6 +132,15 @@ async def test_without_origins_nothing_is_said_of_them(start_cluster: ClusterFac
     assert "access-control-allow-origin" not in (await get(cluster, "/v1/models", origin=PAGE)).headers
 
 
+async def test_pictures_come_from_allowed_hosts_alone(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(allowed_media_domains=("good.example",))
+    picture = {"type": "image_url", "image_url": {"url": "http://other.example/x.png"}}
+    body = {"messages": [{"role": "user", "content": [picture]}]}
+    response = await cluster.http.post("/v1/chat/completions", json=body)
+    assert_error(response.json(), 403, code="media_forbidden", param="messages[0].content[0]")
+    assert response.json()["type"] == "permission_error"
+
+
 @pytest.mark.parametrize("prefix", ["/epd", ""])
 async def test_a_gateway_may_cut_its_path_off_or_not(start_cluster: ClusterFactory, prefix: str) -> None:
     cluster = await start_cluster(root_path="/epd", api_key=("k",))

@@ -27,7 +27,7 @@ from epd.errors import (
 )
 from proxy.media import ImageSource, MediaLimits, MediaLoader, content_key, count_pixels, parse_data_url
 from proxy.media_file import read_file_url
-from proxy.media_http import HttpFetcher, is_allowed, parse_networks
+from proxy.media_http import Domains, HttpFetcher, is_allowed, parse_networks
 from tests.proxy.conftest import data_url, png
 
 PNG = png()
@@ -375,6 +375,57 @@ async def test_silent_server_times_out() -> None:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/"
         with pytest.raises(MediaUnavailable, match=r"0\.05 s"):
             await fetcher(timeout_s=0.05).fetch(url)
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("example.com", True),
+        ("EXAMPLE.com.", True),
+        ("www.example.com", False),
+        ("notexample.com", False),
+        ("a.b.example.org", True),
+        ("example.org", False),
+        ("example.org.evil.test", False),
+        ("bücher.test", True),
+        ("xn--bcher-kva.test", True),
+        ("2001:db8::1", True),
+        ("127.0.0.1", False),
+        ("", False),
+        ("\ud800", False),
+    ],
+)
+def test_hosts_by_name(host: str, allowed: bool) -> None:
+    domains = Domains(["Example.com", "*.example.org", "bücher.test", "[2001:db8::1]"])
+    assert (host in domains) is allowed
+    assert host in Domains()
+
+
+@pytest.mark.parametrize("text", ["", "*", "https://example.com", "example.com/x", "example.com:80", "a*.b", "user@x"])
+def test_what_is_no_host(text: str) -> None:
+    with pytest.raises(ConfigError, match="--allowed-media-domains"):
+        Domains([text])
+
+
+async def test_hosts_that_are_not_allowed_are_not_even_looked_up() -> None:
+    looked_up: list[str] = []
+
+    async def here(host: str, port: int) -> list[str]:
+        looked_up.append(host)
+        return ["127.0.0.1"]
+
+    def answer(path: str, head: bytes) -> bytes:
+        return redirect(f"http://other.example:{port}/") if path == "/away" else ok(PNG)
+
+    narrow = HttpFetcher(
+        max_bytes=1 << 20, timeout_s=5, allowed=LOOPBACK, domains=Domains(["good.example"]), resolver=here
+    )
+    async with web_server(answer) as port:
+        assert await narrow.fetch(f"http://good.example:{port}/") == PNG
+        for url in (f"http://other.example:{port}/", f"http://good.example:{port}/away", f"http://127.0.0.1:{port}/"):
+            with pytest.raises(MediaForbidden):
+                await narrow.fetch(url)
+    assert set(looked_up) == {"good.example"}
 
 
 async def test_names_in_other_scripts() -> None:
