@@ -66,6 +66,11 @@ class Dispatcher:
         self.active: dict[str, Generation] = {}
         self._preparing: set[Preparation] = set()
 
+    @property
+    def in_work(self) -> int:
+        """Requests that hold a place."""
+        return self._admitted
+
     @contextmanager
     def admit(self) -> Iterator[None]:
         """Hold a place among the requests in work.

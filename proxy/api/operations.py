@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 from typing import Literal
 
 import msgspec
@@ -16,7 +15,7 @@ from epd.messages import StageStats
 from epd.observability import Stage
 from epd.types import WorkerRole
 from proxy.api.http import read_body
-from proxy.api.requests import REF, service_of
+from proxy.api.requests import REF, is_admin, service_of
 from proxy.prometheus import expose, wants_prometheus
 from proxy.roster_view import cluster_view
 from proxy.worker_connection import PROXY_TO_INSTANCE, PROXY_TTFT, WorkerConnection
@@ -63,11 +62,7 @@ async def abort(request: Request) -> JSONResponse:
 def _require_admin(request: Request, admin_key: str | None) -> None:
     if admin_key is None:
         raise AdminOnly("abort_all needs an admin key, and this proxy was started without --admin-key.")
-    given = request.headers.get("x-admin-key", "")
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and not given:
-        given = token.strip()
-    if not hmac.compare_digest(given.encode(), admin_key.encode()):
+    if not is_admin(request, admin_key):
         raise AdminOnly("abort_all needs the admin key, as Authorization: Bearer KEY or X-Admin-Key: KEY.")
 
 

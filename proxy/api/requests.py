@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -38,6 +39,15 @@ async def read_request(request: Request) -> bytes:
     service.dispatcher.check_open()
     config = service.config
     return await read_body(request, config.max_body_bytes, config.request_timeout)
+
+
+def is_admin(request: Request, admin_key: str | None) -> bool:
+    """Whether a request brings the key of the operators, as `Authorization: Bearer KEY` or `X-Admin-Key: KEY`."""
+    given = request.headers.get("x-admin-key", "")
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and not given:
+        given = token.strip()
+    return admin_key is not None and hmac.compare_digest(given.encode(), admin_key.encode())
 
 
 async def decoded(request: Request, kind: type[T]) -> T:
