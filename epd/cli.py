@@ -20,6 +20,7 @@ from epd.credentials import add_credentials, read_credentials
 from epd.demo import CHECKPOINT_DIR
 from epd.environment import api_key_default, metastore_client_config, router_defaults, unused_variables
 from epd.errors import ConfigError
+from epd.flag_aliases import translate
 from epd.flags import HelpFormatter, add_flags, read_flags
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ Command = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 failed, 2 a flag or file is wrong, 130 interrupted."""
     try:
-        parsed = make_parser().parse_args(arguments)
+        parsed = make_parser().parse_args(translate(sys.argv[1:] if arguments is None else arguments))
         command: Command = parsed.command
         if "metastore_client_config" in parsed and command is not _up:  # whose children read the same variables
             parsed.metastore_client_config = metastore_client_config(parsed.metastore_client_config, os.environ)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from epd.access_options import AccessOptions
+from epd.addresses import endpoints
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 from epd.gateway_options import GatewayOptions
@@ -88,6 +89,9 @@ class ProxyConfig(GatewayOptions, AccessOptions, ProcessConfig):
     )
     encode_addr_list: tuple[str, ...] = option((), "addresses of encoder workers", metavar="ADDR")
     pd_addr_list: tuple[str, ...] = option((), "addresses of prefill-decode workers", metavar="ADDR")
+    transfer_protocol: str | None = option(
+        None, "what the addresses in these lists must be; default: as each is written", choices=("ipc", "tcp")
+    )
     allowed_local_media_path: Path | None = option(
         None, "folder whose pictures file:// URLs may name; none: file:// is refused", metavar="DIR"
     )
@@ -150,10 +154,17 @@ class ProxyConfig(GatewayOptions, AccessOptions, ProcessConfig):
         super().__post_init__()
         self.check_access()
         self.check_gateway()
+        if self.transfer_protocol is not None:
+            self._check_protocol(self.transfer_protocol)
         if self.model is not None:
             _check_checkpoint(self.model)
         elif not self.models:
             raise ConfigError("--model or --models is needed: the folder of a checkpoint, or of several")
+
+    def _check_protocol(self, protocol: str) -> None:
+        for address in endpoints((*self.encode_addr_list, *self.pd_addr_list)):
+            if not address.startswith(f"{protocol}://"):
+                raise ConfigError(f"--transfer-protocol {protocol}: the address {address} is of another kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +323,9 @@ class UpConfig(GatewayOptions, AccessOptions, ModelConfig):
         "compile steps on a CPU, in the background while they run uncompiled; auto: a 16-bit model that is large "
         "enough to gain, where a C++ compiler is installed",
         choices=("auto", "on", "off"),
+    )
+    max_num_seqs: int | None = option(
+        None, "requests that each prefill-decode worker runs at once; default: its own", minimum=1
     )
     kv_cache_memory_bytes: int | None = option(None, "memory of each prefill-decode worker for its KV cache, in bytes")
     allowed_local_media_path: Path | None = option(

@@ -68,7 +68,7 @@ def plan_cluster(config: UpConfig, folder: Path) -> list[ChildSpec]:
     if config.encoders and _get_in_each_others_way(threads):
         worker += ("--share-cores", str(folder / "turns"))
     generate = worker + _flags(
-        config, "task", "max_model_len", "kv_cache_memory_bytes", "quantization", "compile", "tp"
+        config, "task", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "quantization", "compile", "tp"
     )
     plan = [ChildSpec(Path(a).name, ("encoder", "--worker-addr", a, *worker)) for a in encoders]
     plan += [ChildSpec(Path(a).name, ("pd", "--worker-addr", a, *generate)) for a in pds]
