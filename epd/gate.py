@@ -59,7 +59,7 @@ def has_keys() -> bool:
     return _Door.keys is not None
 
 
-def secure(context: zmq.asyncio.Context, socket: zmq.asyncio.Socket, *, is_server: bool) -> None:
+def secure(context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], *, is_server: bool) -> None:
     """Put the cluster's keys on a socket that is neither bound nor connected yet, if there are any."""
     keys = _Door.keys
     if keys is None:
@@ -78,16 +78,25 @@ def secure(context: zmq.asyncio.Context, socket: zmq.asyncio.Socket, *, is_serve
         gatekeeper.start()
 
 
+def monitor(socket: zmq.Socket[bytes], events: int) -> Any:
+    """The asynchronous socket that tells of a socket's events, to be read with `parse_monitor_message`."""
+    address = f"inproc://monitor-{int(socket.getsockopt(zmq.FD))}"
+    socket.monitor(address, events)
+    listener = zmq.asyncio.Context.shadow(socket.context.underlying).socket(zmq.PAIR)
+    listener.connect(address)
+    return listener
+
+
 class _Gatekeeper(threading.Thread):
     """Tells libzmq whether a client may come in: yes, if its key is the cluster's.
 
     A thread, so that nobody waits at the door while the event loop is busy.
     """
 
-    def __init__(self, context: zmq.asyncio.Context) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         super().__init__(name="gatekeeper", daemon=True)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(context.underlying)
-        self._socket = self._context.socket(zmq.REP)
+        self._context = context
+        self._socket = context.socket(zmq.REP)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(_ZAP_ENDPOINT)
         # The interpreter destroys the context at its end, which waits until all sockets are closed.
@@ -134,12 +143,12 @@ class Guard:
     That is: no keys or other keys, no ZMTP at all (garbage, a browser), a frame larger than allowed.
     """
 
-    def __init__(self, socket: zmq.asyncio.Socket, address: str) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], address: str) -> None:
         self.refused = 0
         """Connections turned away since the start."""
         self._socket = socket
         self._address = address
-        self._monitor: Any = socket.get_monitor_socket(_GUARDED)
+        self._monitor = monitor(socket, _GUARDED)
         self._visitors: dict[int, _Visitor] = {}
         self._reason = ""
         self._told: set[str] = set()

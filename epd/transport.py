@@ -14,17 +14,16 @@ import logging
 import socket as unix_socket
 import time
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import zmq
-import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from epd import codec, gate
 from epd.addresses import endpoint, endpoints, is_public, listening_endpoint, with_port
 from epd.codec import Buffer
 from epd.errors import ConfigError, ProtocolError
+from epd.event_socket import EventSocket
 from epd.messages import AnyMessage
 
 log = logging.getLogger(__name__)
@@ -50,8 +49,8 @@ class HandshakeFailed(PeerGone):
     """Somebody listens there, and the two do not agree on how to talk. Trying again at once does not help."""
 
 
-def _make_socket(kind: int) -> zmq.asyncio.Socket:
-    context = zmq.asyncio.Context.instance()
+def _make_socket(kind: int) -> EventSocket:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
@@ -64,25 +63,33 @@ def _make_socket(kind: int) -> zmq.asyncio.Socket:
     socket.setsockopt(zmq.CONNECT_TIMEOUT, round(_CONNECT_TIMEOUT_S * 1000))
     socket.setsockopt(zmq.HANDSHAKE_IVL, round(_HANDSHAKE_TIMEOUT_S * 1000))
     gate.secure(context, socket, is_server=kind == zmq.ROUTER)
-    return socket
+    return EventSocket(socket)
 
 
-async def _send(socket: zmq.asyncio.Socket, frames: list[Buffer], timeout_s: float) -> None:
+async def _send(socket: EventSocket, frames: list[Buffer], timeout_s: float) -> None:
     """Send, waiting while the peer's queue is full: back-pressure for the caller, loss for nobody."""
+    if _is_sent(socket, frames):
+        return
     deadline = time.monotonic() + timeout_s
     while True:
-        try:
-            await socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+        # POLLOUT of a ROUTER tells about any peer, not about this one, so it can't be waited for.
+        await asyncio.sleep(_FULL_PIPE_RETRY_S)
+        if _is_sent(socket, frames):
             return
-        except zmq.Again:
-            # POLLOUT of a ROUTER tells about any peer, not about this one, so it can't be waited for.
-            if time.monotonic() > deadline:
-                raise PeerGone(f"the peer took no message for {timeout_s:g} s") from None
-            await asyncio.sleep(_FULL_PIPE_RETRY_S)
-        except zmq.ZMQError as error:
-            if error.errno in (zmq.EHOSTUNREACH, zmq.ENOTSOCK, zmq.ETERM):
-                raise PeerGone("the peer is not connected") from None
-            raise
+        if time.monotonic() > deadline:
+            raise PeerGone(f"the peer took no message for {timeout_s:g} s")
+
+
+def _is_sent(socket: EventSocket, frames: list[Buffer]) -> bool:
+    try:
+        socket.send_now(frames)
+    except zmq.Again:
+        return False
+    except zmq.ZMQError as error:
+        if error.errno in (zmq.EHOSTUNREACH, zmq.ENOTSOCK, zmq.ETERM):
+            raise PeerGone("the peer is not connected") from None
+        raise
+    return True
 
 
 class Router:
@@ -97,8 +104,8 @@ class Router:
         self.address = listening_endpoint(address, any_port=any_port)
         """As it was asked for; from `bind` on, with the real port."""
         self._socket = _make_socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._guard = gate.Guard(self._socket, self.address)
+        self._socket.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._guard = gate.Guard(self._socket.socket, self.address)
         self._is_bound = False
 
     @property
@@ -119,13 +126,14 @@ class Router:
             )
         _refuse_address_in_use(self.address)
         self._guard.start()
+        self._socket.start()
         try:
-            self._socket.bind(self.address)
+            self._socket.socket.bind(self.address)
         except zmq.ZMQError as error:
             raise ConfigError(f"can't listen on {self.address}: {error}") from error
         self._is_bound = True
         if self.address.startswith("tcp://"):
-            bound = urlsplit(self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
+            bound = urlsplit(self._socket.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
             # The host stays as it was written: others may know this worker by its name.
             self.address = with_port(self.address, bound.port or 0)
 
@@ -135,9 +143,12 @@ class Router:
         Raises:
             ProtocolError: the message is malformed; the next one may be fine.
         """
-        peer, *frames = await self._socket.recv_multipart(copy=False)
-        message, buffers = codec.decode([frame.buffer for frame in frames])
-        return peer.bytes, message, buffers
+        await self._socket.give_way()
+        while (frames := self._socket.try_receive(copied=2)) is None:
+            await self._socket.wait()
+        peer, *rest = frames
+        message, buffers = codec.decode(rest)
+        return bytes(peer), message, buffers
 
     async def send(self, peer: bytes, message: AnyMessage, *buffers: Buffer, timeout_s: float = SEND_TIMEOUT_S) -> None:
         """Answer `peer`, waiting up to `timeout_s` for room in its queue.
@@ -150,7 +161,7 @@ class Router:
     def close(self) -> None:
         """Stop listening; a socket file goes too. Answers that are on their way get a moment."""
         self._guard.close()
-        self._socket.close(linger=500)
+        self._socket.close(linger_ms=500)
         if self._is_bound and self.address.startswith("ipc://"):
             Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
 
@@ -176,10 +187,9 @@ class Dealer:
         self._socket = _make_socket(zmq.DEALER)
         # ZMQ_IMMEDIATE would keep messages from queueing for a peer that is not there yet, but it also throws away what
         # has arrived and was not read when the peer disconnects. So `send` waits for the handshake instead.
-        self._monitor = self._socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | gate.HANDSHAKE_FAILED
+        self._monitor = gate.monitor(
+            self._socket.socket, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | gate.HANDSHAKE_FAILED
         )
-        self._pending: asyncio.Future[list[zmq.Frame]] | None = None
         self._connected: asyncio.Future[None] | None = None
         self._lost: asyncio.Future[tuple[type[PeerGone], str]] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -189,7 +199,8 @@ class Dealer:
         loop = asyncio.get_running_loop()
         self._lost, self._connected = loop.create_future(), loop.create_future()
         self._watcher = asyncio.create_task(self._watch_connection(), name=f"watch {self.address}")
-        self._socket.connect(self.address)
+        self._socket.start()
+        self._socket.socket.connect(self.address)
 
     async def _watch_connection(self) -> None:
         assert self._lost is not None
@@ -199,6 +210,7 @@ class Dealer:
             event = parse_monitor_message(await self._monitor.recv_multipart())["event"]
             if event == zmq.EVENT_DISCONNECTED:
                 self._lost.set_result(why)
+                self._socket.wake()
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._connected.set_result(None)
             else:  # the end of the connection follows
@@ -212,19 +224,12 @@ class Dealer:
             ProtocolError: the message is malformed; the next one may be fine.
         """
         assert self._lost is not None, "connect first"
-        pending = self._pending or asyncio.ensure_future(self._socket.recv_multipart(copy=False))
-        self._pending = pending
-        if not pending.done():
-            waited: set[asyncio.Future[Any]] = {pending, self._lost}
-            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        if not pending.done():
-            # The poll also lets `pending` take what is there, after which there is nothing to poll.
-            is_readable = await self._socket.poll(0)
-            if not is_readable and not pending.done():
+        await self._socket.give_way()
+        while (frames := self._socket.try_receive(copied=1)) is None:
+            if self._lost.done():  # known before the socket was found empty, so that nothing is left in it
                 raise _gone(self._lost.result())
-        frames = await pending
-        self._pending = None
-        return codec.decode([frame.buffer for frame in frames])
+            await self._socket.wait()
+        return codec.decode(frames)
 
     async def send(self, message: AnyMessage, *buffers: Buffer, timeout_s: float = SEND_TIMEOUT_S) -> None:
         """Send to the peer, waiting up to `timeout_s` for a connection or for room in its queue.
@@ -247,11 +252,9 @@ class Dealer:
         """Drop the connection and what is queued on it."""
         if self._watcher is not None:
             self._watcher.cancel()
-        if self._pending is not None:
-            self._pending.cancel()
-        self._socket.disable_monitor()
+        self._socket.socket.disable_monitor()
         self._monitor.close(linger=0)
-        self._socket.close(linger=0)
+        self._socket.close()
 
 
 def _gone(why: tuple[type[PeerGone], str]) -> PeerGone:
