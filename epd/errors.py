@@ -3,6 +3,7 @@
     EPDError
     ├── ClientError              4xx: the caller can mend it
     │   ├── InvalidRequest       400
+    │   │   └── InvalidJSON      400
     │   ├── ContextLengthExceeded 400
     │   ├── InvalidImage         400
     │   ├── Unauthorized         401
@@ -73,6 +74,12 @@ class ClientError(EPDError):
 
 class InvalidRequest(ClientError):
     """A field is missing, malformed, out of range or not supported. Set `param` to the field."""
+
+
+class InvalidJSON(InvalidRequest):
+    """The body is not JSON."""
+
+    code = "invalid_json"
 
 
 class ContextLengthExceeded(ClientError):

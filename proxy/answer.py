@@ -31,6 +31,10 @@ class TextOptions:
     """Tokens that end the answer where they stand in a row. They are shown."""
     continues_prompt: bool = False
     """The answer goes on with the prompt's text, as opposed to a turn of its own."""
+    tells_end: bool = False
+    """Log probabilities of the token that ended the answer are told though it is not shown."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that the client wants the answer to end with, as opposed to the model's own."""
     with_token_ids: bool = False
     """Whether the client wants the tokens beside the text."""
     with_pieces: bool = False
@@ -92,7 +96,7 @@ class Answer:
         """All tokens so far, that which ended the answer included."""
         self.logprobs: list[ShownToken] = []
         """Tokens of `text`, when log probabilities came with them: none behind a stop string. The token that ended an
-        answer is among them if it is shown, or if the answer went on with the prompt's text."""
+        answer is among them if it is shown, or if `TextOptions.tells_end` says so."""
         self.pieces: list[Piece] = []
         """All tokens, that which ended the answer included, if they are wanted; their texts make `text`."""
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
@@ -115,6 +119,7 @@ class Answer:
         self._tail: deque[int] = deque(maxlen=max(map(len, options.stop_sequences), default=0))
         self._has_sequence = False
         """A stop sequence was found."""
+        self._ended_by: int | None = None
 
     @property
     def tool_calls(self) -> list[ToolCall]:
@@ -135,6 +140,13 @@ class Answer:
         """Per token; 0 when there is none."""
         return self.total_logprob / max(self.completion_tokens, 1)
 
+    @property
+    def stop_reason(self) -> str | int | None:
+        """The stop string or token of the client's that ended it; None when something else did, or nothing yet."""
+        if self._stops.matched is not None:
+            return self._stops.matched
+        return self._ended_by if self._ended_by in self._options.stop_token_ids else None
+
     def push(self, update: Update) -> str:
         """The new content, which may be empty; sets `finish_reason` at the end. See `call_deltas` for the rest."""
         if self.finish_reason is not None:
@@ -149,7 +161,7 @@ class Answer:
             self._hide_tokens(update.token_ids[shown:], update.logprobs[shown:])
             if update.finish_reason is not None:
                 content += self._read(self._flush())
-                self.finish_reason = update.finish_reason
+                self.finish_reason, self._ended_by = update.finish_reason, update.stop_token_id
         if self.finish_reason is not None:
             content += self._finish_reading()
         is_whole = self.finish_reason is not None and not is_cut
@@ -227,8 +239,7 @@ class Answer:
             self.token_ids.extend(token_ids)
 
     def _tell_end(self, logprobs: Sequence[TokenLogprobs]) -> None:
-        """Evaluation harnesses score texts with one token behind and drop that one, so it must be there."""
-        if self._options.continues_prompt:
+        if self._options.tells_end:
             for one in logprobs:
                 self._unshown.add(one, "")
 

@@ -35,7 +35,7 @@ from proxy.api.http import error_response
 from proxy.api.requests import REF
 from proxy.byte_budget import ByteBudget
 from proxy.metrics import CLIENT_CLOSED_REQUEST, Metrics
-from proxy.request_context import ERROR_WORDS, OUTCOME, REQUEST_ID, Outcome, note_client_left
+from proxy.request_context import ERROR_WORDS, OUTCOME, REQUEST_ID, REQUEST_ID_PATTERN, Outcome, note_client_left
 from proxy.service import Service
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,6 @@ KEEP_ALIVE_S = 65
 _BACKLOG = 2048
 _FIRST_TRY_S = 1.0
 """A proxy that has just started does not refuse requests for want of workers that it could know of within so long."""
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LEADING_SLASHES = re.compile(r"^/+v1/+")
 _EXPOSED_HEADERS = ("x-request-id", "retry-after", "x-should-retry", "www-authenticate")
 """Of an answer, what the scripts of other origins may read besides the usual."""
@@ -204,7 +203,7 @@ class _Edge:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 outcome.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message)["x-request-id"] = REQUEST_ID.get()  # its body may have named it
             await send(message)
 
         try:
@@ -230,7 +229,7 @@ def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             text: str = value.decode("latin-1")
-            if _REQUEST_ID.fullmatch(text):
+            if re.fullmatch(REQUEST_ID_PATTERN, text):
                 return text
     return secrets.token_hex(16)
 

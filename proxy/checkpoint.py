@@ -58,4 +58,12 @@ class Checkpoint:
         self.pooling_config = read_json(folder, "1_Pooling/config.json")
         placeholder = image_placeholder(folder)
         self.image_token_id = None if placeholder is None else placeholder.token_id
-        self.sampling_defaults = SamplingDefaults.of(read_json(folder, "generation_config.json"))
+        generation = read_json(folder, "generation_config.json")
+        self.sampling_defaults = SamplingDefaults.of(generation)
+        self.bos_token_id = _bos_token_id(self.model_config.get("text_config"), self.model_config, generation)
+        """The token that a document begins with; None: there is none."""
+
+
+def _bos_token_id(*configs: Any) -> int | None:
+    found = (config.get("bos_token_id") for config in configs if isinstance(config, dict))
+    return next((token for token in found if isinstance(token, int)), None)

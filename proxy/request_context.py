@@ -14,6 +14,8 @@ ErrorWords = Callable[[EPDError], tuple[int, dict[str, Any]]]
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """As in the header X-Request-Id, the client's own or ours; empty outside of requests."""
+REQUEST_ID_PATTERN = "[A-Za-z0-9._:-]{1,128}"
+"""Of names that clients may give: harmless in headers and in logs."""
 
 KEY_ID: ContextVar[str] = ContextVar("key_id", default="")
 """Whose request it is: the beginning of the API key's digest, the same at all proxies; empty: no keys are asked for."""

@@ -16,6 +16,7 @@ from epd.tasks import check_task
 from epd.types import Grammar, Pooling, WorkerRole, WorkerTask
 from proxy.chat_template import Ending, Prompt
 from proxy.checkpoint import Checkpoint
+from proxy.cutting import Cut
 from proxy.dispatcher import Dispatcher
 from proxy.media import ImageSource, LoadedImage, MediaLoader
 from proxy.model_catalog import ModelRef
@@ -57,6 +58,7 @@ class ServedModel:
         self.tokenizer = checkpoint.tokenizer
         self.token_texts = checkpoint.token_texts
         self.template = checkpoint.template
+        self.bos_token_id = checkpoint.bos_token_id
         self.model_config = checkpoint.model_config
         self.pooling_config = checkpoint.pooling_config
         self.image_token_id = checkpoint.image_token_id
@@ -159,18 +161,25 @@ class ServedModel:
         self._check_size(size)
         return await self.off_loop_if_large(size, lambda: template.encode(messages, ending=ending, **variables))
 
-    async def encode_text(self, text: str, *, among: int = 0, add_special_tokens: bool = True) -> list[int]:
+    async def encode_text(
+        self, text: str, *, among: int = 0, add_special_tokens: bool = True, cut: Cut | None = None
+    ) -> list[int]:
         """Tokens of a raw prompt, with what the tokenizer puts around each text unless `add_special_tokens` is off.
 
         Args:
             text: of the prompt.
             among: characters of all texts of the request: many small ones take as long as a large one.
             add_special_tokens: see above.
+            cut: what to do with a prompt that is too long; None: nothing, it may be refused.
         """
+        if cut is not None:
+            text = cut.of_text(text, self.tokenizer.longest_token)
         self._check_size(len(text))
-        return await self.off_loop_if_large(
+        token_ids = await self.off_loop_if_large(
             max(len(text), among), lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         )
+        before, behind = map(len, self.tokenizer.around) if add_special_tokens else (0, 0)
+        return token_ids if cut is None else cut.of_tokens(token_ids, before, behind)
 
     async def encode_pair(self, first: str, second: str, *, among: int = 0) -> list[int]:
         """Tokens of two texts in one sequence, joined as the tokenizer joins pairs. `among`: as for `encode_text`."""

@@ -45,6 +45,8 @@ class Tokenizer:
         """For byte-level tokenizers, the short way to text."""
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        self.around = self._find_around()
+        """What the tokenizer itself puts before and behind a text."""
         self._literals = _Literals(token.content for token in added.values())
         normalized = [token.content for token in added.values() if token.normalized]
         self._normalized = _Literals(normalized)
@@ -59,6 +61,13 @@ class Tokenizer:
         """Token ids of `text`; literals of added tokens in it become those tokens."""
         encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         return list(encoding.ids)
+
+    def _find_around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        probe = self.backend.encode("a", add_special_tokens=True)
+        own = probe.special_tokens_mask
+        before = own.index(0) if 0 in own else len(own)
+        behind = own[::-1].index(0) if 0 in own else 0
+        return tuple(probe.ids[:before]), tuple(probe.ids[len(own) - behind :])
 
     def encode_pair(self, first: str, second: str) -> list[int]:
         """Token ids of two texts in one sequence, with what the tokenizer puts around and between them."""

@@ -6,6 +6,7 @@ their own.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -16,15 +17,25 @@ from epd.types import SamplingParams
 from proxy.answer import Answer, TextOptions
 from proxy.api.dialect import Dialect, Head
 from proxy.api.http import Client
-from proxy.api.openai_answer import ChatDialect, TextDialect, Wanted
+from proxy.api.openai_answer import ChatDialect, TextDialect, UsageSoFar, Wanted
+from proxy.api.openai_length import cut_chat, cut_of, with_special_tokens
 from proxy.api.openai_logprobs import Echo
-from proxy.api.openai_prompt import count_parts, messages_of, prompts_of, template_variables
-from proxy.api.openai_sampling import check_supported, samples_of, sampling_of, shown_logprobs, text_options_of
+from proxy.api.openai_prompt import count_parts, echoed_text, ending_of, messages_of, prompts_of, template_variables
+from proxy.api.openai_sampling import (
+    check_answers,
+    check_supported,
+    samples_of,
+    sampling_of,
+    shown_logprobs,
+    text_options_of,
+)
 from proxy.api.openai_schema import ChatRequest, CompletionRequest, SamplingRequest
 from proxy.api.openai_structured import grammar_of
 from proxy.api.requests import deadline
 from proxy.api.teller import Teller
+from proxy.chat_template import Prompt
 from proxy.served_model import ServedModel
+from proxy.user_text import Message
 from proxy.work import Work
 
 
@@ -63,11 +74,11 @@ async def answer_chat(
     with model.dispatcher.admit():
         async with deadline(model, arrived):
             sampling = await _with_grammar(model, body, sampling)
-            prompt = await model.encode_chat(messages, template_variables(body))
+            prompt = await _chat_prompt(model, body, messages, sampling.max_tokens)
             model.check_context(len(prompt.token_ids), sampling.max_tokens)
             check_prompt_logprobs(sampling, len(prompt.token_ids))
             images = await model.load_images(sources)
-        head = Head.new(id_prefix, model.name)
+        head, counts = Head.new(id_prefix, model.name, model.ref.fingerprint), UsageSoFar()
         work = Work(
             request_id=head.id,
             model=model.ref,
@@ -77,12 +88,21 @@ async def answer_chat(
             sampling=_within_context(model, sampling, len(prompt.token_ids)),
             n=body.n or 1,
             priority=body.priority or 0,
+            cache_salt=body.cache_salt or "",
             arrived=arrived,
             timeout_s=model.config.request_timeout,
         )
-        dialect = dialect_of(head, _wanted(model, body, sampling.logprobs))
+        wanted = _wanted(model, body, work, sampling.logprobs, counts)
+        dialect = dialect_of(head, dataclasses.replace(wanted, begun=echoed_text(body)))
         return await tell(
-            client, model, work, dialect, options, stream=bool(body.stream), with_timings=bool(body.timings)
+            client,
+            model,
+            work,
+            dialect,
+            options,
+            stream=bool(body.stream),
+            with_timings=bool(body.timings),
+            counts=counts,
         )
 
 
@@ -96,10 +116,11 @@ async def answer_text(client: Client, model: ServedModel, body: CompletionReques
         async with deadline(model, arrived):
             sampling = await _with_grammar(model, body, sampling)
             prompts = await prompts_of(body, model, sampling.max_tokens)
+            check_answers(len(prompts), samples_of(body))
             for prompt in prompts:
                 check_prompt_logprobs(sampling, len(prompt))
             echoes = await _echoes(model, body, prompts)
-        head, samples = Head.new("cmpl", model.name), samples_of(body)
+        head, samples, counts = Head.new("cmpl", model.name, model.ref.fingerprint), samples_of(body), UsageSoFar()
         work = Work(
             request_id=head.id,
             model=model.ref,
@@ -107,13 +128,21 @@ async def answer_text(client: Client, model: ServedModel, body: CompletionReques
             sampling=sampling,
             n=samples,
             priority=body.priority or 0,
+            cache_salt=body.cache_salt or "",
             arrived=arrived,
             timeout_s=model.config.request_timeout,
         )
-        wanted = _wanted(model, body, shown_logprobs(body))
+        wanted = _wanted(model, body, work, shown_logprobs(body), counts)
         dialect = TextDialect(head, wanted, echoes=echoes, samples=samples, n=body.n or 1)
         return await tell(
-            client, model, work, dialect, options, stream=bool(body.stream), with_timings=bool(body.timings)
+            client,
+            model,
+            work,
+            dialect,
+            options,
+            stream=bool(body.stream),
+            with_timings=bool(body.timings),
+            counts=counts,
         )
 
 
@@ -126,6 +155,7 @@ async def tell(
     *,
     stream: bool,
     with_timings: bool = False,
+    counts: UsageSoFar | None = None,
 ) -> Sequence[Answer]:
     """Hand work to the workers and tell the client what comes. The caller holds a place among the requests in work.
 
@@ -137,6 +167,7 @@ async def tell(
         options: how text is made of tokens.
         stream: tell as it comes.
         with_timings: tell where the time went.
+        counts: by which the dialect can ask for token counts under way.
 
     Returns:
         The samples as they were told.
@@ -147,9 +178,20 @@ async def tell(
     generation = await model.dispatcher.start(work)
     try:
         teller = Teller(generation, dialect, model.tokenizer, options, with_timings=with_timings)
+        if counts is not None:
+            counts.count = teller.usage
         return await teller.tell(client, stream=stream)
     finally:
         await model.dispatcher.close(generation)
+
+
+async def _chat_prompt(
+    model: ServedModel, body: ChatRequest, messages: Sequence[Message], max_tokens: int | None
+) -> Prompt:
+    prompt = await model.encode_chat(messages, template_variables(body), ending_of(body))
+    if body.add_special_tokens:
+        prompt = with_special_tokens(prompt, model.tokenizer)
+    return cut_chat(prompt, cut_of(body, model, max_tokens))
 
 
 async def _echoes(model: ServedModel, body: CompletionRequest, prompts: list[tuple[int, ...]]) -> list[Echo]:
@@ -171,8 +213,19 @@ async def _with_grammar(model: ServedModel, body: SamplingRequest, sampling: Sam
     return msgspec.structs.replace(sampling, grammar=asked[1])
 
 
-def _wanted(model: ServedModel, body: SamplingRequest, logprobs: int | None) -> Wanted:
-    return Wanted(model.token_texts, _include_usage(body), logprobs, body.prompt_logprobs)
+def _wanted(model: ServedModel, body: SamplingRequest, work: Work, logprobs: int | None, counts: UsageSoFar) -> Wanted:
+    options = body.stream_options
+    has_usage = bool(options and options.include_usage)
+    counts_along = has_usage and options is not None and bool(options.continuous_usage_stats)
+    return Wanted(
+        model.token_texts,
+        has_usage,
+        logprobs,
+        body.prompt_logprobs,
+        tokens_as_ids=bool(body.return_tokens_as_token_ids),
+        prompt_token_ids=work.prompts if body.return_token_ids else (),
+        usage_so_far=counts if counts_along else None,
+    )
 
 
 def _within_context(model: ServedModel, sampling: SamplingParams, prompt_tokens: int) -> SamplingParams:
@@ -180,7 +233,3 @@ def _within_context(model: ServedModel, sampling: SamplingParams, prompt_tokens:
     if sampling.max_tokens is not None or model.config.max_model_len is None:
         return sampling
     return msgspec.structs.replace(sampling, max_tokens=max(model.config.max_model_len - prompt_tokens, 1))
-
-
-def _include_usage(body: SamplingRequest) -> bool:
-    return bool(body.stream_options and body.stream_options.include_usage)

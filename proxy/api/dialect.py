@@ -43,11 +43,14 @@ class Head:
     id: str
     created: int
     model: str
+    system_fingerprint: str | None = None
+    """Names what made the answer: equal seeds give equal answers while it stays the same."""
 
     @classmethod
-    def new(cls, prefix: str, model: str) -> Head:
-        """A head with an unguessable id such as `chatcmpl-…`."""
-        return cls(f"{prefix}-{secrets.token_hex(16)}", int(time.time()), model)
+    def new(cls, prefix: str, model: str, checkpoint: str = "") -> Head:
+        """A head with an unguessable id such as `chatcmpl-…`; `checkpoint`: the model's fingerprint."""
+        system = f"fp_{checkpoint[:12]}" if checkpoint else None
+        return cls(f"{prefix}-{secrets.token_hex(16)}", int(time.time()), model, system)
 
 
 @dataclass(frozen=True)

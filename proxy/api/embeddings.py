@@ -17,6 +17,7 @@ from epd.errors import InvalidRequest
 from epd.types import Pooling, PoolingKind
 from proxy.api.dialect import Head
 from proxy.api.http import Client, Exchange
+from proxy.api.openai_length import cut_of
 from proxy.api.openai_prompt import token_prompts
 from proxy.api.requests import deadline, decoded, documented, service_of
 from proxy.api.vectors import MAX_INPUTS, VectorUsage, pooled
@@ -47,17 +48,20 @@ class EmbeddingRequest(Struct, kw_only=True):
         Meta(description="of the tokens' final states; default: what the checkpoint says, else last"),
     ] = None
     normalize: Annotated[bool | None, Meta(description="scale to length 1; default: true")] = None
-    truncate_prompt_tokens: Any = None
-    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[
+        Annotated[int, Meta(ge=-1)] | None, Meta(description="cut longer inputs to so many tokens; -1: to the context")
+    ] = None
+    truncation_side: Annotated[
+        Literal["left", "right"] | None, Meta(description="where they are cut; default: right, the end")
+    ] = None
+    add_special_tokens: Annotated[
+        bool | None, Meta(description="put the tokenizer's own tokens around each text; default: true")
+    ] = None
     messages: Any = None
 
     def unsupported(self) -> dict[str, bool]:
         """Field → whether the request uses it in a way that can't be served."""
-        return {
-            "truncate_prompt_tokens": self.truncate_prompt_tokens is not None,
-            "add_special_tokens": self.add_special_tokens is False,
-            "messages": self.messages is not None,
-        }
+        return {"messages": self.messages is not None}
 
 
 class Embedding(Struct):
@@ -101,7 +105,15 @@ async def _embed(client: Client, model: ServedModel, body: EmbeddingRequest, arr
     model.require_task(pooling)
     with model.dispatcher.admit():
         async with deadline(model, arrived):
-            prompts = await token_prompts(body.input, model, field="input", limit=MAX_INPUTS, completion=0)
+            prompts = await token_prompts(
+                body.input,
+                model,
+                field="input",
+                limit=MAX_INPUTS,
+                completion=0,
+                cut=cut_of(body, model, 0, side="right"),
+                add_special_tokens=body.add_special_tokens is not False,
+            )
         vectors = await pooled(model, Head.new("embd", "").id, prompts, pooling, arrived)
     answers = [
         Embedding(index, _encoded(_cut(vector, body), body.encoding_format))

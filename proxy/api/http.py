@@ -52,7 +52,7 @@ def error_response(error: EPDError) -> Response:
     if error.retryable:
         wanted = math.ceil(error.retry_after_s or RETRY_AFTER_S)
         headers["retry-after"] = str(min(max(wanted, RETRY_AFTER_S), LONGEST_RETRY_AFTER_S))
-    if isinstance(error, ClientError):
+    if isinstance(error, ClientError) and not isinstance(error, RequestTimeout):
         headers["x-should-retry"] = "false"
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"

@@ -9,9 +9,10 @@ from starlette.responses import Response
 
 from proxy.api.answering import answer_chat, answer_text
 from proxy.api.http import Exchange
+from proxy.api.openai_fields import CHAT_REFUSED, TEXT_REFUSED, table
 from proxy.api.openai_responses import ChatCompletion, TextCompletion
 from proxy.api.openai_schema import ChatRequest, CompletionRequest
-from proxy.api.requests import decoded, documented, service_of
+from proxy.api.requests import decoded, documented, name_request, service_of
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -19,19 +20,31 @@ router = APIRouter(tags=["OpenAI"])
 DOCUMENTED = (ChatRequest, CompletionRequest, ChatCompletion, TextCompletion)
 
 
-@router.post("/v1/chat/completions", response_model=None, openapi_extra=documented(ChatRequest, ChatCompletion))
+@router.post(
+    "/v1/chat/completions",
+    response_model=None,
+    openapi_extra=documented(ChatRequest, ChatCompletion),
+    description=f"Answer a conversation, which may show pictures.\n\n{table(CHAT_REFUSED)}",
+)
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, which may show pictures."""
     arrived, service = time.perf_counter(), service_of(request)
     body = await decoded(request, ChatRequest)
+    name_request(body.request_id)
     model = service.model(body.model)
     return Exchange(lambda client: answer_chat(client, model, body, arrived))
 
 
-@router.post("/v1/completions", response_model=None, openapi_extra=documented(CompletionRequest, TextCompletion))
+@router.post(
+    "/v1/completions",
+    response_model=None,
+    openapi_extra=documented(CompletionRequest, TextCompletion),
+    description=f"Continue a text.\n\n{table(TEXT_REFUSED)}",
+)
 async def completions(request: Request) -> Response:
     """Continue a text."""
     arrived, service = time.perf_counter(), service_of(request)
     body = await decoded(request, CompletionRequest)
+    name_request(body.request_id)
     model = service.model(body.model)
     return Exchange(lambda client: answer_text(client, model, body, arrived))

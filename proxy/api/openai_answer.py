@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from msgspec import UNSET, UnsetType
 
 from proxy.answer import Answer, ShownToken
 from proxy.api.dialect import DONE, Head, News, ServerSent, Timings, server_sent
-from proxy.api.openai_logprobs import Echo, chat_logprobs, joined, prompt_logprobs, text_logprobs
+from proxy.api.openai_logprobs import (
+    Echo,
+    TokenNames,
+    TokensAsIds,
+    chat_logprobs,
+    joined,
+    prompt_logprobs,
+    text_logprobs,
+)
 from proxy.api.openai_responses import (
     AnswerCall,
     AnswerCallDelta,
@@ -32,6 +40,18 @@ from proxy.token_text import TokenTexts
 from proxy.tools.calls import CallDelta
 
 
+class UsageSoFar:
+    """Token counts of an answer under way: made before who can count them is known."""
+
+    def __init__(self) -> None:
+        self.count: Callable[[], Usage] | None = None
+        """Who counts."""
+
+    def __call__(self) -> Usage | None:
+        """What is counted so far."""
+        return None if self.count is None else self.count()
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What an answer holds besides the text."""
@@ -45,12 +65,36 @@ class Wanted:
     """The same for the prompt."""
     function_call: bool = False
     """Tool calls in their deprecated form: one, without an id."""
+    tokens_as_ids: bool = False
+    """Call tokens by their ids in log probabilities."""
+    prompt_token_ids: Sequence[Sequence[int]] = ()
+    """Of each prompt, if the client wants them."""
+    begun: str = ""
+    """Text that the answer begins with."""
+    usage_so_far: UsageSoFar | None = None
+    """Where each chunk asks for its token counts, if it is to tell them."""
 
     def of_prompt(self, answer: Answer) -> PromptLogprobs | UnsetType:
         """The field `prompt_logprobs`, if there is to be one."""
         if self.prompt_logprobs is None:
             return UNSET
         return prompt_logprobs(answer.prompt_logprobs, self.texts, self.prompt_logprobs)
+
+    @property
+    def names(self) -> TokenNames:
+        """What tokens are called in log probabilities."""
+        return TokensAsIds(self.texts) if self.tokens_as_ids else self.texts
+
+    def prompt_ids(self, prompt: int) -> Sequence[int] | UnsetType:
+        """The field `prompt_token_ids` of a prompt, if there is to be one."""
+        return self.prompt_token_ids[prompt] if self.prompt_token_ids else UNSET
+
+    @property
+    def usage_of_chunk(self) -> Usage | UnsetType | None:
+        """The field `usage` of a chunk that is not the last."""
+        if self.usage_so_far is not None:
+            return self.usage_so_far()
+        return None if self.usage else UNSET
 
 
 class ChatDialect(ServerSent):
@@ -64,11 +108,11 @@ class ChatDialect(ServerSent):
     def __init__(self, head: Head, wanted: Wanted) -> None:
         self._head = head
         self._wanted = wanted
-        self._no_usage: UnsetType | None = None if wanted.usage else UNSET
 
     def opening(self, index: int) -> bytes:
         """The role, once."""
-        return self._chunk([ChunkChoice(index, Delta(role="assistant", content=""))])
+        choice = ChunkChoice(index, Delta(role="assistant", content=self._wanted.begun))
+        return self._chunk([choice], prompt_token_ids=self._wanted.prompt_ids(0))
 
     def chunk(self, index: int, news: News) -> bytes:
         """New text, then news of calls, each in a chunk of its own. Tokens come with the first of them."""
@@ -89,7 +133,7 @@ class ChatDialect(ServerSent):
     def closing(self, index: int, answer: Answer, news: News, timings: Timings | UnsetType) -> bytes:
         """An empty delta with the reason."""
         logprobs = self._logprobs(news.shown) if news.shown else None
-        choice = ChunkChoice(index, Delta(), self._reason(answer), logprobs=logprobs, token_ids=news.token_ids)
+        choice = ChunkChoice(index, Delta(), self._reason(answer), logprobs, news.token_ids, answer.stop_reason)
         return self._chunk([choice], timings=timings)
 
     def end(self, usage: Usage) -> bytes:
@@ -99,18 +143,27 @@ class ChatDialect(ServerSent):
     def whole(self, answers: Sequence[Answer], usage: Usage, timings: Timings | UnsetType) -> ChatCompletion:
         """The answer in one piece."""
         head = self._head
-        choices = [
-            ChatChoice(i, self._message(one), self._reason(one), self._logprobs(one.logprobs), one.token_ids)
-            for i, one in enumerate(answers)
-        ]
-        of_prompt = self._wanted.of_prompt(answers[0])
         return ChatCompletion(
-            head.id, head.created, head.model, choices, usage, timings=timings, prompt_logprobs=of_prompt
+            head.id,
+            head.created,
+            head.model,
+            [self._choice(index, answer) for index, answer in enumerate(answers)],
+            usage,
+            system_fingerprint=head.system_fingerprint,
+            timings=timings,
+            prompt_logprobs=self._wanted.of_prompt(answers[0]),
+            prompt_token_ids=self._wanted.prompt_ids(0),
         )
+
+    def _choice(self, index: int, answer: Answer) -> ChatChoice:
+        logprobs = self._logprobs(answer.logprobs)
+        reason = self._reason(answer)
+        return ChatChoice(index, self._message(answer), reason, logprobs, answer.token_ids, answer.stop_reason)
 
     def _message(self, answer: Answer) -> AnswerMessage:
         calls = [AnswerCall(call.id, FunctionCall(call.name, call.arguments)) for call in answer.tool_calls]
-        message = AnswerMessage(answer.text if answer.text or not calls else None)
+        text = self._wanted.begun + answer.text
+        message = AnswerMessage(text if text or not calls else None)
         if calls and self._wanted.function_call:
             message.function_call = calls[0].function
         elif calls:
@@ -123,14 +176,27 @@ class ChatDialect(ServerSent):
 
     def _logprobs(self, shown: Sequence[ShownToken]) -> ChatLogprobs | None:
         top = self._wanted.logprobs
-        return None if top is None else chat_logprobs(shown, self._wanted.texts, top)
+        return None if top is None else chat_logprobs(shown, self._wanted.names, top)
 
     def _chunk(
-        self, choices: list[ChunkChoice], usage: Usage | None = None, timings: Timings | UnsetType = UNSET
+        self,
+        choices: list[ChunkChoice],
+        usage: Usage | None = None,
+        timings: Timings | UnsetType = UNSET,
+        prompt_token_ids: Sequence[int] | UnsetType = UNSET,
     ) -> bytes:
         head = self._head
         return server_sent(
-            ChatChunk(head.id, head.created, head.model, choices, usage=usage or self._no_usage, timings=timings)
+            ChatChunk(
+                head.id,
+                head.created,
+                head.model,
+                choices,
+                system_fingerprint=head.system_fingerprint,
+                usage=usage or self._wanted.usage_of_chunk,
+                timings=timings,
+                prompt_token_ids=prompt_token_ids,
+            )
         )
 
 
@@ -148,17 +214,17 @@ class TextDialect(ServerSent):
     def __init__(self, head: Head, wanted: Wanted, *, echoes: Sequence[Echo], samples: int, n: int) -> None:
         self._head = head
         self._wanted = wanted
-        self._no_usage: UnsetType | None = None if wanted.usage else UNSET
         self._echoes = echoes
         self._samples = samples
         self._n = n
 
     def opening(self, index: int) -> bytes:
         """The prompt, when it is to be echoed. With log probabilities it waits for those."""
-        echo = self._echo(index)
-        if echo is None or not echo.text or self._wanted.logprobs is not None:
+        echo, ids = self._echo(index), self._wanted.prompt_ids(index // self._samples)
+        text = "" if echo is None or self._wanted.logprobs is not None else echo.text
+        if not text and ids is UNSET:
             return b""
-        return self._event([TextChoice(index, echo.text)])
+        return self._event([TextChoice(index, text, prompt_token_ids=ids)])
 
     def prompt(self, index: int, answer: Answer) -> bytes:
         """The prompt and its log probabilities, when it is to be echoed."""
@@ -175,7 +241,9 @@ class TextDialect(ServerSent):
     def closing(self, index: int, answer: Answer, news: News, timings: Timings | UnsetType) -> bytes:
         """No text, the reason."""
         logprobs = self._logprobs(index, news.shown) if news.shown else None
-        choice = TextChoice(index, "", answer.reason, logprobs=logprobs, token_ids=news.token_ids)
+        choice = TextChoice(
+            index, "", answer.reason, logprobs, token_ids=news.token_ids, stop_reason=answer.stop_reason
+        )
         return self._event([choice], timings=timings)
 
     def end(self, usage: Usage) -> bytes:
@@ -209,6 +277,8 @@ class TextDialect(ServerSent):
             logprobs,
             answer.token_ids,
             self._wanted.of_prompt(answer),
+            answer.stop_reason,
+            self._wanted.prompt_ids(index // self._samples),
         )
 
     def _echo(self, index: int) -> Echo | None:
@@ -216,10 +286,10 @@ class TextDialect(ServerSent):
 
     def _logprobs(self, index: int, shown: Sequence[ShownToken]) -> TextLogprobs | None:
         top, echo = self._wanted.logprobs, self._echo(index)
-        return None if top is None else text_logprobs(shown, self._wanted.texts, top, len(echo.text) if echo else 0)
+        return None if top is None else text_logprobs(shown, self._wanted.names, top, len(echo.text) if echo else 0)
 
     def _logprobs_of_echo(self, echo: Echo, answer: Answer, top: int) -> TextLogprobs:
-        return echo.logprobs(answer.prompt_logprobs, self._wanted.texts, top)
+        return echo.logprobs(answer.prompt_logprobs, self._wanted.names, top)
 
     def _event(
         self, choices: list[TextChoice], usage: Usage | None = None, timings: Timings | UnsetType = UNSET
@@ -231,5 +301,11 @@ class TextDialect(ServerSent):
     ) -> TextCompletion:
         head = self._head
         return TextCompletion(
-            head.id, head.created, head.model, choices, usage=usage or self._no_usage, timings=timings
+            head.id,
+            head.created,
+            head.model,
+            choices,
+            system_fingerprint=head.system_fingerprint,
+            usage=usage or self._wanted.usage_of_chunk,
+            timings=timings,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from epd.types import TokenLogprobs
 from proxy.answer import ShownToken
@@ -23,12 +24,37 @@ VERY_UNLIKELY = -9999.0
 """Stands for minus infinity, which JSON has no number for."""
 
 
-def chat_logprobs(tokens: Sequence[ShownToken], texts: TokenTexts, top: int) -> ChatLogprobs:
+class TokenNames(Protocol):
+    """What tokens are called."""
+
+    def raw(self, token_id: int) -> bytes:
+        """The token's bytes."""
+
+    def text(self, token_id: int) -> str:
+        """What stands for the token."""
+
+
+@dataclass(frozen=True)
+class TokensAsIds:
+    """Tokens called by their ids: different tokens may have the same text, or none that JSON can hold."""
+
+    texts: TokenTexts
+
+    def raw(self, token_id: int) -> bytes:
+        """The token's bytes."""
+        return self.texts.raw(token_id)
+
+    def text(self, token_id: int) -> str:
+        """Its id, as vLLM writes it."""
+        return f"token_id:{token_id}"
+
+
+def chat_logprobs(tokens: Sequence[ShownToken], texts: TokenNames, top: int) -> ChatLogprobs:
     """`choices[].logprobs` of a chat, with the `top` most likely tokens at each position."""
     return ChatLogprobs([_chat_token(token.logprobs, texts, top) for token in tokens])
 
 
-def _chat_token(known: TokenLogprobs, texts: TokenTexts, top: int) -> TokenLogprob:
+def _chat_token(known: TokenLogprobs, texts: TokenNames, top: int) -> TokenLogprob:
     best = [
         TopLogprob(texts.text(token), _finite(logprob), list(texts.raw(token))) for token, logprob in known.top[:top]
     ]
@@ -36,7 +62,7 @@ def _chat_token(known: TokenLogprobs, texts: TokenTexts, top: int) -> TokenLogpr
     return TokenLogprob(texts.text(token), _finite(known.logprob), list(texts.raw(token)), best)
 
 
-def text_logprobs(tokens: Sequence[ShownToken], texts: TokenTexts, top: int, begins_at: int = 0) -> TextLogprobs:
+def text_logprobs(tokens: Sequence[ShownToken], texts: TokenNames, top: int, begins_at: int = 0) -> TextLogprobs:
     """`choices[].logprobs` of a text completion. The token itself is always among those of `top_logprobs`.
 
     Args:
@@ -53,7 +79,7 @@ def text_logprobs(tokens: Sequence[ShownToken], texts: TokenTexts, top: int, beg
     )
 
 
-def _top_of_text(known: TokenLogprobs, texts: TokenTexts, top: int) -> dict[str, float]:
+def _top_of_text(known: TokenLogprobs, texts: TokenNames, top: int) -> dict[str, float]:
     """Different tokens may have the same text; the likelier one, which comes first, stands for it."""
     found: dict[str, float] = {}
     for token, logprob in (*known.top[:top], (known.token_id, known.logprob)):
@@ -61,7 +87,7 @@ def _top_of_text(known: TokenLogprobs, texts: TokenTexts, top: int) -> dict[str,
     return found
 
 
-def _key(token_id: int, texts: TokenTexts) -> str:
+def _key(token_id: int, texts: TokenNames) -> str:
     """A token's text; bytes that are no whole character are spelt out, as all of them look the same as text."""
     text, raw = texts.text(token_id), texts.raw(token_id)
     is_whole = REPLACEMENT not in text or text.encode() == raw
@@ -103,7 +129,7 @@ class Echo:
             length += len(detokenizer.push((token_id,)))
         return cls(text, token_ids, offsets)
 
-    def logprobs(self, positions: Sequence[TokenLogprobs | None], texts: TokenTexts, top: int) -> TextLogprobs:
+    def logprobs(self, positions: Sequence[TokenLogprobs | None], texts: TokenNames, top: int) -> TextLogprobs:
         """Of the prompt's tokens; the first one has none."""
         known = list(zip(self.token_ids, positions, strict=True))
         return TextLogprobs(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from epd.errors import ContextLengthExceeded, InvalidRequest
+from proxy.api.openai_length import cut_of
 from proxy.api.openai_sampling import check_token_ids
 from proxy.api.openai_schema import (
     ChatMessage,
@@ -15,13 +16,47 @@ from proxy.api.openai_schema import (
     ContentPart,
     ImageURL,
 )
+from proxy.chat_template import Ending
+from proxy.cutting import Cut
 from proxy.media import ImageSource
 from proxy.served_model import ServedModel
 from proxy.user_text import Message
 
 MAX_PROMPTS = 128
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_MEDIA_NOT_SUPPORTED = ("input_audio", "audio_url", "video_url", "file", "image_embeds")
+_MEDIA_NOT_SUPPORTED = (
+    "input_audio",
+    "audio_url",
+    "audio_embeds",
+    "video_url",
+    "file",
+    "image_embeds",
+    "image_pil",
+)
+
+
+def ending_of(request: ChatRequest) -> Ending:
+    """What follows the last message in the prompt.
+
+    Raises:
+        InvalidRequest: two fields contradict each other.
+    """
+    if not request.continue_final_message:
+        return Ending.NOTHING if request.add_generation_prompt is False else Ending.HEADER
+    if request.add_generation_prompt:
+        raise InvalidRequest(
+            "add_generation_prompt and continue_final_message exclude each other; send one of them.",
+            param="add_generation_prompt",
+        )
+    return Ending.OPEN
+
+
+def echoed_text(request: ChatRequest) -> str:
+    """What a chat's answer begins with: the assistant's own words, when they are to be given back."""
+    last = request.messages[-1]
+    if not request.echo or last.role != "assistant" or last.content is None:
+        return ""
+    return last.content if isinstance(last.content, str) else "".join(part.text or "" for part in last.content)
 
 
 def template_variables(request: ChatRequest) -> dict[str, Any]:
@@ -79,7 +114,8 @@ def _message(message: ChatMessage, where: str, sources: list[ImageSource]) -> Me
 
 
 def _part(part: ContentPart, where: str, sources: list[ImageSource]) -> dict[str, str]:
-    kind = part.type or next((name for name in ("image_url", "text", "refusal") if getattr(part, name) is not None), "")
+    kinds = ("image_url", "text", "refusal", *_MEDIA_NOT_SUPPORTED)
+    kind = part.type or next((name for name in kinds if getattr(part, name) is not None), "")
     if kind == "image_url":
         sources.append(_image(part.image_url, where))
         return {"type": "image"}
@@ -88,8 +124,7 @@ def _part(part: ContentPart, where: str, sources: list[ImageSource]) -> dict[str
         if text is None:
             raise InvalidRequest(f"{where} has no text.", param=where)
         return {"type": "text", "text": text}
-    known = kind in _MEDIA_NOT_SUPPORTED
-    problem = f"content of type {kind[:100]!r} is not supported" if kind or known else "the part has no type"
+    problem = f"content of type {kind[:100]!r} is not supported" if kind else "the part has no type"
     raise InvalidRequest(f"{where}: {problem}; send text or image_url parts.", param=where)
 
 
@@ -116,7 +151,25 @@ def naming(field: str) -> Iterator[None]:
 
 async def prompts_of(request: CompletionRequest, model: ServedModel, completion: int | None) -> list[tuple[int, ...]]:
     """Token ids of each prompt. Arguments and errors are those of `token_prompts`."""
-    return await token_prompts(request.prompt, model, field="prompt", limit=MAX_PROMPTS, completion=completion)
+    prompt = [_document_start(model)] if request.prompt is None else request.prompt
+    return await token_prompts(
+        prompt,
+        model,
+        field="prompt",
+        limit=MAX_PROMPTS,
+        completion=completion,
+        cut=cut_of(request, model, completion),
+        add_special_tokens=request.add_special_tokens is not False,
+    )
+
+
+def _document_start(model: ServedModel) -> int:
+    found = model.bos_token_id
+    if found is None:
+        raise InvalidRequest(
+            "prompt: null begins a new document, for which this model has no token; send a text.", param="prompt"
+        )
+    return found
 
 
 async def token_prompts(
@@ -126,6 +179,8 @@ async def token_prompts(
     field: str,
     limit: int,
     completion: int | None,
+    cut: Cut | None = None,
+    add_special_tokens: bool = True,
 ) -> list[tuple[int, ...]]:
     """Token ids of each text, or lists of ids as they are.
 
@@ -135,44 +190,47 @@ async def token_prompts(
         field: what to call it in errors.
         limit: most texts.
         completion: tokens that must fit behind each, as for `Service.check_context`.
+        cut: what to do with one that is too long; None: refuse it.
+        add_special_tokens: put the tokenizer's own around texts.
 
     Raises:
         InvalidRequest: no prompt, an empty one, too many, or ids that do not exist.
         ContextLengthExceeded: one does not fit.
     """
     with naming(field):
-        return await _token_prompts(prompt, model, field, limit, completion)
-
-
-async def _token_prompts(
-    prompt: str | Sequence[str | int | list[int]], model: ServedModel, field: str, limit: int, completion: int | None
-) -> list[tuple[int, ...]]:
-    if not isinstance(prompt, str) and len(prompt) > limit:  # ids of one prompt, or too many prompts
-        if not isinstance(prompt[0], int):
-            raise InvalidRequest(f"{len(prompt)} texts; at most {limit}.", param=field)
-        model.check_context(len(prompt), completion)
-    entries: Sequence[str | int | list[int]] = [prompt] if isinstance(prompt, str) else prompt
-    if entries and all(isinstance(entry, int) for entry in entries):
-        entries = [[entry for entry in entries if isinstance(entry, int)]]
-    if any(isinstance(entry, int) for entry in entries):
-        raise InvalidRequest(f"{field} mixes token ids with texts; send one kind.", param=field)
-    if not entries or not all(entries):
-        raise InvalidRequest(f"{field} is empty; send at least one character or token.", param=field)
-    among = sum(len(entry) for entry in entries if isinstance(entry, str))
-    prompts = [
-        await _prompt_ids(entry, model, field, completion, among) for entry in entries if not isinstance(entry, int)
-    ]
+        if cut is not None and not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
+            prompt = cut.of_tokens(prompt)  # the ids of one prompt, perhaps very many
+        elif not isinstance(prompt, str) and len(prompt) > limit:  # or too many prompts
+            if not isinstance(prompt[0], int):
+                raise InvalidRequest(f"{len(prompt)} texts; at most {limit}.", param=field)
+            model.check_context(len(prompt), completion)
+        entries = _entries([prompt] if isinstance(prompt, str) else prompt, field)
+        among = sum(len(entry) for entry in entries if isinstance(entry, str))
+        prompts: list[tuple[int, ...]] = []
+        for entry in entries:
+            if isinstance(entry, str):
+                ids = await model.encode_text(entry, among=among, add_special_tokens=add_special_tokens, cut=cut)
+            else:
+                ids = entry if cut is None else cut.of_tokens(entry)
+            prompts.append(_checked(tuple(ids), model, field, completion))
     if not all(prompts):
         raise InvalidRequest(f"{field} has no tokens.", param=field)
     return prompts
 
 
-async def _prompt_ids(
-    entry: str | list[int], model: ServedModel, field: str, completion: int | None, among: int
-) -> tuple[int, ...]:
-    if not isinstance(entry, str):
-        model.check_context(len(entry), completion)
-    token_ids = tuple(await model.encode_text(entry, among=among) if isinstance(entry, str) else entry)
+def _entries(prompt: Sequence[str | int | list[int]], field: str) -> Sequence[str | list[int]]:
+    """Texts, or ids of each."""
+    entries = [entry for entry in prompt if not isinstance(entry, int)]
+    if prompt and not entries:
+        entries = [[entry for entry in prompt if isinstance(entry, int)]]
+    elif len(entries) < len(prompt):
+        raise InvalidRequest(f"{field} mixes token ids with texts; send one kind.", param=field)
+    if not entries or not all(entries):
+        raise InvalidRequest(f"{field} is empty; send at least one character or token.", param=field)
+    return entries
+
+
+def _checked(token_ids: tuple[int, ...], model: ServedModel, field: str, completion: int | None) -> tuple[int, ...]:
     model.check_context(len(token_ids), completion)
     check_token_ids(token_ids, model.tokenizer, field)
     if model.image_token_id is not None and model.image_token_id in token_ids:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 from msgspec import UNSET, UnsetType
 
@@ -56,6 +58,14 @@ class PromptTokensDetails(msgspec.Struct):
     """Where the prompt's tokens came from."""
 
     cached_tokens: int = 0
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
+class CompletionTokensDetails(msgspec.Struct):
+    """What the answer's tokens are. Thoughts are not told apart from the rest here."""
+
+    reasoning_tokens: int = 0
 
 
 class Usage(msgspec.Struct):
@@ -65,6 +75,11 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails = msgspec.field(default_factory=CompletionTokensDetails)
+
+
+StopReason = str | int | None
+"""The stop string or token of the request's that ended an answer."""
 
 
 class FunctionCall(msgspec.Struct):
@@ -103,6 +118,7 @@ class ChatChoice(msgspec.Struct):
     finish_reason: str
     logprobs: ChatLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
+    stop_reason: StopReason = None
 
 
 class ChatCompletion(msgspec.Struct):
@@ -114,8 +130,11 @@ class ChatCompletion(msgspec.Struct):
     choices: list[ChatChoice]
     usage: Usage
     object: str = "chat.completion"
+    system_fingerprint: str | None = None
+    service_tier: str = "default"
     timings: dict[str, float] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
 
 
 class FunctionDelta(msgspec.Struct):
@@ -154,6 +173,7 @@ class ChunkChoice(msgspec.Struct):
     finish_reason: str | None = None
     logprobs: ChatLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
+    stop_reason: StopReason | UnsetType = UNSET
 
 
 class ChatChunk(msgspec.Struct):
@@ -164,8 +184,10 @@ class ChatChunk(msgspec.Struct):
     model: str
     choices: list[ChunkChoice]
     object: str = "chat.completion.chunk"
+    system_fingerprint: str | None = None
     usage: Usage | UnsetType | None = UNSET
     timings: dict[str, float] | UnsetType = UNSET
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
 
 
 class TextChoice(msgspec.Struct):
@@ -177,6 +199,8 @@ class TextChoice(msgspec.Struct):
     logprobs: TextLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    stop_reason: StopReason | UnsetType = UNSET
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
 
 
 class TextCompletion(msgspec.Struct):
@@ -187,5 +211,6 @@ class TextCompletion(msgspec.Struct):
     model: str
     choices: list[TextChoice]
     object: str = "text_completion"
+    system_fingerprint: str | None = None
     usage: Usage | UnsetType | None = UNSET
     timings: dict[str, float] | UnsetType = UNSET

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -9,7 +10,7 @@ from typing import TypeVar
 from epd.errors import InvalidRequest
 from epd.types import SamplingParams
 from proxy.answer import TextOptions
-from proxy.api.openai_schema import MAX_STOPS, ChatRequest, CompletionRequest, SamplingRequest
+from proxy.api.openai_schema import CACHE_SALT, MAX_STOPS, ChatRequest, CompletionRequest, SamplingRequest
 from proxy.checkpoint import SamplingDefaults
 from proxy.served_model import ServedModel
 from proxy.tokenizer import Tokenizer
@@ -17,6 +18,7 @@ from proxy.tokenizer import Tokenizer
 T = TypeVar("T")
 
 DEFAULT_COMPLETION_TOKENS = 16
+MAX_ANSWERS = 2048
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARACTERS = 256
@@ -31,6 +33,8 @@ def check_supported(request: ChatRequest | CompletionRequest) -> None:
     for field, is_used in request.unsupported().items():
         if is_used:
             raise InvalidRequest(f"{field} is not supported by this server with this value; leave it out.", param=field)
+    if request.cache_salt is not None and not re.fullmatch(CACHE_SALT, request.cache_salt):
+        raise InvalidRequest("cache_salt: send 1 to 128 characters without @, /, \\ and NUL.", param="cache_salt")
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("stream_options needs stream: true.", param="stream_options")
     if request.prompt_logprobs is not None and request.stream:
@@ -114,7 +118,7 @@ def samples_of(request: CompletionRequest) -> int:
     return max(request.best_of or 1, request.n or 1)
 
 
-def text_options_of(request: SamplingRequest) -> TextOptions:
+def text_options_of(request: ChatRequest | CompletionRequest) -> TextOptions:
     """How the answer's text is made.
 
     Raises:
@@ -130,9 +134,24 @@ def text_options_of(request: SamplingRequest) -> TextOptions:
         min_tokens=request.min_tokens or 0,
         skip_special_tokens=request.skip_special_tokens is not False,
         include_stop=bool(request.include_stop_str_in_output),
-        continues_prompt=isinstance(request, CompletionRequest),
+        continues_prompt=isinstance(request, CompletionRequest) or bool(request.continue_final_message),
+        # Evaluation harnesses score texts with one token behind and drop that one, so it must be there.
+        tells_end=isinstance(request, CompletionRequest),
+        stop_token_ids=frozenset(request.stop_token_ids or ()),
         with_token_ids=bool(request.return_token_ids),
     )
+
+
+def check_answers(prompts: int, samples: int) -> None:
+    """Check that a request does not ask for a crowd of answers.
+
+    Raises:
+        InvalidRequest: it does.
+    """
+    if prompts * samples > MAX_ANSWERS:
+        raise InvalidRequest(
+            f"{prompts} prompts with {samples} samples each; at most {MAX_ANSWERS} answers to one request.", param="n"
+        )
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------

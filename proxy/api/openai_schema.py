@@ -7,18 +7,21 @@ Unknown fields are accepted, as all clients of this dialect expect. What is know
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from epd.errors import InvalidRequest
+from epd.errors import InvalidJSON, InvalidRequest
+from proxy.api.openai_fields import Refused
+from proxy.request_context import REQUEST_ID_PATTERN
 
 T = TypeVar("T")
 
 MAX_STOPS = 16
-MAX_SAMPLES = 16
+MAX_SAMPLES = 128
 MAX_LOGPROBS = 20
+CACHE_SALT = r"[^@/\\\x00]{1,128}"
 
 _Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -48,6 +51,9 @@ class ContentPart(msgspec.Struct):
     video_url: Any = None
     file: Any = None
     image_embeds: Any = None
+    audio_embeds: Any = None
+    image_pil: Any = None
+    uuid: Annotated[str | None, Meta(description="no effect: pictures are known by their content")] = None
 
 
 class ChatMessage(msgspec.Struct):
@@ -65,6 +71,10 @@ class StreamOptions(msgspec.Struct):
     """What a stream holds besides the text."""
 
     include_usage: Annotated[bool | None, Meta(description="send a last chunk with token counts")] = None
+    continuous_usage_stats: Annotated[
+        bool | None, Meta(description="with include_usage: send the counts so far in every chunk")
+    ] = None
+    include_obfuscation: Annotated[bool | None, Meta(description="no effect: nothing is added to hide lengths")] = None
 
 
 class JSONSchemaFormat(msgspec.Struct):
@@ -77,10 +87,15 @@ class JSONSchemaFormat(msgspec.Struct):
 
 
 class ResponseFormat(msgspec.Struct):
-    """What an answer must look like, in the words of OpenAI."""
+    """What an answer must look like, in the words of OpenAI, or of LightLLM, which sends `schema` alone."""
 
-    type: Annotated[str, Meta(description="text, json_object or json_schema")]
+    type: Annotated[
+        str | None, Meta(description="text, json_object or json_schema; json_schema by default, where there is one")
+    ] = None
     json_schema: JSONSchemaFormat | None = None
+    schema: Annotated[
+        dict[str, Any] | bool | None, Meta(description="a JSON schema; as json_schema.schema, which wins")
+    ] = None
 
 
 class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
@@ -99,31 +114,7 @@ class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
     disable_additional_properties: Any = None
 
 
-class _Refused(msgspec.Struct, kw_only=True):
-    """Extensions of other servers that change answers and are not served. Each is refused by name when it is used."""
-
-    use_beam_search: Any = None
-    length_penalty: Any = None
-    truncate_prompt_tokens: Any = None
-    logprob_token_ids: Any = None
-    logits_processors: Any = None
-    thinking_token_budget: Any = None
-    repetition_detection: Any = None
-    guided_whitespace_pattern: Any = None
-    prompt_embeds: Any = None
-    mm_processor_kwargs: Any = None
-    media_io_kwargs: Any = None
-    kv_transfer_params: Any = None
-    ec_transfer_params: Any = None
-    cache_salt: Any = None
-
-    def unsupported(self) -> dict[str, bool]:
-        """Field → whether the request uses it in a way that can't be served."""
-        used = {name: bool(getattr(self, name)) for name in _Refused.__struct_fields__}
-        return used | {"length_penalty": self.length_penalty not in (None, 1)}  # 1 changes nothing
-
-
-class SamplingRequest(_Refused, kw_only=True):
+class SamplingRequest(Refused, kw_only=True):
     """What both completion endpoints share."""
 
     model: Annotated[str | None, Meta(description="name of the served model; default: that model")] = None
@@ -145,7 +136,9 @@ class SamplingRequest(_Refused, kw_only=True):
     stream_options: StreamOptions | None = None
     priority: Annotated[_Int64 | None, Meta(description="smaller goes first; default 0")] = None
     timings: Annotated[bool | None, Meta(description="tell in the answer where the time went, in ms")] = None
-    return_token_ids: Annotated[bool | None, Meta(description="give the tokens beside the text")] = None
+    return_token_ids: Annotated[
+        bool | None, Meta(description="give the tokens beside the text; a picture is one placeholder")
+    ] = None
     presence_penalty: Annotated[_Penalty | None, Meta(description="against tokens that the answer has")] = None
     frequency_penalty: Annotated[_Penalty | None, Meta(description="against them as often as it has them")] = None
     repetition_penalty: Annotated[
@@ -158,6 +151,24 @@ class SamplingRequest(_Refused, kw_only=True):
     ] = None
     bad_words: Annotated[list[str] | None, Meta(description="texts that the answer must not have")] = None
     allowed_token_ids: Annotated[list[_TokenId] | None, Meta(description="only these tokens may come")] = None
+    return_tokens_as_token_ids: Annotated[
+        bool | None, Meta(description="call tokens `token_id:5` in log probabilities, instead of by their text")
+    ] = None
+    request_id: Annotated[
+        Annotated[str, Meta(extra_json_schema={"pattern": f"^{REQUEST_ID_PATTERN}$"})] | None,
+        Meta(description="a name for /abort and for logs; as the header X-Request-Id, and wins"),
+    ] = None
+    cache_salt: Annotated[
+        Annotated[str, Meta(extra_json_schema={"pattern": f"^{CACHE_SALT}$"})] | None,
+        Meta(description="share cached prefixes only with requests that have the same one: nobody else can time them"),
+    ] = None
+    truncate_prompt_tokens: Annotated[
+        Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None,
+        Meta(description="cut a longer prompt to so many tokens; -1: to what fits into the context; no pictures"),
+    ] = None
+    truncation_side: Annotated[
+        Literal["left", "right"] | None, Meta(description="where it is cut; default: left, the beginning")
+    ] = None
     prompt_logprobs: Annotated[
         _Logprobs | None, Meta(description="log probabilities of the prompt's tokens and so many others; not streamed")
     ] = None
@@ -187,17 +198,24 @@ class ChatRequest(SamplingRequest, kw_only=True):
     tool_choice: Any = None
     functions: list[Any] | None = None
     function_call: Any = None
-    modalities: list[str] | None = None
-    audio: Any = None
+    modalities: Annotated[list[str] | None, Meta(description="text only")] = None
     chat_template: str | None = None
     documents: list[Any] | None = None
-    echo: bool | None = None
-    add_special_tokens: bool | None = None
-    continue_final_message: bool | None = None
-    add_generation_prompt: bool | None = None
+    echo: Annotated[
+        bool | None, Meta(description="begin the answer with the last message, if that is the assistant's")
+    ] = None
+    add_special_tokens: Annotated[
+        bool | None, Meta(description="put the tokenizer's own tokens around what the chat template made")
+    ] = None
+    continue_final_message: Annotated[
+        bool | None, Meta(description="go on with the text of the last message; then without a header for the answer")
+    ] = None
+    add_generation_prompt: Annotated[
+        bool | None, Meta(description="true: end the prompt with the header of the answer; not with the above")
+    ] = None
 
     def unsupported(self) -> dict[str, bool]:
-        """See `_Refused.unsupported`."""
+        """See `Refused.unsupported`."""
         return super().unsupported() | {
             "best_of": self.best_of not in (None, self.n or 1),
             "tools": bool(self.tools),
@@ -205,13 +223,8 @@ class ChatRequest(SamplingRequest, kw_only=True):
             "functions": bool(self.functions),
             "function_call": self.function_call not in (None, "none", "auto"),
             "modalities": any(kind != "text" for kind in self.modalities or ()),
-            "audio": self.audio is not None,
             "chat_template": self.chat_template is not None,
             "documents": bool(self.documents),
-            "echo": bool(self.echo),
-            "add_special_tokens": bool(self.add_special_tokens),
-            "continue_final_message": bool(self.continue_final_message),
-            "add_generation_prompt": self.add_generation_prompt is False,
         }
 
 
@@ -219,8 +232,8 @@ class CompletionRequest(SamplingRequest, kw_only=True):
     """`POST /v1/completions`."""
 
     prompt: Annotated[
-        str | list[str | _TokenId | list[_TokenId]],
-        Meta(description="a text, several texts, token ids, or several lists of token ids"),
+        str | list[str | _TokenId | list[_TokenId]] | None,
+        Meta(description="a text, several texts, token ids, or several lists of token ids; null: a new document"),
     ]
     max_tokens: Annotated[
         _Count | None, Meta(description="tokens to generate at most, 16 by default; 0 with echo scores the prompt")
@@ -233,13 +246,14 @@ class CompletionRequest(SamplingRequest, kw_only=True):
         _Samples | None, Meta(description="make so many samples, answer with the n likeliest per token; not streamed")
     ] = None
     suffix: str | None = None
-    add_special_tokens: bool | None = None
+    add_special_tokens: Annotated[
+        bool | None, Meta(description="put the tokenizer's own tokens around each text; default: true")
+    ] = None
 
     def unsupported(self) -> dict[str, bool]:
-        """See `_Refused.unsupported`."""
+        """See `Refused.unsupported`."""
         return super().unsupported() | {
             "suffix": bool(self.suffix),
-            "add_special_tokens": self.add_special_tokens is False,
             "logprobs": self.logprobs is True,  # a number here
         }
 
@@ -253,10 +267,11 @@ _decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {}
 
 
 def decode_body(body: bytes, kind: type[T]) -> T:
-    """The request in `body`.
+    """The request in `body`. Of a key that comes twice the last one counts, as with most readers of JSON.
 
     Raises:
-        InvalidRequest: not JSON (NaN and lone surrogates are none), or a field of the wrong type or range.
+        InvalidJSON: not JSON, as which NaN, Infinity and lone surrogates do not count.
+        InvalidRequest: a field of the wrong type or range.
     """
     try:
         if kind not in _decoders:
@@ -265,7 +280,7 @@ def decode_body(body: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         raise _field_error(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(
+        raise InvalidJSON(
             f"The body is not valid JSON in UTF-8 ({error}); NaN, Infinity and lone surrogates are not JSON."
         ) from error
 

@@ -68,22 +68,24 @@ def _of_choice(choice: list[str], field: str) -> Grammar:
 
 
 def _of_response_format(wanted: ResponseFormat) -> Grammar | None:
-    match wanted.type:
-        case "text":
+    schema = wanted.schema if wanted.json_schema is None else wanted.json_schema.schema
+    kind = "json_schema" if wanted.type is None and schema is not None else wanted.type
+    match kind:
+        case "text" if schema is None:
             return None
-        case "json_object":
+        case "json_object" if schema is None:
             return Grammar(GrammarKind.JSON_OBJECT)
+        case "json_schema" | "json_object" if schema is not None:
+            return Grammar(GrammarKind.JSON_SCHEMA, _json(schema))
         case "json_schema":
-            if wanted.json_schema is None or wanted.json_schema.schema is None:
-                raise InvalidRequest(
-                    "response_format.json_schema.schema is missing.", param="response_format.json_schema.schema"
-                )
-            return Grammar(GrammarKind.JSON_SCHEMA, _json(wanted.json_schema.schema))
+            field, problem = "json_schema.schema", "is missing"
+        case "text":
+            field, problem = "type", "is text, which has no schema"
+        case None:
+            field, problem = "type", "is missing"
         case other:
-            raise InvalidRequest(
-                f"response_format.type: {other[:100]!r} is not one of text, json_object, json_schema.",
-                param="response_format.type",
-            )
+            field, problem = "type", f"{other[:100]!r} is not one of text, json_object, json_schema"
+    raise InvalidRequest(f"response_format.{field} {problem}.", param=f"response_format.{field}")
 
 
 def _check_options(outputs: StructuredOutputs) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,9 +12,10 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from epd.errors import DeadlineExceeded
-from proxy.api.http import read_body
+from epd.errors import DeadlineExceeded, InvalidRequest
+from proxy.api.http import JSON, read_body
 from proxy.api.openai_schema import decode_body
+from proxy.request_context import REQUEST_ID, REQUEST_ID_PATTERN
 from proxy.served_model import ServedModel
 from proxy.service import Service
 
@@ -33,10 +35,12 @@ async def read_request(request: Request) -> bytes:
 
     Raises:
         ShuttingDown: nothing new is taken.
+        InvalidRequest: the body is not said to be JSON.
         RequestTooLarge, RequestTimeout, Overloaded: see `read_body`.
     """
     service = service_of(request)
     service.dispatcher.check_open()
+    _check_content_type(request)
     config = service.config
     return await read_body(request, config.max_body_bytes, config.request_timeout)
 
@@ -57,6 +61,29 @@ async def decoded(request: Request, kind: type[T]) -> T:
         ShuttingDown, RequestTooLarge, RequestTimeout, Overloaded, InvalidRequest: see `read_request` and `decode_body`.
     """
     return decode_body(await read_request(request), kind)
+
+
+def _check_content_type(request: Request) -> None:
+    """Refuse what forms and scripts of other web sites may send without asking first, and be as strict as vLLM."""
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given != JSON and not (given.startswith("application/") and given.endswith("+json")):
+        raise InvalidRequest(
+            f"The header Content-Type is {given[:100] or 'missing'}; send Content-Type: {JSON} "
+            f"(with curl: -H 'Content-Type: {JSON}')."
+        )
+
+
+def name_request(name: str | None) -> None:
+    """Let /abort, logs and the header X-Request-Id of the answer call this request by the name that its body gives it.
+
+    Raises:
+        InvalidRequest: it is not harmless.
+    """
+    if name is None:
+        return
+    if not re.fullmatch(REQUEST_ID_PATTERN, name):
+        raise InvalidRequest(f"request_id is not of the form {REQUEST_ID_PATTERN}.", param="request_id")
+    REQUEST_ID.set(name)
 
 
 @asynccontextmanager

@@ -83,7 +83,7 @@ class Teller:
         while not self._generation.done:
             for update in await self._generation.next():
                 await self._advance(update)
-        usage, timings = self._usage(), await self._timings()
+        usage, timings = self.usage(), await self._timings()
         size = sum(len(one.logprobs) + len(one.prompt_logprobs) for one in self._answers)
         await client.reply(await _off_loop_if_many(size, lambda: self._dialect.whole(self._answers, usage, timings)))
 
@@ -92,7 +92,7 @@ class Teller:
         await client.start_stream(self._dialect.headers)
         try:
             await self._stream_samples(client, updates)
-            last_words = self._dialect.end(self._usage())
+            last_words = self._dialect.end(self.usage())
         except EPDError as error:
             note_stream_error(error)
             last_words = self._dialect.failed(error)
@@ -148,11 +148,15 @@ class Teller:
         told.token_ids += 0 if token_ids is UNSET else len(token_ids)
         return news
 
-    def _usage(self) -> Usage:
-        prompt = self._generation.prompt_tokens
+    def usage(self) -> Usage:
+        """Token counts so far; those of the prompt are known with the first output."""
+        generation, work = self._generation, self._generation.work
+        prompt = generation.prompt_tokens
         completion = sum(answer.completion_tokens for answer in self._answers)
-        cached = PromptTokensDetails(self._generation.cached_tokens)
-        return Usage(prompt, completion, prompt + completion, cached)
+        # Pictures come with a single prompt, in which each is one placeholder.
+        text = sum(map(len, work.prompts)) - len(work.images) if work.images and prompt else prompt
+        details = PromptTokensDetails(generation.cached_tokens, image_tokens=prompt - text, text_tokens=text)
+        return Usage(prompt, completion, prompt + completion, details)
 
     async def _timings(self) -> Timings | UnsetType:
         if not self._with_timings:

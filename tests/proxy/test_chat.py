@@ -30,11 +30,16 @@ async def test_whole_answer_has_the_documented_shape(cluster: Cluster) -> None:
     assert body["object"] == "chat.completion"
     assert body["model"] == cluster.name
     message = {"role": "assistant", "content": "hello world", "refusal": None}
-    assert body["choices"] == [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}]
+    [choice] = body["choices"]
+    assert choice == {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None, "stop_reason": None}
+    assert body["system_fingerprint"] == f"fp_{cluster.model.ref.fingerprint[:12]}"
+    assert body["service_tier"] == "default"
     usage = body["usage"]
     assert usage["completion_tokens"] == len(cluster.pd.answer)
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-    assert usage["prompt_tokens_details"] == {"cached_tokens": 4}
+    details = usage["prompt_tokens_details"]
+    assert details["cached_tokens"] == 4
+    assert details["image_tokens"] + details["text_tokens"] == usage["prompt_tokens"]
     assert "timings" not in body
 
 

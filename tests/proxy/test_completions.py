@@ -93,9 +93,10 @@ async def test_openai_client(cluster: Cluster) -> None:
         ({"prompt": "x", "logprobs": True}, "logprobs"),
         ({"prompt": "x", "best_of": 2, "n": 3}, "best_of"),
         ({"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
-        ({"prompt": "x", "best_of": 17}, "best_of"),
+        ({"prompt": "x", "best_of": 129}, "best_of"),
         ({"prompt": "x", "prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
-        ({"prompt": "x", "add_special_tokens": False}, "add_special_tokens"),
+        ({"prompt": ["x"] * 128, "n": 17}, "n"),
+        ({"prompt": [5] * 10, "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
     ],
 )

@@ -285,7 +285,8 @@ async def test_slow_reader_costs_one_slot(cluster: Cluster) -> None:
     reader, writer = await asyncio.open_connection(host, int(port), limit=2**16)
     fields = {"messages": ask("x"), "stream": True, "stream_options": {"include_usage": True}, "logprobs": True}
     body = json.dumps(fields).encode()
-    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+    writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
     async with asyncio.timeout(10):
         await sent.wait()
     received = b""

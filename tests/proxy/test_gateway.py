@@ -162,7 +162,11 @@ async def test_what_is_wrong_with_a_request(cluster: Cluster, fields: dict[str, 
 
 @pytest.mark.parametrize("body", [b"", b"nonsense", b"[]", b'{"inputs": "x"}', b'{"model_id": "m"}'])
 async def test_bodies_that_are_none(cluster: Cluster, body: bytes) -> None:
-    assert_error(await cluster.http.post("/v1/generate", content=body), 422, "VALIDATION_ERROR")
+    assert_error(
+        await cluster.http.post("/v1/generate", content=body, headers={"content-type": "application/json"}),
+        422,
+        "VALIDATION_ERROR",
+    )
 
 
 async def test_errors_before_the_endpoint_have_codes_too(start_cluster: ClusterFactory) -> None:
@@ -171,7 +175,9 @@ async def test_errors_before_the_endpoint_have_codes_too(start_cluster: ClusterF
     cluster.http.headers["x-api-key"] = "secret"
     assert_error(await cluster.http.get("/v1/generate"), 405, "METHOD_NOT_ALLOWED")
     assert_error(await generate(cluster, "x" * 1000), 413, "REQUEST_TOO_LARGE")
-    other = await cluster.http.post("/v1/chat/completions", content=b"x" * 1001)
+    other = await cluster.http.post(
+        "/v1/chat/completions", content=b"x" * 1001, headers={"content-type": "application/json"}
+    )
     assert (other.status_code, "error_code" in other.json()) == (413, False)
 
 

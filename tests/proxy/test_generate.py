@@ -29,5 +29,7 @@ async def test_a_body_of_no_dialect_is_refused_by_name(cluster: Cluster, body: d
 
 
 async def test_what_is_no_json_is_refused(cluster: Cluster) -> None:
-    response = await cluster.http.post("/generate", content=b'{"inputs": "x')
+    response = await cluster.http.post(
+        "/generate", content=b'{"inputs": "x', headers={"content-type": "application/json"}
+    )
     assert response.status_code == 400

@@ -14,6 +14,7 @@ from tests.proxy.conftest import Cluster, ClusterFactory, ask, data_url, png
 from tests.proxy.model_files import write_model
 
 HI = [{"role": "user", "content": "hi"}]
+JSON = {"content-type": "application/json"}
 
 
 def assert_error(body: Any, status: int, *, code: str | None = None, param: str | None = None) -> None:
@@ -45,7 +46,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": HI, "top_k": -2}, "top_k"),
     ({"messages": HI, "min_p": 2}, "min_p"),
     ({"messages": HI, "n": 0}, "n"),
-    ({"messages": HI, "n": 17}, "n"),
+    ({"messages": HI, "n": 129}, "n"),
     ({"messages": HI, "n": True}, "n"),
     ({"messages": HI, "seed": 2**63}, "seed"),
     ({"messages": HI, "stop": ""}, "stop"),
@@ -77,7 +78,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": HI, "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ({"messages": HI, "priority": "high"}, "priority"),
     ({"messages": HI, "use_beam_search": True}, "use_beam_search"),
-    ({"messages": HI, "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+    ({"messages": HI, "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ({"messages": HI, "kv_transfer_params": {"host": "x"}}, "kv_transfer_params"),
     ({"messages": HI, "response_format": {"type": "xml"}}, "response_format.type"),
     ({"messages": HI, "response_format": {}}, "response_format.type"),
@@ -91,10 +92,21 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": HI, "tools": [{"type": "function"}]}, "tools"),
     ({"messages": HI, "tool_choice": "required"}, "tool_choice"),
     ({"messages": HI, "functions": [{}]}, "functions"),
-    ({"messages": HI, "audio": {"voice": "x"}}, "audio"),
+    ({"messages": HI, "truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+    ({"messages": HI, "truncation_side": "left"}, "truncation_side"),
+    ({"messages": HI, "cache_salt": ""}, "cache_salt"),
+    ({"messages": HI, "cache_salt": "a@b"}, "cache_salt"),
+    ({"messages": HI, "cache_salt": "x" * 129}, "cache_salt"),
+    ({"messages": HI, "request_id": "a\nb"}, "request_id"),
+    ({"messages": HI, "request_id": "x" * 129}, "request_id"),
+    ({"messages": HI, "return_prompt_text": True}, "return_prompt_text"),
+    ({"messages": HI, "vllm_xargs": {"a": 1}}, "vllm_xargs"),
     ({"messages": HI, "modalities": ["text", "audio"]}, "modalities"),
     ({"messages": HI, "best_of": 2}, "best_of"),
-    ({"messages": HI, "continue_final_message": True}, "continue_final_message"),
+    (
+        {"messages": HI, "continue_final_message": True, "add_generation_prompt": True},
+        "add_generation_prompt",
+    ),
     ({"messages": HI, "chat_template": "x"}, "chat_template"),
     ({"messages": HI, "chat_template_kwargs": {"messages": None}}, "chat_template_kwargs"),
     ({"messages": HI, "chat_template_kwargs": {"x": "<|im_end|>"}}, "chat_template_kwargs"),
@@ -128,20 +140,25 @@ async def test_bad_fields_are_named(cluster: Cluster, body: dict[str, Any], para
     [
         b"",
         b"{",
-        b"[]",
-        b"null",
         b'{"messages": [{"role": "user", "content": "\\ud83d"}]}',
         b'{"messages": [{"role": "user", "content": "\xff"}]}',
         b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
         b'{"messages": [{"role": "user", "content": "x"}], "temperature": Infinity}',
-        b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
         b'{"metadata": ' + b"[" * 100_000,
         b"model=x&messages=y",
     ],
 )
 async def test_malformed_json(cluster: Cluster, body: bytes) -> None:
-    response = await cluster.http.post("/v1/chat/completions", content=body)
+    response = await cluster.http.post("/v1/chat/completions", content=body, headers=JSON)
     assert response.status_code == 400
+    assert_error(response.json(), 400, code="invalid_json")
+
+
+@pytest.mark.parametrize(
+    "body", [b"[]", b"null", b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}']
+)
+async def test_json_of_another_shape(cluster: Cluster, body: bytes) -> None:
+    response = await cluster.http.post("/v1/chat/completions", content=body, headers=JSON)
     assert_error(response.json(), 400, code="invalid_request")
 
 
@@ -245,7 +262,7 @@ async def test_body_limit(start_cluster: ClusterFactory) -> None:
         for _ in range(30):
             yield b" " * 1000
 
-    response = await cluster.http.post("/v1/chat/completions", content=chunks())
+    response = await cluster.http.post("/v1/chat/completions", content=chunks(), headers=JSON)
     assert response.status_code == 413
 
 
@@ -291,7 +308,7 @@ async def test_bugs_are_500_in_the_same_shape(cluster: Cluster, monkeypatch: pyt
 
 
 async def test_doubled_slashes_of_base_urls(cluster: Cluster) -> None:
-    response = await cluster.http.post("/v1//chat/completions", content=json.dumps({"messages": HI}))
+    response = await cluster.http.post("/v1//chat/completions", content=json.dumps({"messages": HI}), headers=JSON)
     assert response.status_code == 200
 
 
@@ -299,7 +316,8 @@ async def test_body_that_trickles_in(start_cluster: ClusterFactory) -> None:
     cluster = await start_cluster(request_timeout=0.1)
     host, port = cluster.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n")
+    writer.write(b"Content-Type: application/json\r\n\r\n{")
     async with asyncio.timeout(10):
         answer = await reader.read()  # until the server closes
     writer.close()

@@ -119,7 +119,7 @@ async def test_pooling_that_is_not_known_is_no_guess(start_cluster: ClusterFacto
         ({"input": ["a"] * 2049}, "input"),
         ({"input": "a", "dimensions": 2}, "dimensions"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
-        ({"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"input": "a", "model": "other"}, "model"),
         ({}, "input"),
     ],
