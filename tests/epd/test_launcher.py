@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,7 @@ from epd import launcher
 from epd.config import UpConfig
 from epd.errors import ConfigError
 from epd.launcher import ChildSpec, Cluster, plan_cluster
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.ports import free_port
 
 
 def test_plan_connects_everybody(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from epd.bench.children import free_port
 from epd.cli import main
 from epd.cluster_view import ClusterView, ModelView, WorkerView
 from epd.messages import PROTOCOL_VERSION, Load, WorkerInfo
@@ -23,6 +22,7 @@ from epd.types import WorkerRole, WorkerState
 from metastore.base import PROXY_ROLE, Record
 from metastore.config import MetastoreConfig
 from metastore.connect import make_metastore
+from tests.ports import free_port
 from tests.redis_server import redis_server
 
 ENCODER = WorkerView(role="encoder", address="tcp://127.0.0.1:7001", model="m", state="ready", age_s=42, errors=3)

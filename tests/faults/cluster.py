@@ -17,10 +17,11 @@ from pathlib import Path
 
 from epd.cluster_view import ClusterView
 from epd.demo import CHECKPOINT_DIR
-from tests.cluster.harness import Process, free_port
+from tests.cluster.harness import Process
 from tests.cluster_view import ask_view
 from tests.faults.relay import Relay
 from tests.faults.traffic import MODEL
+from tests.ports import free_port
 from tests.redis_server import RedisServer
 
 HEALTHY_TIMEOUT_S = 120.0

@@ -16,7 +16,7 @@ from tests.faults.figures import Moments, make_row
 from tests.faults.relay import Relay
 from tests.faults.report import table
 from tests.faults.traffic import make_pool
-from tests.redis_server import free_port
+from tests.ports import free_port
 
 REQUEST = SoakRequest("text", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6})
 RIGHT = (Sample("xxxxxx", (), "length"),)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -19,7 +18,8 @@ from metastore.base import MetastoreError
 from metastore.config import MetastoreConfig
 from metastore.connect import make_metastore
 from tests.metastore.conftest import Hosts, until
-from tests.redis_server import TIMEOUT_S, RedisServer, free_port, program, redis_server
+from tests.ports import free_port
+from tests.redis_server import TIMEOUT_S, RedisServer, program, redis_server
 
 NEVER_S = 3600.0
 USER = "epd on >secret resetchannels ~epd:* &epd:* +@read +@write +@scripting +@pubsub +@connection +select +time"
@@ -138,18 +138,8 @@ async def test_behind_sentinels(hosts: Hosts, redis: RedisServer, tmp_path: Path
         await asyncio.wait_for(sentinel.wait(), TIMEOUT_S)
 
 
-def cluster_port() -> int:
-    """A free one whose port for the talk among servers, 10000 above, is free and a port at all."""
-    for _ in range(1000):
-        port = free_port()
-        with contextlib.suppress(OSError, OverflowError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port + 10000))
-            return port
-    raise AssertionError("no two free ports 10000 apart")
-
-
 async def test_a_redis_cluster(tmp_path: Path) -> None:
-    with redis_server(tmp_path, port=cluster_port(), options=["--cluster-enabled", "yes"]) as server:
+    with redis_server(tmp_path, options=["--cluster-enabled", "yes"]) as server:
         await asyncio.to_thread(server.run, "CLUSTER", "ADDSLOTS", *map(str, range(16384)))
         await poll(lambda: "cluster_state:ok" in server.run("CLUSTER", "INFO"))
         async with hosts_at(f"redis+cluster://127.0.0.1:{server.port}") as hosts:
