@@ -161,6 +161,9 @@ def _add_keys(commands: Any) -> None:
 
 
 def _proxy(arguments: argparse.Namespace) -> int:
+    from epd import collector
+
+    collector.start()
     from epd.observability import setup_logging
     from proxy.app import run_proxy
 
@@ -193,6 +196,9 @@ def _prefill_decode(arguments: argparse.Namespace) -> int:
 
 
 def _rank(_: argparse.Namespace) -> int:
+    from epd import collector
+
+    collector.start()
     from workers.ranks import run_rank
 
     _quieten_transformers()
@@ -200,12 +206,13 @@ def _rank(_: argparse.Namespace) -> int:
 
 
 def _prepare_worker(config: WorkerConfig) -> None:
-    from epd import cpu_runtime
+    from epd import collector, cpu_runtime
     from epd.imports import leave_out_torchao
     from epd.observability import setup_logging
 
     if config.device != "cuda":
         cpu_runtime.ensure()
+    collector.start()
     leave_out_torchao(config.model)
     setup_logging(config.name, config.log_level)
     _use_cluster_keys(config.cluster_keys)

@@ -26,6 +26,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from epd import collector
 from epd.config import ProxyConfig
 from epd.errors import ClientError, ConfigError, EPDError, InternalError, InvalidRequest, ModelNotFound
 from metastore.roster import Roster
@@ -312,6 +313,7 @@ async def _serve(config: ProxyConfig) -> int:
         ),
         service,
     )
+    collector.settle()
     await server.serve(sockets=[listener])
     return 0
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol
 
+from epd import collector
 from epd.checkpoint import fingerprint
 from epd.config import EncoderConfig
 from epd.errors import (
@@ -304,4 +305,5 @@ async def run_encoder(config: EncoderConfig) -> int:
     transfer = EmbeddingTransfer(sender=f"encoder {config.worker_addr}", model=model)
     encoder = Encoder(vision, transfer, runtime.send, config, broken=lambda: runtime.shut_down(1))
     await encoder.pipeline.warm_up()
+    collector.settle()
     return await runtime.run(encoder)

@@ -6,6 +6,7 @@ import asyncio
 
 import torch
 
+from epd import collector
 from epd.checkpoint import fingerprint
 from epd.config import PrefillDecodeConfig
 from epd.types import WorkerRole, WorkerTask
@@ -58,6 +59,7 @@ async def _run(config: PrefillDecodeConfig, engine: Engine, ranks: Ranks) -> int
     watch = asyncio.create_task(_shut_down_on_crash(crashed, runtime))
     try:
         await service.warm_up()
+        collector.settle()
         return await runtime.run(service)
     finally:
         watch.cancel()

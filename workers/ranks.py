@@ -23,6 +23,7 @@ from typing import BinaryIO
 import msgspec
 import torch
 
+from epd import collector
 from epd.errors import ConfigError
 from epd.observability import setup_logging
 from workers.engine import model_loader, tensor_parallel
@@ -183,6 +184,7 @@ def _follow(start: RankStart, orders: Iterator[bytes]) -> int:
         torch.set_num_threads(start.threads)
     group = tensor_parallel.join(start.rank, start.size, Path(start.rendezvous), start.engine.device)
     loaded = model_loader.load(start.engine, group)
+    collector.settle()
     try:
         tensor_parallel.follow(
             orders, loaded.forward, group, hidden_size=loaded.info.hidden_size, dtype=loaded.info.dtype
