@@ -21,6 +21,8 @@ from metastore.config import MetastoreConfig
 
 ROUTERS = ("random", "round_robin", "least_loaded", "power_of_two", "affinity")
 """Policies of `--encoder-router` and `--pd-router`; see `proxy.routing`."""
+TOOL_CALL_PARSERS = ("auto", "qwen25", "llama3", "mistral", "hermes", "qwen", "llama3_json")
+"""Formats of tool calls, for `--tool-call-parser`; see `proxy.tools.families`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,12 @@ class ProxyConfig(GatewayOptions, AccessOptions, ProcessConfig):
         "how a prefill-decode worker is chosen; affinity: prompts that begin alike, or with the same pictures, to the "
         "same one while load allows",
         choices=ROUTERS,
+    )
+    tool_call_parser: str = option(
+        "auto",
+        "what the model writes to call a tool; auto: as its chat template has it; hermes and qwen are qwen25, "
+        "llama3_json is llama3",
+        choices=TOOL_CALL_PARSERS,
     )
     max_body_bytes: int = option(64 << 20, "largest request body, in bytes", minimum=1)
     max_image_bytes: int = option(20 << 20, "largest picture file, in bytes", minimum=1)
@@ -341,6 +349,9 @@ class UpConfig(GatewayOptions, AccessOptions, ModelConfig):
         (), "private networks that pictures may be fetched from (127.0.0.0/8); default: none", metavar="CIDR"
     )
     request_timeout: float = option(120.0, "seconds a request may take in all")
+    tool_call_parser: str | None = option(
+        None, "what the model writes to call a tool; default: proxies' own, auto", choices=TOOL_CALL_PARSERS
+    )
     encoder_router: str | None = option(
         None, "how proxies choose an encoder; default: theirs, affinity", choices=ROUTERS
     )

@@ -38,7 +38,7 @@ _MAX_TRIAL_S = 0.25
 """Processor time for compiling and for the first step, over the 256 bytes alone; sane grammars take milliseconds."""
 _ALL_BYTES = (1 << 256) - 1
 _MAX_REASON = 300
-_BLANKS = r"[\x20\x0A\x0D\x09]{0,40}"
+BLANKS = r"[\x20\x0A\x0D\x09]{0,40}"
 """Between JSON tokens. Bounded: a weak model can't fill its answer with blanks. Enough to indent deeply."""
 
 
@@ -133,7 +133,7 @@ def _bytes_tokenizer() -> llguidance.LLTokenizer:
 def _json(schema: str) -> str:
     # As overrides: a schema can carry options of its own.
     return llguidance.LLMatcher.grammar_from_json_schema(
-        schema, overrides={"lenient": False, "whitespace_pattern": _BLANKS}
+        schema, overrides={"lenient": False, "whitespace_pattern": BLANKS}
     )
 
 

@@ -30,8 +30,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from epd.checkpoint import ImagePlaceholder, image_placeholder, read_json
 from epd.errors import ConfigError, InvalidRequest
 from proxy.tokenizer import Tokenizer
+from proxy.tools.prompt import with_tools
 from proxy.user_text import Markers, Message, count_images, cut, map_strings, split_points, strings_of, with_tail
 
+Tool = dict[str, Any]
+_Conversation = tuple[Sequence[Message], Sequence[Tool]]
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -63,6 +66,7 @@ class ChatTemplate:
         tokenizer: of the same model.
         special_tokens: variables such as `bos_token` that the template may read.
         image: the placeholder of a picture; None for a model that reads text only.
+        tool_source: Jinja text for conversations with tools, where the checkpoint has one of its own for them.
 
     Raises:
         ConfigError: the template does not compile.
@@ -75,16 +79,19 @@ class ChatTemplate:
         *,
         special_tokens: dict[str, str] | None = None,
         image: ImagePlaceholder | None = None,
+        tool_source: str | None = None,
     ) -> None:
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the chat template does not compile: {error}") from error
+        self._template = _compiled(source)
+        self._tool_template = self._template if tool_source is None else _compiled(tool_source)
+        self.tool_source = source if tool_source is None else tool_source
+        """What says how tools are called."""
         self._tokenizer = tokenizer
         self._special_tokens = special_tokens or {}
         self._image = image
         self._takes_lists = self._shows("probe", [{"type": "text", "text": "probe"}])
         self._takes_strings = self._shows("probe", "probe")
+        self.takes_tools = self._shows_tools()
+        """Whether the template has a place for tools. Else they are put into messages."""
 
     @classmethod
     def from_checkpoint(cls, model: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -96,21 +103,36 @@ class ChatTemplate:
             source,
             tokenizer,
             special_tokens=_special_tokens(read_json(model, "tokenizer_config.json")),
+            tool_source=_find_source(model, "tool_use"),
             image=image_placeholder(model),
         )
 
-    def render(self, messages: Sequence[Message], /, *, ending: Ending = Ending.HEADER, **variables: Any) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        /,
+        *,
+        tools: Sequence[Tool] = (),
+        ending: Ending = Ending.HEADER,
+        **variables: Any,
+    ) -> str:
         """The conversation as text.
+
+        Args:
+            messages: of the conversation.
+            tools: that the model may call, as `{"type": "function", "function": …}`.
+            ending: what follows.
+            variables: switches of the template.
 
         Raises:
             InvalidRequest: the template refused the messages, a variable is none that requests may set, or the last
                 message has no text to go on with, or none that the template shows.
         """
         if ending is not Ending.OPEN:
-            return self._render(messages, ending, variables)
+            return self._render(messages, tools, ending, variables)
         # The blank tells whether the template has trimmed the text: then that before the mark goes too.
         mark = f"\ue000{secrets.token_hex(8)}\ue001"
-        text, found, behind = self._render(with_tail(messages, f"{mark} "), ending, variables).rpartition(mark)
+        text, found, behind = self._render(with_tail(messages, f"{mark} "), tools, ending, variables).rpartition(mark)
         if not found:
             raise InvalidRequest(
                 "The model's chat template does not show the last message as it is; it can't be continued.",
@@ -118,18 +140,23 @@ class ChatTemplate:
             )
         return text if behind.startswith(" ") else text.rstrip()
 
-    def _render(self, messages: Sequence[Message], ending: Ending, variables: dict[str, Any]) -> str:
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Tool], ending: Ending, variables: dict[str, Any]
+    ) -> str:
+        if not self.takes_tools:
+            messages, tools = with_tools(messages, tools), ()
         ours: dict[str, Any] = {
             **self._special_tokens,
             "messages": [self._adapt(message) for message in messages],
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": None,
             "add_generation_prompt": ending is Ending.HEADER,
         }
         for name in variables.keys() & ours.keys():
             raise InvalidRequest(f"chat_template_kwargs.{name} can't be set.", param="chat_template_kwargs")
         try:
-            return self._template.render({**variables, **ours})
+            template = self._tool_template if tools else self._template
+            return template.render({**variables, **ours})
         except jinja2.TemplateError as error:
             raise InvalidRequest(
                 f"The model's chat template refused the messages: {error}", param="messages"
@@ -142,22 +169,32 @@ class ChatTemplate:
                 param="messages",
             ) from error
 
-    def encode(self, messages: Sequence[Message], /, *, ending: Ending = Ending.HEADER, **variables: Any) -> Prompt:
-        """Render and encode.
+    def encode(
+        self,
+        messages: Sequence[Message],
+        /,
+        *,
+        tools: Sequence[Tool] = (),
+        ending: Ending = Ending.HEADER,
+        **variables: Any,
+    ) -> Prompt:
+        """Render and encode. Arguments are those of `render`.
 
         Raises:
             InvalidRequest: see `render`; or the prompt has not one placeholder for each picture.
         """
 
-        def render(messages: Sequence[Message]) -> str:
-            return self.render(messages, ending=ending, **variables)
+        def render(conversation: _Conversation) -> str:
+            messages, tools = conversation
+            return self.render(messages, tools=tools, ending=ending, **variables)
 
-        strings = strings_of(messages)
-        plain = render(messages)
+        conversation = (messages, tools)
+        strings = strings_of(conversation)
+        plain = render(conversation)
         if any(self._tokenizer.hides_added_token(text) for text in strings):
             raise InvalidRequest("The text normalises to a control token of this model.", param="messages")
         if any(self._tokenizer.could_hold_added_token(text) for text in strings):
-            pieces = self._split_safely(messages, plain, render)
+            pieces = self._split_safely(conversation, plain, render)
         else:
             pieces = [plain]
         token_ids = tuple(token for piece in pieces for token in self._tokenizer.encode(self._with_borders(piece)))
@@ -187,16 +224,16 @@ class ChatTemplate:
     # -- who wrote what ------------------------------------------------------------------------------------------
 
     def _split_safely(
-        self, messages: Sequence[Message], plain: str, render: Callable[[Sequence[Message]], str]
+        self, conversation: _Conversation, plain: str, render: Callable[[_Conversation], str]
     ) -> list[str]:
         """`plain` in pieces, cut so that no added-token literal which user text takes part in survives."""
         markers = Markers()
-        marked = render(map_strings(messages, markers.wrap))
+        marked = render(map_strings(conversation, markers.wrap))
         text, spans = markers.strip(marked)
         if text == plain:
             return cut(text, split_points(self._tokenizer.find_added_tokens(text), spans))
         scissors = f"\ue000{secrets.token_hex(8)}\ue001"
-        broken = map_strings(messages, lambda string: self._break(string, scissors))
+        broken = map_strings(conversation, lambda string: self._break(string, scissors))
         return [piece for piece in render(broken).split(scissors) if piece]
 
     def _break(self, text: str, scissors: str) -> str:
@@ -216,6 +253,19 @@ class ChatTemplate:
             return False
         return word in text and "{'type'" not in text
 
+    def _shows_tools(self) -> bool:
+        tool = {"type": "function", "function": {"name": "probe_tool", "description": "", "parameters": {}}}
+        try:
+            text = self._tool_template.render(
+                messages=[self._adapt({"role": "user", "content": "probe"})],
+                tools=[tool],
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError):
+            return False
+        return "probe_tool" in text
+
     def _adapt(self, message: Message) -> Message:
         content = message.get("content")
         if isinstance(content, str) and not self._takes_strings and self._takes_lists:
@@ -230,18 +280,18 @@ class ChatTemplate:
 # -- reading the checkpoint --------------------------------------------------------------------------------------
 
 
-def _find_source(model: Path) -> str | None:
-    path = model / "chat_template.jinja"
-    if path.is_file():
+def _find_source(model: Path, name: str = "default") -> str | None:
+    """One of the checkpoint's named templates."""
+    file = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+    if (path := model / file).is_file():
         return path.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        found = read_json(model, name).get("chat_template")
+    for config in ("chat_template.json", "tokenizer_config.json"):
+        found = read_json(model, config).get("chat_template")
         if isinstance(found, str):
-            return found
-        if isinstance(found, list):  # several named ones
-            named = {entry.get("name"): entry.get("template") for entry in found}
-            default = named.get("default")
-            return default if isinstance(default, str) else None
+            return found if name == "default" else None
+        if isinstance(found, list):
+            template = {entry.get("name"): entry.get("template") for entry in found}.get(name)
+            return template if isinstance(template, str) else None
     return None
 
 
@@ -268,6 +318,13 @@ class _GenerationBlock(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body).set_lineno(line)
+
+
+def _compiled(source: str) -> jinja2.Template:
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"the chat template does not compile: {error}") from error
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

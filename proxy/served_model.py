@@ -14,12 +14,13 @@ from epd.errors import ContextLengthExceeded, InvalidRequest
 from epd.grammar_check import validate
 from epd.tasks import check_task
 from epd.types import Grammar, Pooling, WorkerRole, WorkerTask
-from proxy.chat_template import Ending, Prompt
+from proxy.chat_template import Ending, Prompt, Tool
 from proxy.checkpoint import Checkpoint
 from proxy.cutting import Cut
 from proxy.dispatcher import Dispatcher
 from proxy.media import ImageSource, LoadedImage, MediaLoader
 from proxy.model_catalog import ModelRef
+from proxy.tools.families import Family, family_of
 from proxy.user_text import Message
 from proxy.worker_connection import WorkerConnection
 from proxy.worker_pool import WorkerPool
@@ -140,6 +141,19 @@ class ServedModel:
         check = partial(validate, grammar, param=field)
         await asyncio.get_running_loop().run_in_executor(self._threads, check)
 
+    @property
+    def tool_family(self) -> Family | None:
+        """What the model writes to call a tool; None: nobody knows."""
+        if self.template is None:
+            return None
+        return family_of(self.config.tool_call_parser, self.template.tool_source, has_tools=self.template.takes_tools)
+
+    @property
+    def has_short_call_ids(self) -> bool:
+        """Whether the chat template takes ids of tool calls of nine letters and digits alone."""
+        family = self.tool_family
+        return family is not None and family.has_short_ids
+
     # -- media and text ----------------------------------------------------------------------------------------------
 
     async def load_images(self, sources: Sequence[ImageSource]) -> list[LoadedImage]:
@@ -147,9 +161,13 @@ class ServedModel:
         return await self._media.load(sources, self.ref.fingerprint)
 
     async def encode_chat(
-        self, messages: Sequence[Message], variables: dict[str, Any], ending: Ending = Ending.HEADER
+        self,
+        messages: Sequence[Message],
+        variables: dict[str, Any],
+        ending: Ending = Ending.HEADER,
+        tools: Sequence[Tool] = (),
     ) -> Prompt:
-        """The prompt of a conversation.
+        """The prompt of a conversation. Arguments are those of `ChatTemplate.render`.
 
         Raises:
             InvalidRequest: see `ChatTemplate.encode`; or the model has no chat template.
@@ -157,9 +175,11 @@ class ServedModel:
         template = self.template
         if template is None:
             raise InvalidRequest("This model has no chat template; use /v1/completions.")
-        size = _size(messages)
+        size = _size(messages) + _size(tools)
         self._check_size(size)
-        return await self.off_loop_if_large(size, lambda: template.encode(messages, ending=ending, **variables))
+        return await self.off_loop_if_large(
+            size, lambda: template.encode(messages, tools=tools, ending=ending, **variables)
+        )
 
     async def encode_text(
         self, text: str, *, among: int = 0, add_special_tokens: bool = True, cut: Cut | None = None
@@ -202,5 +222,5 @@ def _size(value: Any) -> int:
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
-        return sum(map(_size, value.values()))
+        return sum(map(len, value)) + sum(map(_size, value.values()))
     return sum(map(_size, value)) if isinstance(value, list | tuple) else 0

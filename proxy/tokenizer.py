@@ -82,6 +82,11 @@ class Tokenizer:
         index = self.backend.token_to_id(literal)
         return None if index is None else int(index)
 
+    def special_id(self, literal: str) -> int | None:
+        """The id of a special token by its exact text; None: it is ordinary text, or a token like others."""
+        index = self.token_id(literal)
+        return index if index in self.special_ids else None
+
     def find_added_tokens(self, text: str) -> list[tuple[int, int]]:
         """Half-open spans of all literals of added tokens in `text`, overlapping ones too."""
         return self._literals.find(text)

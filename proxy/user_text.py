@@ -13,29 +13,34 @@ from epd.errors import InvalidRequest
 Message = dict[str, Any]
 """`role`, `content` (str, None or a list of parts {"type": "text", "text": …} | {"type": "image"}), and what else."""
 
-_NOT_USER_TEXT = frozenset({"role", "type"})
+_PLAIN_KEYS = frozenset({"role", "type", "id", "tool_call_id"})
+"""Templates compare or measure their values, which are plain words."""
+_PLAIN_WORD = re.compile(r"[\w$.-]*", re.ASCII)
 
 
 def map_strings(value: Any, change: Callable[[str], str], key: str | None = None) -> Any:
-    """A copy of `value` with every string changed, except roles, types and the keys themselves."""
+    """A copy of `value` with every string changed, except roles, types, ids and keys that are plain words."""
     if isinstance(value, str):
-        return value if key in _NOT_USER_TEXT else change(value)
+        return value if key in _PLAIN_KEYS and _PLAIN_WORD.fullmatch(value) else change(value)
     if isinstance(value, dict):
-        return {name: map_strings(item, change, name) for name, item in value.items()}
+        return {
+            name if _PLAIN_WORD.fullmatch(name) else change(name): map_strings(item, change, name)
+            for name, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [map_strings(item, change, key) for item in value]
     return value
 
 
-def strings_of(messages: Sequence[Message]) -> list[str]:
-    """All that users may have written."""
+def strings_of(value: Any) -> list[str]:
+    """All that users may have written in messages and tools."""
     found: list[str] = []
 
     def note(text: str) -> str:
         found.append(text)
         return text
 
-    map_strings(messages, note)
+    map_strings(value, note)
     return found
 
 

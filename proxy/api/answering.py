@@ -6,8 +6,8 @@ their own.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import msgspec
 
@@ -31,6 +31,7 @@ from proxy.api.openai_sampling import (
 )
 from proxy.api.openai_schema import ChatRequest, CompletionRequest, SamplingRequest
 from proxy.api.openai_structured import grammar_of
+from proxy.api.openai_tools import ToolSide, tool_side_of
 from proxy.api.requests import deadline
 from proxy.api.teller import Teller
 from proxy.chat_template import Prompt
@@ -66,15 +67,16 @@ async def answer_chat(
     check_supported(body)
     options, sampling = text_options_of(body), sampling_of(body, model)
     model.check_context(count_parts(body), None)
-    messages, sources = messages_of(body)
+    messages, sources = messages_of(body, has_short_ids=model.has_short_call_ids)
     if sources and model.image_token_id is None:
         raise InvalidRequest("This model reads text only; remove the images.", param=sources[0].param)
     model.require(images=bool(sources))
     model.require_task(None)
     with model.dispatcher.admit():
         async with deadline(model, arrived):
-            sampling = await _with_grammar(model, body, sampling)
-            prompt = await _chat_prompt(model, body, messages, sampling.max_tokens)
+            side = await tool_side_of(body, model)
+            sampling = await _with_form(model, body, side, sampling)
+            prompt = await _chat_prompt(model, body, messages, side, sampling.max_tokens)
             model.check_context(len(prompt.token_ids), sampling.max_tokens)
             check_prompt_logprobs(sampling, len(prompt.token_ids))
             images = await model.load_images(sources)
@@ -93,7 +95,8 @@ async def answer_chat(
             timeout_s=model.config.request_timeout,
         )
         wanted = _wanted(model, body, work, sampling.logprobs, counts)
-        dialect = dialect_of(head, dataclasses.replace(wanted, begun=echoed_text(body)))
+        wanted = replace(wanted, begun=echoed_text(body), function_call=side.is_deprecated)
+        dialect, options = dialect_of(head, wanted), replace(options, calls=side.calls)
         return await tell(
             client,
             model,
@@ -186,9 +189,9 @@ async def tell(
 
 
 async def _chat_prompt(
-    model: ServedModel, body: ChatRequest, messages: Sequence[Message], max_tokens: int | None
+    model: ServedModel, body: ChatRequest, messages: Sequence[Message], side: ToolSide, max_tokens: int | None
 ) -> Prompt:
-    prompt = await model.encode_chat(messages, template_variables(body), ending_of(body))
+    prompt = await model.encode_chat(messages, template_variables(body), ending_of(body), side.tools)
     if body.add_special_tokens:
         prompt = with_special_tokens(prompt, model.tokenizer)
     return cut_chat(prompt, cut_of(body, model, max_tokens))
@@ -203,6 +206,13 @@ async def _echoes(model: ServedModel, body: CompletionRequest, prompts: list[tup
         sum(map(len, prompts)),
         lambda: [Echo.of(prompt, model.tokenizer, with_offsets=with_offsets) for prompt in prompts],
     )
+
+
+async def _with_form(model: ServedModel, body: ChatRequest, side: ToolSide, sampling: SamplingParams) -> SamplingParams:
+    """With the grammar of tool calls, which has that of `response_format` in it where both may come."""
+    if side.enforced is not None:
+        return msgspec.structs.replace(sampling, grammar=side.enforced.grammar)
+    return await _with_grammar(model, body, sampling)
 
 
 async def _with_grammar(model: ServedModel, body: SamplingRequest, sampling: SamplingParams) -> SamplingParams:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from epd.errors import ContextLengthExceeded, InvalidRequest
+from proxy.api.openai_history import CallHistory
 from proxy.api.openai_length import cut_of
 from proxy.api.openai_sampling import check_token_ids
 from proxy.api.openai_schema import (
@@ -24,6 +25,7 @@ from proxy.user_text import Message
 
 MAX_PROMPTS = 128
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_RESULTS = ("tool", "function")
 _MEDIA_NOT_SUPPORTED = (
     "input_audio",
     "audio_url",
@@ -81,36 +83,40 @@ def template_variables(request: ChatRequest) -> dict[str, Any]:
 
 def count_parts(request: ChatRequest) -> int:
     """Messages and parts of messages. More of them than the context has tokens are refused before they cost time."""
-    return sum(len(one.content) if isinstance(one.content, list) else 1 for one in request.messages)
+    calls = sum(len(one.tool_calls or ()) for one in request.messages)
+    return calls + sum(len(one.content) if isinstance(one.content, list) else 1 for one in request.messages)
 
 
-def messages_of(request: ChatRequest) -> tuple[list[Message], list[ImageSource]]:
+def messages_of(request: ChatRequest, *, has_short_ids: bool = False) -> tuple[list[Message], list[ImageSource]]:
     """Messages as chat templates expect them, and their pictures in order.
 
+    Args:
+        request: has the messages.
+        has_short_ids: see `CallHistory`.
+
     Raises:
-        InvalidRequest: an unknown role, or content of a kind that can't be served.
+        InvalidRequest: an unknown role, content of a kind that can't be served, or a tool's message that answers none.
     """
     sources: list[ImageSource] = []
-    messages = [_message(message, f"messages[{i}]", sources) for i, message in enumerate(request.messages)]
+    history = CallHistory(has_short_ids=has_short_ids)
+    messages = [_message(message, f"messages[{i}]", sources, history) for i, message in enumerate(request.messages)]
     return messages, sources
 
 
-def _message(message: ChatMessage, where: str, sources: list[ImageSource]) -> Message:
+def _message(message: ChatMessage, where: str, sources: list[ImageSource], history: CallHistory) -> Message:
+    if message.role in _RESULTS:
+        return history.result(message, where)
     role = _ROLES.get(message.role)
     if role is None:
-        raise InvalidRequest(
-            f"{where}.role: {message.role[:100]!r} is not one of {', '.join(_ROLES)}.", param=f"{where}.role"
-        )
-    for field in ("tool_calls", "function_call"):
-        if getattr(message, field):
-            raise InvalidRequest(f"{where}.{field} is not supported by this server.", param=f"{where}.{field}")
+        known = ", ".join((*_ROLES, *_RESULTS))
+        raise InvalidRequest(f"{where}.role: {message.role[:100]!r} is not one of {known}.", param=f"{where}.role")
     content: str | list[dict[str, str]] = ""
     if isinstance(message.content, str):
         content = message.content
     elif message.content is not None:
         content = [_part(part, f"{where}.content[{i}]", sources) for i, part in enumerate(message.content)]
     named = {"name": message.name} if message.name is not None else {}
-    return {"role": role, "content": content, **named}
+    return {"role": role, "content": content, **named, **history.called(message, where)}
 
 
 def _part(part: ContentPart, where: str, sources: list[ImageSource]) -> dict[str, str]:

@@ -56,15 +56,49 @@ class ContentPart(msgspec.Struct):
     uuid: Annotated[str | None, Meta(description="no effect: pictures are known by their content")] = None
 
 
+class CalledFunction(msgspec.Struct):
+    """What an earlier tool call called."""
+
+    name: str
+    arguments: Annotated[str | dict[str, Any] | None, Meta(description="JSON text, as the answer had it")] = None
+
+
+class MessageCall(msgspec.Struct):
+    """A tool call of an earlier answer."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: str | None = None
+
+
 class ChatMessage(msgspec.Struct):
     """One turn of the conversation."""
 
-    role: Annotated[str, Meta(description="system, developer (the same), user or assistant")]
+    role: Annotated[str, Meta(description="system, developer (the same), user, assistant, tool or function")]
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[Any] | None = None
-    function_call: Any = None
+    tool_calls: Annotated[list[MessageCall] | None, Meta(description="of an assistant's turn")] = None
+    tool_call_id: Annotated[str | None, Meta(description="the call that a tool's turn answers")] = None
+    function_call: Annotated[CalledFunction | None, Meta(description="deprecated; the same as one tool call")] = None
     refusal: str | None = None
+
+
+class FunctionDefinition(msgspec.Struct):
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: Annotated[dict[str, Any] | None, Meta(description="a JSON schema; absent: it takes none")] = None
+    strict: Annotated[
+        bool | None, Meta(description="arguments follow the schema also where the model decides whether to call")
+    ] = None
+
+
+class Tool(msgspec.Struct):
+    """A tool that the model may call."""
+
+    function: FunctionDefinition | None = None
+    type: Annotated[str, Meta(description="function")] = "function"
 
 
 class StreamOptions(msgspec.Struct):
@@ -194,10 +228,18 @@ class ChatRequest(SamplingRequest, kw_only=True):
         None
     )
     best_of: int | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
-    function_call: Any = None
+    tools: Annotated[list[Tool] | None, Meta(description="functions that the model may call")] = None
+    tool_choice: Annotated[
+        str | dict[str, Any] | None,
+        Meta(
+            description="none, auto (the default), required, "
+            '{"type": "function", "function": {"name": …}}, or '
+            '{"type": "allowed_tools", "allowed_tools": {"mode": …, "tools": […]}}; the last three are enforced'
+        ),
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, Meta(description="false: one call at most")] = None
+    functions: Annotated[list[FunctionDefinition] | None, Meta(description="deprecated: tools")] = None
+    function_call: Annotated[str | dict[str, Any] | None, Meta(description="deprecated: tool_choice")] = None
     modalities: Annotated[list[str] | None, Meta(description="text only")] = None
     chat_template: str | None = None
     documents: list[Any] | None = None
@@ -218,10 +260,6 @@ class ChatRequest(SamplingRequest, kw_only=True):
         """See `Refused.unsupported`."""
         return super().unsupported() | {
             "best_of": self.best_of not in (None, self.n or 1),
-            "tools": bool(self.tools),
-            "tool_choice": self.tool_choice not in (None, "none", "auto"),
-            "functions": bool(self.functions),
-            "function_call": self.function_call not in (None, "none", "auto"),
             "modalities": any(kind != "text" for kind in self.modalities or ()),
             "chat_template": self.chat_template is not None,
             "documents": bool(self.documents),

@@ -1,0 +1,171 @@
+"""Calls that are enforced, as a grammar in the format of the model's family, so that its parser reads what comes.
+
+    required          one call or more, nothing else
+    named             one call of one function
+    auto, strict      free text, and calls whose arguments follow the schemas of functions that say `strict`
+    auto, with form   an answer of the form that `response_format` asks for, or calls
+
+The language is Lark's, as llguidance has it: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from epd.errors import InvalidRequest
+from epd.grammar_check import BLANKS
+from epd.types import Grammar, GrammarKind
+from proxy.tools.families import LLAMA3, MISTRAL, MISTRAL_V11, Family
+from proxy.tools.use import Choice, Function, ToolUse
+
+MAX_CALLS = 32
+"""That are enforced in one answer: a weak model would go on for ever."""
+_COMBINES = ("$ref", "allOf", "anyOf", "oneOf", "if", "not", "enum", "const")
+_OPENS = ("additionalProperties", "unevaluatedProperties", "patternProperties")
+
+
+@dataclass(frozen=True)
+class Enforced:
+    """A grammar twice."""
+
+    grammar: Grammar
+    """For workers: markers are the model's special tokens."""
+    trial: Grammar
+    """For a check without the model's vocabulary: markers are text."""
+
+
+def enforced(use: ToolUse, family: Family, special_id: Callable[[str], int | None], form: str | None) -> Enforced:
+    """The grammar of a request's answers.
+
+    Args:
+        use: of tools.
+        family: of the model.
+        special_id: the special token of a literal; None: it is ordinary text for this model.
+        form: JSON schema of answers without calls; None: they are free.
+    """
+
+    def as_token(literal: str) -> str:
+        token = special_id(literal)
+        return _text(literal) if token is None else f"<[{token}]>"
+
+    makers = (_Maker(use, family, marker, form) for marker in (as_token, _text))
+    grammar, trial = (Grammar(GrammarKind.EBNF, maker.make()) for maker in makers)
+    return Enforced(grammar, trial)
+
+
+def arguments_schema(function: Function) -> dict[str, Any]:
+    """The schema of a call's arguments: always an object, without parameters that the function does not have.
+
+    Raises:
+        InvalidRequest: it asks for something else than an object.
+    """
+    schema = function.parameters
+    if schema is None:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    if schema.get("type", "object") != "object":
+        field = f"{function.field}.parameters"
+        raise InvalidRequest(f"{field}: the schema of arguments must have type object.", param=field)
+    is_closed = "properties" in schema and not any(word in schema for word in (*_COMBINES, *_OPENS))
+    closed = {"additionalProperties": False} if is_closed else {}
+    return {"type": "object"} | schema | closed
+
+
+class _Maker:
+    """Writes one grammar. Each method gives a rule's right-hand side, or adds rules."""
+
+    def __init__(self, use: ToolUse, family: Family, marker: Callable[[str], str], form: str | None) -> None:
+        self._use = use
+        self._family = family
+        self._marker = marker
+        self._form = form
+        self._rules: list[str] = []
+
+    def make(self) -> str:
+        self._add_calls()
+        if self._use.choice is not Choice.AUTO:
+            self._rule("start", "calls")
+        elif self._form is not None:
+            self._rule("start", f"calls | %json {_schema(json.loads(self._form))}")
+        else:
+            self._add_free_text()
+        return "\n".join(self._rules) + "\n"
+
+    def _rule(self, name: str, right: str) -> None:
+        self._rules.append(f"{name}: {right}")
+
+    def _repeated(self, one: str, more: str) -> str:
+        """One call, and more of them where there may be several."""
+        limit = MAX_CALLS - 1 if self._use.max_calls is None else self._use.max_calls - 1
+        return f"{one} ({more}){{0,{limit}}}" if limit else one
+
+    def _add_calls(self) -> None:
+        """`calls`, of which `rest` is what follows the first opener."""
+        opener = self._opener
+        self._rule("body", " | ".join(f"body_{i}" for i in range(len(self._use.callable))))
+        self._rule("calls", f"{opener} rest")
+        if self._family is LLAMA3:
+            self._rule("rest", self._repeated("body", f"{_text('; ')} body"))
+            self._add_objects("parameters")
+        elif self._family is MISTRAL_V11:
+            self._rule("rest", self._repeated("body", f"{opener} body"))
+            self._add_bodies(lambda name: f"{_text(name)} {self._marker('[ARGS]')}", "")
+        elif self._family is MISTRAL:
+            calls = self._repeated("body", f"{_text(', ')} body")
+            self._rule("rest", f'"[" {calls} "]"')
+            self._add_objects("arguments")
+        else:
+            self._rule("rest", self._repeated("block", f"{_text(chr(10))} {opener} block"))
+            closer = self._marker(self._family.markers[1])
+            self._rule("block", f"{_text(chr(10))} body {_text(chr(10))} {closer}")
+            self._add_objects("arguments")
+
+    @property
+    def _opener(self) -> str:
+        """Llama's calls need none."""
+        return "" if self._family is LLAMA3 else self._marker(self._family.markers[0])
+
+    def _add_objects(self, key: str) -> None:
+        # In the pieces that JSON has: where an answer may be JSON too, both begin alike.
+        self._add_bodies(
+            lambda name: f'"{{" {_text(_text("name"))} ": " {_text(_text(name))} ", " {_text(_text(key))} ": "', '"}"'
+        )
+
+    def _add_bodies(self, head: Callable[[str], str], tail: str) -> None:
+        for i, function in enumerate(self._use.callable):
+            self._rule(f"body_{i}", f"{head(function.name)} arguments_{i} {tail}")
+            is_free = self._use.choice is Choice.AUTO and not function.strict
+            schema = {"type": "object"} if is_free else arguments_schema(function)
+            self._rule(f"arguments_{i}", f"%json {_schema(schema)}")
+
+    def _add_free_text(self) -> None:
+        """Text that turns into calls where the family's opener comes."""
+        if self._family is LLAMA3:
+            self._rule("start", "calls | TEXT")
+            self._rule("TEXT", r"/[ \t\r\n]*([^{ \t\r\n](?s:.*))?/")
+        elif self._opener.startswith("<["):
+            self._rule("start", "TEXT? calls?")
+            self._rule("TEXT", "/(?s:.+)/")
+        else:
+            literal = self._family.markers[0]
+            is_blocks = self._family not in (MISTRAL, MISTRAL_V11)
+            rest = "block start" if is_blocks and self._use.max_calls is None else "rest"
+            self._rule("start", f"TEXT | before {rest}")
+            self._rule(f"before[suffix={_text(literal)}]", "/(?s:.*)/")
+            self._rule("TEXT", f"/(?s:.*)/ & ~/(?s:.*){_regex(literal)}(?s:.*)/")
+
+
+def _text(literal: str) -> str:
+    return json.dumps(literal, ensure_ascii=False)
+
+
+def _regex(literal: str) -> str:
+    return "".join(f"\\{letter}" if not letter.isalnum() and letter not in "_<>" else letter for letter in literal)
+
+
+def _schema(schema: dict[str, Any]) -> str:
+    """For `%json`. As options of ours, and without what would be read as another grammar language."""
+    options = {"lenient": False, "whitespace_pattern": BLANKS}
+    return json.dumps(schema | {"x-guidance": options}, ensure_ascii=False).replace("::=", "\\u003a:=")
