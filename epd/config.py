@@ -151,6 +151,12 @@ class ProxyConfig(GatewayOptions, AccessOptions, ProcessConfig):
     allowed_private_media: tuple[str, ...] = option(
         (), "private networks that pictures may be fetched from (127.0.0.0/8); default: none", metavar="CIDR"
     )
+    use_tgi_api: bool = option(
+        False, "answer /generate, /generate_stream and POST / as TGI does, whichever parameters a request has"
+    )
+    lightllm_error_417: bool = option(
+        False, "errors of LightLLM's endpoints have its statuses, 417 and 503, in place of 400 and the like"
+    )
     max_concurrent_requests: int = option(1024, "requests in work at once; more get 429", minimum=1)
 
     @property

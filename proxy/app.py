@@ -31,7 +31,19 @@ from epd.config import ProxyConfig
 from epd.errors import ClientError, ConfigError, EPDError, InternalError, InvalidRequest, ModelNotFound
 from metastore.roster import Roster
 from proxy.access import ApiKeys, Guard
-from proxy.api import embeddings, generate, health, models, openai, operations, score, server_info, tokenize, unified
+from proxy.api import (
+    embeddings,
+    generate,
+    health,
+    lightllm,
+    models,
+    openai,
+    operations,
+    score,
+    server_info,
+    tokenize,
+    unified,
+)
 from proxy.api.http import error_response
 from proxy.api.requests import REF
 from proxy.byte_budget import ByteBudget
@@ -41,7 +53,7 @@ from proxy.service import Service
 
 log = logging.getLogger(__name__)
 
-_DIALECTS = (openai, generate, unified, embeddings, score, tokenize, models, health, server_info, operations)
+_DIALECTS = (openai, generate, lightllm, unified, embeddings, score, tokenize, models, health, server_info, operations)
 """Modules with a `router`, and the structs that it is `DOCUMENTED` with."""
 
 _ERROR_WORDS = {unified.PATH: unified.error_words}

@@ -10,6 +10,7 @@ import msgspec
 from epd.checkpoint import fingerprint, image_placeholder, read_json
 from epd.errors import ConfigError
 from proxy.chat_template import ChatTemplate
+from proxy.image_tokens import image_tokens_of
 from proxy.token_text import TokenTexts
 from proxy.tokenizer import Tokenizer
 
@@ -21,6 +22,8 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
+    do_sample: bool = False
+    """Whether it asks for sampling in so many words. Only dialects that are greedy by default look at it."""
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> SamplingDefaults:
@@ -56,8 +59,9 @@ class Checkpoint:
         self.template = ChatTemplate.from_checkpoint(folder, self.tokenizer)
         self.model_config = read_json(folder, "config.json")
         self.pooling_config = read_json(folder, "1_Pooling/config.json")
-        placeholder = image_placeholder(folder)
-        self.image_token_id = None if placeholder is None else placeholder.token_id
+        self.image = image_placeholder(folder)
+        self.image_token_id = None if self.image is None else self.image.token_id
+        self.image_tokens = image_tokens_of(folder)
         generation = read_json(folder, "generation_config.json")
         self.sampling_defaults = SamplingDefaults.of(generation)
         self.bos_token_id = _bos_token_id(self.model_config.get("text_config"), self.model_config, generation)

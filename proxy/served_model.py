@@ -62,7 +62,9 @@ class ServedModel:
         self.bos_token_id = checkpoint.bos_token_id
         self.model_config = checkpoint.model_config
         self.pooling_config = checkpoint.pooling_config
+        self.image = checkpoint.image
         self.image_token_id = checkpoint.image_token_id
+        self.image_tokens = checkpoint.image_tokens
         self.sampling_defaults = checkpoint.sampling_defaults
         self._pool = shared.pool
         self._media = shared.media

@@ -18,6 +18,7 @@ from epd.types import Pooling, PoolingKind, WorkerTask
 from proxy.api.dialect import Head
 from proxy.api.embeddings import default_pooling
 from proxy.api.http import Client, Exchange
+from proxy.api.lightllm_errors import use_native_errors
 from proxy.api.openai_prompt import naming, token_prompts
 from proxy.api.requests import deadline, decoded, documented, service_of
 from proxy.api.vectors import MAX_INPUTS, Vectors, VectorUsage, pooled
@@ -134,8 +135,9 @@ async def rerank(request: Request) -> Response:
 async def get_score(request: Request) -> Response:
     """The reward of one conversation."""
     arrived, service = time.perf_counter(), service_of(request)
+    use_native_errors(request)
     body = await decoded(request, RewardRequest)
-    model = service.model(None)
+    model = service.default_model()
     return Exchange(lambda client: _get_score(client, model, body, arrived))
 
 
