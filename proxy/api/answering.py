@@ -197,6 +197,20 @@ async def _chat_prompt(
     return cut_chat(prompt, cut_of(body, model, max_tokens))
 
 
+async def prompt_alone(model: ServedModel, body: ChatRequest, max_tokens: int | None = None) -> Prompt:
+    """The prompt that `answer_chat` would make, for endpoints that do something else with it.
+
+    Raises:
+        InvalidRequest, ContextLengthExceeded: as from `answer_chat`.
+    """
+    check_supported(body)
+    model.check_context(count_parts(body), max_tokens)
+    messages, sources = messages_of(body, has_short_ids=model.has_short_call_ids)
+    if sources and model.image_token_id is None:
+        raise InvalidRequest("This model reads text only; remove the images.", param=sources[0].param)
+    return await _chat_prompt(model, body, messages, await tool_side_of(body, model), max_tokens)
+
+
 async def _echoes(model: ServedModel, body: CompletionRequest, prompts: list[tuple[int, ...]]) -> list[Echo]:
     """The prompts as text, when they are to be given back."""
     if not body.echo:

@@ -1,4 +1,4 @@
-"""`/v1/embeddings` as OpenAI clients speak it."""
+"""`/v1/embeddings` as OpenAI clients speak it, and `/pooling`, which is the same in the words of vLLM."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from msgspec import Meta, Struct
 from starlette.responses import Response
 
 from epd.errors import InvalidRequest
-from epd.types import Pooling, PoolingKind
+from epd.types import Pooling, PoolingKind, WorkerTask
+from proxy.api.answering import prompt_alone
 from proxy.api.dialect import Head
 from proxy.api.http import Client, Exchange
 from proxy.api.openai_length import cut_of
 from proxy.api.openai_prompt import token_prompts
+from proxy.api.openai_schema import ChatMessage, ChatRequest
 from proxy.api.requests import deadline, decoded, documented, service_of
-from proxy.api.vectors import MAX_INPUTS, VectorUsage, pooled
+from proxy.api.vectors import MAX_INPUTS, Vectors, VectorUsage, pooled
 from proxy.served_model import ServedModel
 
 router = APIRouter(tags=["OpenAI"])
 
+_Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
@@ -32,9 +35,12 @@ class EmbeddingRequest(Struct, kw_only=True):
     """`POST /v1/embeddings`."""
 
     input: Annotated[
-        str | list[str | _TokenId | list[_TokenId]],
+        str | list[str | _TokenId | list[_TokenId]] | None,
         Meta(description="a text, several texts, token ids, or several lists of token ids of this model"),
-    ]
+    ] = None
+    messages: Annotated[
+        list[ChatMessage] | None, Meta(description="in place of input: a conversation, of which one vector is made")
+    ] = None
     model: Annotated[str | None, Meta(description="name of the served model; default: that model")] = None
     encoding_format: Annotated[
         Literal["float", "base64"] | None, Meta(description="base64: little-endian 32-bit floats")
@@ -55,13 +61,18 @@ class EmbeddingRequest(Struct, kw_only=True):
         Literal["left", "right"] | None, Meta(description="where they are cut; default: right, the end")
     ] = None
     add_special_tokens: Annotated[
-        bool | None, Meta(description="put the tokenizer's own tokens around each text; default: true")
+        bool | None,
+        Meta(description="put the tokenizer's own tokens around each text; default: true, of messages false"),
     ] = None
-    messages: Any = None
-
-    def unsupported(self) -> dict[str, bool]:
-        """Field → whether the request uses it in a way that can't be served."""
-        return {"messages": self.messages is not None}
+    add_generation_prompt: Annotated[
+        bool | None, Meta(description="of messages: end with the header of an answer; default: false")
+    ] = None
+    continue_final_message: Annotated[bool | None, Meta(description="of messages: leave the last one open")] = None
+    chat_template: str | None = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None, Meta(description="of messages: switches of the chat template")
+    ] = None
+    priority: Annotated[_Int64 | None, Meta(description="smaller goes first; default 0")] = None
 
 
 class Embedding(Struct):
@@ -81,7 +92,26 @@ class EmbeddingList(Struct):
     object: str = "list"
 
 
-DOCUMENTED = (EmbeddingRequest, EmbeddingList)
+class Pooled(Struct):
+    """What the model makes of one text: its vector, or of a reward model its score."""
+
+    index: int
+    data: list[float] | str
+    object: str = "pooling"
+
+
+class PooledList(Struct):
+    """Answer of `POST /pooling`."""
+
+    id: str
+    created: int
+    model: str
+    data: list[Pooled]
+    usage: VectorUsage
+    object: str = "list"
+
+
+DOCUMENTED = (EmbeddingRequest, EmbeddingList, PooledList)
 
 
 @router.post("/v1/embeddings", response_model=None, openapi_extra=documented(EmbeddingRequest, EmbeddingList))
@@ -93,33 +123,82 @@ async def embeddings(request: Request) -> Response:
     return Exchange(lambda client: _embed(client, model, body, arrived))
 
 
+@router.post("/pooling", response_model=None, openapi_extra=documented(EmbeddingRequest, PooledList))
+async def pooling(request: Request) -> Response:
+    """What `/v1/embeddings` gives, or a reward model's score of each text, in a list of one number."""
+    arrived, service = time.perf_counter(), service_of(request)
+    body = await decoded(request, EmbeddingRequest)
+    model = service.model(body.model)
+    return Exchange(lambda client: _pool(client, model, body, arrived))
+
+
 async def _embed(client: Client, model: ServedModel, body: EmbeddingRequest, arrived: float) -> None:
-    for field, is_used in body.unsupported().items():
-        if is_used:
-            raise InvalidRequest(f"{field} is not supported by this server with this value; leave it out.", param=field)
-    _check_dimensions(model, body)
+    found = await _vectors(model, body, _pooling(model, body), Head.new("embd", "").id, arrived)
+    answers = [Embedding(index, _encoded(vector, body.encoding_format)) for index, vector in enumerate(found.values)]
+    await client.reply(EmbeddingList(answers, model.name, VectorUsage.of(found.prompt_tokens)))
+
+
+async def _pool(client: Client, model: ServedModel, body: EmbeddingRequest, arrived: float) -> None:
+    head = Head.new("pool", model.name)
+    is_score = model.task is WorkerTask.SCORE
+    found = await _vectors(
+        model, body, Pooling(PoolingKind.SCORE) if is_score else _pooling(model, body), head.id, arrived
+    )
+    data = [Pooled(index, _encoded(vector, body.encoding_format)) for index, vector in enumerate(found.values)]
+    await client.reply(PooledList(head.id, head.created, head.model, data, VectorUsage.of(found.prompt_tokens)))
+
+
+def _pooling(model: ServedModel, body: EmbeddingRequest) -> Pooling:
     kind = PoolingKind(body.pooling) if body.pooling else default_pooling(model)
     # What is cut short is rescaled here, if at all.
-    pooling = Pooling(kind, normalize=body.normalize is not False and body.dimensions is None)
+    return Pooling(kind, normalize=body.normalize is not False and body.dimensions is None)
+
+
+async def _vectors(
+    model: ServedModel, body: EmbeddingRequest, pooling: Pooling, request_id: str, arrived: float
+) -> Vectors:
+    """Of each text, or of the conversation, as long as the request wants them."""
+    if (body.input is None) == (body.messages is None):
+        raise InvalidRequest("Send either input or messages.", param="input")
+    _check_dimensions(model, body)
     model.require(images=False)
     model.require_task(pooling)
     with model.dispatcher.admit():
         async with deadline(model, arrived):
-            prompts = await token_prompts(
-                body.input,
-                model,
-                field="input",
-                limit=MAX_INPUTS,
-                completion=0,
-                cut=cut_of(body, model, 0, side="right"),
-                add_special_tokens=body.add_special_tokens is not False,
-            )
-        vectors = await pooled(model, Head.new("embd", "").id, prompts, pooling, arrived)
-    answers = [
-        Embedding(index, _encoded(_cut(vector, body), body.encoding_format))
-        for index, vector in enumerate(vectors.values)
-    ]
-    await client.reply(EmbeddingList(answers, model.name, VectorUsage.of(vectors.prompt_tokens)))
+            prompts = await _prompts(model, body)
+        found = await pooled(model, request_id, prompts, pooling, arrived, body.priority or 0)
+    return Vectors([tuple(_cut(vector, body)) for vector in found.values], found.prompt_tokens)
+
+
+async def _prompts(model: ServedModel, body: EmbeddingRequest) -> list[tuple[int, ...]]:
+    if body.input is not None:
+        return await token_prompts(
+            body.input,
+            model,
+            field="input",
+            limit=MAX_INPUTS,
+            completion=0,
+            cut=cut_of(body, model, 0, side="right"),
+            add_special_tokens=body.add_special_tokens is not False,
+        )
+    is_cut = body.truncate_prompt_tokens is not None
+    chat = ChatRequest(
+        messages=body.messages or [],
+        chat_template=body.chat_template,
+        chat_template_kwargs=body.chat_template_kwargs,
+        add_generation_prompt=bool(body.add_generation_prompt),
+        continue_final_message=body.continue_final_message,
+        add_special_tokens=body.add_special_tokens,
+        truncate_prompt_tokens=body.truncate_prompt_tokens,
+        truncation_side=(body.truncation_side or "right") if is_cut else body.truncation_side,
+    )
+    if not chat.messages:
+        raise InvalidRequest("messages is empty; send at least one.", param="messages")
+    prompt = await prompt_alone(model, chat, 0)
+    if prompt.image_offsets:
+        raise InvalidRequest("messages: vectors are made of texts here; remove the images.", param="messages")
+    model.check_context(len(prompt.token_ids), 0)
+    return [prompt.token_ids]
 
 
 def default_pooling(model: ServedModel) -> PoolingKind:

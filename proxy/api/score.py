@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from msgspec import Meta, Struct
@@ -19,15 +20,25 @@ from proxy.api.dialect import Head
 from proxy.api.embeddings import default_pooling
 from proxy.api.http import Client, Exchange
 from proxy.api.lightllm_errors import use_native_errors
+from proxy.api.openai_length import cut_of
 from proxy.api.openai_prompt import naming, token_prompts
 from proxy.api.requests import deadline, decoded, documented, service_of
 from proxy.api.vectors import MAX_INPUTS, Vectors, VectorUsage, pooled
+from proxy.cutting import Cut
 from proxy.served_model import ServedModel
 
 router = APIRouter(tags=["Scores"])
 
 _SCORE = Pooling(PoolingKind.SCORE)
 _Texts = str | list[str]
+Truncation = Annotated[
+    Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None,
+    Meta(description="cut longer texts, or pairs, to so many tokens; -1: to the context"),
+]
+Side = Annotated[Literal["left", "right"] | None, Meta(description="where they are cut; default: right, the end")]
+Priority = Annotated[
+    Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None, Meta(description="smaller goes first; default 0")
+]
 
 
 class ScoreRequest(Struct, kw_only=True):
@@ -36,7 +47,9 @@ class ScoreRequest(Struct, kw_only=True):
     text_1: _Texts
     text_2: _Texts
     model: Annotated[str | None, Meta(description="name of the served model; default: that model")] = None
-    truncate_prompt_tokens: Any = None
+    truncate_prompt_tokens: Truncation = None
+    truncation_side: Side = None
+    priority: Priority = None
 
 
 class Score(Struct):
@@ -71,7 +84,9 @@ class RerankRequest(Struct, kw_only=True):
     documents: Annotated[list[str | Document], Meta(min_length=1, max_length=MAX_INPUTS)]
     top_n: Annotated[Annotated[int, Meta(ge=0)] | None, Meta(description="how many to give; 0: all")] = None
     model: Annotated[str | None, Meta(description="name of the served model; default: that model")] = None
-    truncate_prompt_tokens: Any = None
+    truncate_prompt_tokens: Truncation = None
+    truncation_side: Side = None
+    priority: Priority = None
 
 
 class Ranked(Struct):
@@ -142,41 +157,56 @@ async def get_score(request: Request) -> Response:
 
 
 async def _score(client: Client, model: ServedModel, body: ScoreRequest, arrived: float) -> None:
-    _check(body)
     head = Head.new("score", model.name)
-    found = await _scores(model, head.id, _pairs(body), "text_2", arrived)
+    found = await _scores(_Job.of(model, body, head.id, "text_2", arrived), _pairs(body))
     data = [Score(index, value) for index, (value, *_) in enumerate(found.values)]
     await client.reply(ScoreList(head.id, head.created, head.model, data, VectorUsage.of(found.prompt_tokens)))
 
 
 async def _rerank(client: Client, model: ServedModel, body: RerankRequest, arrived: float) -> None:
-    _check(body)
     head = Head.new("rerank", model.name)
     documents = [one if isinstance(one, Document) else Document(one) for one in body.documents]
     if not all(one.text for one in documents):
         raise InvalidRequest("documents: one of them is empty.", param="documents")
     pairs = [(body.query, one.text) for one in documents]
-    found = await _scores(model, head.id, pairs, "documents", arrived)
+    found = await _scores(_Job.of(model, body, head.id, "documents", arrived), pairs)
     results = [Ranked(index, documents[index], value) for index, (value, *_) in enumerate(found.values)]
     results.sort(key=lambda one: -one.relevance_score)  # stable: equals stay in the order of the request
     shown = results[: body.top_n or None]
     await client.reply(Ranking(head.id, head.model, VectorUsage.of(found.prompt_tokens), shown))
 
 
-def _check(body: ScoreRequest | RerankRequest) -> None:
-    if body.truncate_prompt_tokens is not None:
-        raise InvalidRequest("truncate_prompt_tokens is not supported; leave it out.", param="truncate_prompt_tokens")
+@dataclass(frozen=True)
+class _Job:
+    """What is the same for all pairs of a request."""
+
+    model: ServedModel
+    request_id: str
+    field: str
+    """To blame for a text that is too long."""
+    arrived: float
+    cut: Cut | None
+    priority: int
+
+    @classmethod
+    def of(
+        cls, model: ServedModel, body: ScoreRequest | RerankRequest, request_id: str, field: str, arrived: float
+    ) -> _Job:
+        cut = cut_of(body, model, 0, side="right")
+        return cls(model, request_id, field, arrived, cut, body.priority or 0)
+
+    async def pooled(self, prompts: Sequence[tuple[int, ...]], pooling: Pooling) -> Vectors:
+        return await pooled(self.model, self.request_id, prompts, pooling, self.arrived, self.priority)
 
 
-async def _scores(
-    model: ServedModel, request_id: str, pairs: Sequence[tuple[str, str]], field: str, arrived: float
-) -> Vectors:
-    """One number for each pair, in whichever way the model has. `field` is to blame for a text that is too long."""
+async def _scores(job: _Job, pairs: Sequence[tuple[str, str]]) -> Vectors:
+    """One number for each pair, in whichever way the model has."""
+    model = job.model
     model.require(images=False)
     is_embedding = model.task is WorkerTask.EMBED
     model.require_task(Pooling(default_pooling(model)) if is_embedding else _SCORE)
     with model.dispatcher.admit():
-        return await (_cosines if is_embedding else _rewards)(model, request_id, pairs, field, arrived)
+        return await (_cosines if is_embedding else _rewards)(job, pairs)
 
 
 async def _get_score(client: Client, model: ServedModel, body: RewardRequest, arrived: float) -> None:
@@ -213,27 +243,35 @@ def _listed(texts: _Texts) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
-async def _rewards(
-    model: ServedModel, request_id: str, pairs: Sequence[tuple[str, str]], field: str, arrived: float
-) -> Vectors:
+async def _rewards(job: _Job, pairs: Sequence[tuple[str, str]]) -> Vectors:
     """Each pair is one sequence, joined as the tokenizer joins pairs."""
     among = sum(len(first) + len(second) for first, second in pairs)
-    async with deadline(model, arrived):
-        with naming(field):
-            prompts = [tuple(await model.encode_pair(*pair, among=among)) for pair in pairs]
-            for prompt in prompts:
-                model.check_context(len(prompt), 0)
-    return await pooled(model, request_id, prompts, _SCORE, arrived)
+    async with deadline(job.model, job.arrived):
+        with naming(job.field):
+            prompts = [await _joined(job, *pair, among) for pair in pairs]
+    return await job.pooled(prompts, _SCORE)
 
 
-async def _cosines(
-    model: ServedModel, request_id: str, pairs: Sequence[tuple[str, str]], field: str, arrived: float
-) -> Vectors:
+async def _joined(job: _Job, first: str, second: str, among: int) -> tuple[int, ...]:
+    """Tokens of a pair; where it is cut, the tokenizer's own at its ends stay."""
+    model, cut = job.model, job.cut
+    if cut is not None:
+        longest = model.tokenizer.longest_token
+        first, second = cut.of_text(first, longest), cut.of_text(second, longest)
+    token_ids = await model.encode_pair(first, second, among=among)
+    if cut is not None:
+        token_ids = cut.of_tokens(token_ids, *map(len, model.tokenizer.around))
+    model.check_context(len(token_ids), 0)
+    return tuple(token_ids)
+
+
+async def _cosines(job: _Job, pairs: Sequence[tuple[str, str]]) -> Vectors:
     """A text that stands in several pairs is computed once."""
+    model = job.model
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    async with deadline(model, arrived):
-        prompts = await token_prompts(list(texts), model, field=field, limit=len(texts), completion=0)
-    found = await pooled(model, request_id, prompts, Pooling(default_pooling(model)), arrived)
+    async with deadline(model, job.arrived):
+        prompts = await token_prompts(list(texts), model, field=job.field, limit=len(texts), completion=0, cut=job.cut)
+    found = await job.pooled(prompts, Pooling(default_pooling(model)))
     vectors = dict(zip(texts, found.values, strict=True))
     cosines = [sum(a * b for a, b in zip(vectors[one], vectors[two], strict=True)) for one, two in pairs]
     return Vectors([(cosine,) for cosine in cosines], found.prompt_tokens)

@@ -11,10 +11,10 @@ from msgspec import Meta, Struct
 from starlette.responses import Response
 
 from epd.errors import InvalidRequest, RequestTooLarge
+from proxy.api.answering import prompt_alone
 from proxy.api.http import Client, Exchange
-from proxy.api.openai_prompt import count_parts, messages_of, template_variables
-from proxy.api.openai_sampling import check_supported, check_token_ids
-from proxy.api.openai_schema import ChatMessage, ChatRequest
+from proxy.api.openai_sampling import check_token_ids
+from proxy.api.openai_schema import ChatMessage, ChatRequest, Tool
 from proxy.api.requests import deadline, decoded, documented, service_of
 from proxy.served_model import ServedModel
 
@@ -46,7 +46,7 @@ class TokenizeRequest(Struct, kw_only=True):
     continue_final_message: Annotated[bool | None, Meta(description="as of /v1/chat/completions")] = None
     chat_template: str | None = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, Meta(description="as of /v1/chat/completions")] = None
-    tools: Annotated[list[Any] | None, Meta(description="as of /v1/chat/completions")] = None
+    tools: Annotated[list[Tool] | None, Meta(description="as of /v1/chat/completions")] = None
 
 
 class Tokens(Struct):
@@ -125,10 +125,7 @@ async def _of_messages(model: ServedModel, body: TokenizeRequest, messages: list
         continue_final_message=body.continue_final_message,
         add_special_tokens=body.add_special_tokens,
     )
-    check_supported(chat)
-    model.check_context(count_parts(chat), None)
-    found, _ = messages_of(chat)
-    return list((await model.encode_chat(found, template_variables(chat))).token_ids)
+    return list((await prompt_alone(model, chat)).token_ids)
 
 
 async def _detokenize(client: Client, model: ServedModel, body: DetokenizeRequest, arrived: float) -> None:

@@ -38,9 +38,22 @@ class Vectors:
 
 
 async def pooled(
-    model: ServedModel, request_id: str, prompts: Sequence[tuple[int, ...]], pooling: Pooling, arrived: float
+    model: ServedModel,
+    request_id: str,
+    prompts: Sequence[tuple[int, ...]],
+    pooling: Pooling,
+    arrived: float,
+    priority: int = 0,
 ) -> Vectors:
     """Ask the workers for a vector of each prompt.
+
+    Args:
+        model: that makes them.
+        request_id: each group of prompts has its own, which begins like this.
+        prompts: token ids.
+        pooling: what kind of vectors.
+        arrived: `time.perf_counter()` when the request came.
+        priority: smaller goes first.
 
     Raises:
         EPDError: one of them failed; the others are aborted.
@@ -53,6 +66,7 @@ async def pooled(
             model=model.ref,
             prompts=tuple(prompts[first : first + AT_ONCE]),
             sampling=SamplingParams(),
+            priority=priority,
             pooling=pooling,
             arrived=arrived,
             timeout_s=model.config.request_timeout,

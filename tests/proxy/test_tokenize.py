@@ -43,6 +43,23 @@ async def test_a_conversation_has_the_tokens_that_a_chat_has(cluster: Cluster) -
     assert tuple(body["tokens"]) == cluster.pd.requests[-1].prompt_token_ids
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"add_generation_prompt": False},
+        {"continue_final_message": True},
+        {"add_special_tokens": True},
+        {"tools": [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]},
+    ],
+)
+async def test_what_shapes_prompts_does_so_as_in_chats(cluster: Cluster, fields: dict[str, Any]) -> None:
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello wor"}]
+    status, body = await post(cluster, "/tokenize", messages=messages, **fields)
+    assert status == 200
+    await cluster.http.post("/v1/chat/completions", json={"messages": messages} | fields)
+    assert tuple(body["tokens"]) == cluster.pd.requests[-1].prompt_token_ids
+
+
 @pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
 async def test_what_is_long_is_done_elsewhere_and_has_a_limit(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, path: str

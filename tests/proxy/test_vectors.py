@@ -16,7 +16,7 @@ import pytest
 from epd.errors import ErrorInfo
 from epd.types import FinishReason, Pooling, PoolingKind, WorkerTask
 from proxy.api.vectors import AT_ONCE
-from tests.proxy.conftest import Cluster, ClusterFactory
+from tests.proxy.conftest import Cluster, ClusterFactory, ask, png
 from tests.proxy.fakes import Received
 from tests.proxy.model_files import write_model
 
@@ -122,6 +122,10 @@ async def test_pooling_that_is_not_known_is_no_guess(start_cluster: ClusterFacto
         ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"input": "a", "model": "other"}, "model"),
         ({}, "input"),
+        ({"input": "a", "messages": ask("a")}, "input"),
+        ({"messages": []}, "messages"),
+        ({"messages": ask("a", png())}, "messages"),
+        ({"messages": ask("a"), "chat_template": "x"}, "chat_template"),
     ],
 )
 async def test_what_cannot_be_served_is_named(cluster: Cluster, fields: dict[str, Any], param: str) -> None:
@@ -129,6 +133,41 @@ async def test_what_cannot_be_served_is_named(cluster: Cluster, fields: dict[str
     assert body["status"] in (400, 404)
     assert body["param"] == param
     assert not cluster.pd.requests
+
+
+async def test_a_conversation_has_one_vector(cluster: Cluster) -> None:
+    messages = [{"role": "system", "content": "you are"}, *ask("hello world")]
+    body = await post(cluster, "/v1/embeddings", messages=messages, priority=-3)
+    assert (body["status"], len(body["data"])) == (200, 1)
+    (request,) = cluster.pd.requests
+    text = cluster.model.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False)
+    assert text == "<|im_start|>system\nyou are<|im_end|>\n<|im_start|>user\nhello world<|im_end|>\n"
+    assert request.priority == -3
+    await post(cluster, "/v1/embeddings", messages=messages, add_generation_prompt=True)
+    await post(cluster, "/v1/embeddings", messages=messages, truncate_prompt_tokens=2)
+    longer, cut = cluster.pd.requests[1].prompt_token_ids, cluster.pd.requests[2].prompt_token_ids
+    assert longer[: len(request.prompt_token_ids)] == request.prompt_token_ids != longer
+    assert cut == request.prompt_token_ids[:2]
+
+
+@pytest.mark.parametrize(
+    ("task", "data"), [(WorkerTask.EMBED, [[1.0, -0.5, 0.25], [2.0, -0.5, 0.25]]), (WorkerTask.SCORE, [[1.0], [2.0]])]
+)
+async def test_pooling_as_vllm_words_it(start_cluster: ClusterFactory, task: WorkerTask, data: list[float]) -> None:
+    cluster = await start_cluster(task=task, encoders=0)
+
+    async def say(received: Received) -> None:
+        vector = (float(len(received.request.prompt_token_ids)), -0.5, 0.25)
+        await received.send(finish=FinishReason.STOP, pooled=vector[:1] if task is WorkerTask.SCORE else vector)
+
+    cluster.pd.script = say
+    body = (await cluster.http.post("/pooling", json={"input": ["hello", "hello world"]})).json()
+    assert [one["data"] for one in body["data"]] == data
+    assert {one["object"] for one in body["data"]} == {"pooling"}
+    assert body["id"].startswith("pool-")
+    assert {request.pooling.kind for request in cluster.pd.requests if request.pooling} == {
+        PoolingKind.SCORE if task is WorkerTask.SCORE else PoolingKind.LAST
+    }
 
 
 async def test_dimensions_of_a_model_that_was_trained_for_them(start_cluster: ClusterFactory, tmp_path: Path) -> None:
@@ -274,13 +313,33 @@ async def test_score_of_an_embedding_model_is_the_cosine(start_cluster: ClusterF
         {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]},
         {"text_1": ["a", "b"], "text_2": "c"},
         {"text_1": "a"},
-        {"text_1": "a", "text_2": "b", "truncate_prompt_tokens": 4},
+        {"text_1": "a", "text_2": "b", "truncate_prompt_tokens": 0},
     ],
 )
 async def test_pairs_that_are_none(start_cluster: ClusterFactory, texts: dict[str, Any]) -> None:
     cluster = await start_cluster(task=WorkerTask.SCORE)
     assert (await post(cluster, "/v1/score", **texts))["status"] == 400
     assert not cluster.pd.requests
+
+
+@pytest.mark.parametrize("task", [WorkerTask.SCORE, WorkerTask.EMBED])
+@pytest.mark.parametrize(("length", "expected"), [(3, 3), (-1, 4096)])
+async def test_pairs_that_are_too_long_are_cut(
+    start_cluster: ClusterFactory, task: WorkerTask, length: int, expected: int
+) -> None:
+    cluster = await start_cluster(task=task)
+    text = "hello " * 5000
+    body = await post(cluster, "/v1/score", text_1="hello", text_2=text)
+    assert (body["status"], body["param"]) == (400, "text_2")
+    for path, fields in (
+        ("/v1/score", {"text_1": "hello", "text_2": text}),
+        ("/v1/rerank", {"query": "hello", "documents": [text]}),
+    ):
+        body = await post(cluster, path, truncate_prompt_tokens=length, priority=4, **fields)
+        assert body["status"] == 200, body
+        request = cluster.pd.requests[-1]
+        assert (len(request.prompt_token_ids), request.priority) == (expected, 4)
+        assert cluster.model.tokenizer.decode(request.prompt_token_ids).startswith("hello")
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
@@ -304,7 +363,7 @@ async def test_documents_by_their_score(start_cluster: ClusterFactory, path: str
         ({"query": "a", "documents": []}, "documents"),
         ({"query": "a", "documents": ["a", ""]}, "documents"),
         ({"query": "a", "documents": ["a"], "top_n": -1}, "top_n"),
-        ({"query": "a", "documents": ["a"], "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
+        ({"query": "a", "documents": ["a"], "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ],
 )
 async def test_rankings_that_are_none(start_cluster: ClusterFactory, fields: dict[str, Any], param: str) -> None:
