@@ -158,6 +158,15 @@ class ProxyConfig(GatewayOptions, AccessOptions, ProcessConfig):
         False, "errors of LightLLM's endpoints have its statuses, 417 and 503, in place of 400 and the like"
     )
     max_concurrent_requests: int = option(1024, "requests in work at once; more get 429", minimum=1)
+    max_sessions: int = option(
+        10_000,
+        "conversations kept for each API key, or for all where there is none; the least recently used goes",
+        minimum=1,
+    )
+    session_ttl: float = option(3600.0, "seconds since its last turn that a conversation is kept", minimum=0.001)
+    max_session_bytes: int = option(
+        256 << 20, "memory for kept conversations, in bytes; in Redis they take its memory instead", minimum=1
+    )
 
     @property
     def model_name(self) -> str:

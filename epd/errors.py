@@ -10,6 +10,7 @@
     │   ├── MediaForbidden       403
     │   ├── AdminOnly            403
     │   ├── ModelNotFound        404
+    │   ├── SessionBusy          409
     │   ├── RequestTooLarge      413
     │   ├── MediaUnavailable     422
     │   └── RequestAborted       499
@@ -19,6 +20,7 @@
         ├── WorkerFailed         502
         ├── NoWorker             503 (retryable)
         ├── HandedOver           503 (retryable)
+        ├── SessionsUnavailable  503 (retryable)
         ├── ShuttingDown         503 (retryable)
         ├── DeadlineExceeded     504
         └── InternalError        500
@@ -144,6 +146,13 @@ class ModelNotFound(ClientError):
     type = "not_found_error"
 
 
+class SessionBusy(ClientError):
+    """Another request has the session: it is being answered, or took the session over."""
+
+    status = 409
+    code = "session_busy"
+
+
 class RequestTooLarge(ClientError):
     """Body, picture bytes or pixels over the limit."""
 
@@ -209,6 +218,15 @@ class HandedOver(NoWorker):
     """A worker leaves, and gives the request back as it is, to be gone on with elsewhere."""
 
     code = "handed_over"
+
+
+class SessionsUnavailable(ServerError):
+    """The store of sessions can't be reached."""
+
+    status = 503
+    code = "sessions_unavailable"
+    type = "service_unavailable"
+    retryable = True
 
 
 class ShuttingDown(ServerError):

@@ -119,7 +119,8 @@ class Answer:
         self._tail: deque[int] = deque(maxlen=max(map(len, options.stop_sequences), default=0))
         self._has_sequence = False
         """A stop sequence was found."""
-        self._ended_by: int | None = None
+        self.ended_by: int | None = None
+        """The token that ended it; None when something else did, or nothing yet."""
 
     @property
     def tool_calls(self) -> list[ToolCall]:
@@ -145,7 +146,7 @@ class Answer:
         """The stop string or token of the client's that ended it; None when something else did, or nothing yet."""
         if self._stops.matched is not None:
             return self._stops.matched
-        return self._ended_by if self._ended_by in self._options.stop_token_ids else None
+        return self.ended_by if self.ended_by in self._options.stop_token_ids else None
 
     def push(self, update: Update) -> str:
         """The new content, which may be empty; sets `finish_reason` at the end. See `call_deltas` for the rest."""
@@ -161,7 +162,7 @@ class Answer:
             self._hide_tokens(update.token_ids[shown:], update.logprobs[shown:])
             if update.finish_reason is not None:
                 content += self._read(self._flush())
-                self.finish_reason, self._ended_by = update.finish_reason, update.stop_token_id
+                self.finish_reason, self.ended_by = update.finish_reason, update.stop_token_id
         if self.finish_reason is not None:
             content += self._finish_reading()
         is_whole = self.finish_reason is not None and not is_cut

@@ -36,6 +36,7 @@ from proxy.api import (
     generate,
     health,
     lightllm,
+    lmdeploy,
     models,
     openai,
     operations,
@@ -53,7 +54,20 @@ from proxy.service import Service
 
 log = logging.getLogger(__name__)
 
-_DIALECTS = (openai, generate, lightllm, unified, embeddings, score, tokenize, models, health, server_info, operations)
+_DIALECTS = (
+    openai,
+    generate,
+    lightllm,
+    lmdeploy,
+    unified,
+    embeddings,
+    score,
+    tokenize,
+    models,
+    health,
+    server_info,
+    operations,
+)
 """Modules with a `router`, and the structs that it is `DOCUMENTED` with."""
 
 _ERROR_WORDS = {unified.PATH: unified.error_words}

@@ -188,17 +188,24 @@ class ChatTemplate:
             messages, tools = conversation
             return self.render(messages, tools=tools, ending=ending, **variables)
 
-        conversation = (messages, tools)
+        pieces = map(self._with_borders, self.pieces((messages, tools), render))
+        token_ids = tuple(token for piece in pieces for token in self._tokenizer.encode(piece))
+        return Prompt(token_ids, self._image_offsets(token_ids, count_images(messages)))
+
+    def pieces(self, conversation: _Conversation, render: Callable[[_Conversation], str]) -> list[str]:
+        """What `render` makes of messages and tools, cut so that the tokens of the pieces hold no control token of
+        users.
+
+        Raises:
+            InvalidRequest: what `render` raises, or a text that becomes a control token by itself.
+        """
         strings = strings_of(conversation)
         plain = render(conversation)
         if any(self._tokenizer.hides_added_token(text) for text in strings):
             raise InvalidRequest("The text normalises to a control token of this model.", param="messages")
         if any(self._tokenizer.could_hold_added_token(text) for text in strings):
-            pieces = self._split_safely(conversation, plain, render)
-        else:
-            pieces = [plain]
-        token_ids = tuple(token for piece in pieces for token in self._tokenizer.encode(self._with_borders(piece)))
-        return Prompt(token_ids, self._image_offsets(token_ids, count_images(messages)))
+            return self._split_safely(conversation, plain, render)
+        return [plain]
 
     def _with_borders(self, piece: str) -> str:
         """Add what belongs around placeholders. They are the template's own: users' literals have been cut in two."""

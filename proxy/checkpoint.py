@@ -11,6 +11,7 @@ from epd.checkpoint import fingerprint, image_placeholder, read_json
 from epd.errors import ConfigError
 from proxy.chat_template import ChatTemplate
 from proxy.image_tokens import image_tokens_of
+from proxy.next_turn import NextTurn
 from proxy.token_text import TokenTexts
 from proxy.tokenizer import Tokenizer
 
@@ -57,6 +58,7 @@ class Checkpoint:
         self.tokenizer = Tokenizer(folder / "tokenizer.json")
         self.token_texts = TokenTexts(self.tokenizer.backend)
         self.template = ChatTemplate.from_checkpoint(folder, self.tokenizer)
+        self.next_turn = None if self.template is None else NextTurn(self.template, self.tokenizer)
         self.model_config = read_json(folder, "config.json")
         self.pooling_config = read_json(folder, "1_Pooling/config.json")
         self.image = image_placeholder(folder)

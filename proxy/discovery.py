@@ -16,6 +16,7 @@ from metastore.config import MetastoreConfig
 from metastore.connect import make_metastore
 from metastore.registry import Registration, RosterFeed
 from metastore.roster import Member, Roster
+from metastore.sessions import SessionLimits, SessionStore
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,10 @@ class Discovery:
         self.feed = RosterFeed(self._store, roster, config.safe_address, is_up)
         self._registration: Registration | None = None
         self._registering: asyncio.Task[None] | None = None
+
+    def sessions(self, limits: SessionLimits) -> SessionStore | None:
+        """Where the store keeps sessions; None: it does not."""
+        return self._store.sessions(limits)
 
     def start(self) -> None:
         """Begin to follow the store; needs a running event loop, and waits for nothing."""

@@ -119,6 +119,13 @@ class Dispatcher:
                 stopped.append(named)
         return stopped
 
+    async def stop(self, request_id: str) -> bool:
+        """End a request's answer where it is, as the model does. Returns whether it is in work."""
+        generation = self.active.get(request_id)
+        if generation is not None:
+            await generation.stop()
+        return generation is not None
+
     def check_open(self) -> None:
         """Raises ShuttingDown when nothing new is taken."""
         if self.is_draining:

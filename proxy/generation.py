@@ -85,6 +85,10 @@ class Generation:
         """How many of them came from the prefix cache."""
         return sum(sample.cached_tokens for sample in self._samples[:: self.work.n])
 
+    def token_ids(self, index: int) -> tuple[int, ...]:
+        """All tokens of a sample that came so far: behind a stop string there may be more than its answer has."""
+        return tuple(self._samples[index].token_ids)
+
     # -- for the consumer ------------------------------------------------------------------------------------------
 
     async def next(self, timeout_s: float | None = None) -> list[Update]:
@@ -114,6 +118,17 @@ class Generation:
         sample.finished = sample.taken = True
         if was_running and sample.attempt is not None:
             await sample.attempt.abort(sample)
+
+    async def stop(self) -> None:
+        """End all samples where they are, as the model does: the consumer gets what came so far, and the end."""
+        running = [sample for sample in self._samples if not sample.finished and self._error is None]
+        for sample in running:
+            sample.finished = True
+            sample.pending.finish_reason = FinishReason.STOP
+        self._news.set()
+        for sample in running:
+            if sample.attempt is not None:
+                await sample.attempt.abort(sample)
 
     async def close(self) -> None:
         """Stop what still runs. Safe to call again, and after a failure."""

@@ -59,6 +59,7 @@ class ServedModel:
         self.tokenizer = checkpoint.tokenizer
         self.token_texts = checkpoint.token_texts
         self.template = checkpoint.template
+        self.next_turn = checkpoint.next_turn
         self.bos_token_id = checkpoint.bos_token_id
         self.model_config = checkpoint.model_config
         self.pooling_config = checkpoint.pooling_config
@@ -161,6 +162,19 @@ class ServedModel:
     async def load_images(self, sources: Sequence[ImageSource]) -> list[LoadedImage]:
         """All pictures of a request; see `MediaLoader.load` for what it raises."""
         return await self._media.load(sources, self.ref.fingerprint)
+
+    async def encode_next(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """What follows an answer, up to the beginning of the next one; see `NextTurn.encode`.
+
+        Raises:
+            InvalidRequest: see there; or the model has no chat template.
+        """
+        next_turn = self.next_turn
+        if next_turn is None:
+            raise InvalidRequest("This model has no chat template; use /v1/completions.")
+        size = _size(messages)
+        self._check_size(size)
+        return await self.off_loop_if_large(size, lambda: next_turn.encode(messages))
 
     async def encode_chat(
         self,

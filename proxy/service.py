@@ -12,6 +12,7 @@ from epd.errors import InvalidRequest, ModelNotFound, NoWorker
 from epd.transport import endpoints
 from epd.types import WorkerRole
 from metastore.roster import Roster
+from metastore.sessions import MemorySessionStore, SessionLimits, SessionStore
 from proxy.byte_budget import ByteBudget
 from proxy.discovery import Discovery
 from proxy.dispatcher import Dispatcher
@@ -24,6 +25,7 @@ from proxy.model_probe import ModelProbe
 from proxy.retries import RetryLimits
 from proxy.routing import make_policy
 from proxy.served_model import ServedModel, Shared
+from proxy.sessions import Sessions
 from proxy.worker_pool import WorkerPool
 
 _NAMES_SHOWN = 20
@@ -88,9 +90,18 @@ class Service:
             ),
             self.metrics,
         )
+        self.sessions = Sessions(self._session_store(), self.dispatcher)
         self._shared = Shared(config, self.pool, self.dispatcher, self.media, self._threads)
         self.probe = ModelProbe(self.models)
         self._started = False
+
+    def _session_store(self) -> SessionStore:
+        config = self.config
+        limits = SessionLimits(
+            ttl_s=config.session_ttl, max_sessions=config.max_sessions, max_bytes=config.max_session_bytes
+        )
+        shared = None if self.discovery is None else self.discovery.sessions(limits)
+        return MemorySessionStore(limits) if shared is None else shared
 
     async def start(self) -> None:
         """Connect to the workers. A second call does nothing.
@@ -122,6 +133,7 @@ class Service:
     async def close(self) -> None:
         """Drop connections and threads."""
         await self.probe.close()
+        await self.sessions.close()
         if self.discovery is not None:
             await self.discovery.close()
         await self.pool.close()

@@ -33,7 +33,7 @@ from proxy.api.openai_schema import ChatRequest, CompletionRequest, SamplingRequ
 from proxy.api.openai_structured import grammar_of
 from proxy.api.openai_tools import ToolSide, tool_side_of
 from proxy.api.requests import deadline
-from proxy.api.teller import Teller
+from proxy.api.teller import AtEnd, Teller
 from proxy.chat_template import Prompt
 from proxy.served_model import ServedModel
 from proxy.user_text import Message
@@ -117,7 +117,7 @@ async def answer_text(client: Client, model: ServedModel, body: CompletionReques
     model.require_task(None)
     with model.dispatcher.admit():
         async with deadline(model, arrived):
-            sampling = await _with_grammar(model, body, sampling)
+            sampling = await with_grammar(model, body, sampling)
             prompts = await prompts_of(body, model, sampling.max_tokens)
             check_answers(len(prompts), samples_of(body))
             for prompt in prompts:
@@ -159,6 +159,7 @@ async def tell(
     stream: bool,
     with_timings: bool = False,
     counts: UsageSoFar | None = None,
+    at_end: AtEnd | None = None,
 ) -> Sequence[Answer]:
     """Hand work to the workers and tell the client what comes. The caller holds a place among the requests in work.
 
@@ -171,6 +172,7 @@ async def tell(
         stream: tell as it comes.
         with_timings: tell where the time went.
         counts: by which the dialect can ask for token counts under way.
+        at_end: see `Teller`.
 
     Returns:
         The samples as they were told.
@@ -180,7 +182,7 @@ async def tell(
     """
     generation = await model.dispatcher.start(work)
     try:
-        teller = Teller(generation, dialect, model.tokenizer, options, with_timings=with_timings)
+        teller = Teller(generation, dialect, model.tokenizer, options, with_timings=with_timings, at_end=at_end)
         if counts is not None:
             counts.count = teller.usage
         return await teller.tell(client, stream=stream)
@@ -226,10 +228,15 @@ async def _with_form(model: ServedModel, body: ChatRequest, side: ToolSide, samp
     """With the grammar of tool calls, which has that of `response_format` in it where both may come."""
     if side.enforced is not None:
         return msgspec.structs.replace(sampling, grammar=side.enforced.grammar)
-    return await _with_grammar(model, body, sampling)
+    return await with_grammar(model, body, sampling)
 
 
-async def _with_grammar(model: ServedModel, body: SamplingRequest, sampling: SamplingParams) -> SamplingParams:
+async def with_grammar(model: ServedModel, body: SamplingRequest, sampling: SamplingParams) -> SamplingParams:
+    """Sampling parameters with what the answer must look like.
+
+    Raises:
+        InvalidRequest: workers can't follow it.
+    """
     asked = grammar_of(body)
     if asked is None:
         return sampling

@@ -103,6 +103,8 @@ class Client:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started = False
+        self.headers: dict[str, str] = {}
+        """What else the answer's headers say."""
 
     async def reply(self, value: Any) -> None:
         """Answer with one JSON body."""
@@ -124,7 +126,7 @@ class Client:
 
     async def _start(self, headers: Mapping[str, str]) -> None:
         self.started = True
-        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        pairs = [(name.encode(), value.encode()) for name, value in {**headers, **self.headers}.items()]
         await self._send({"type": "http.response.start", "status": 200, "headers": pairs})
 
     async def _body(self, body: bytes, *, more: bool = True) -> None:

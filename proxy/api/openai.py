@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from proxy.api.answering import answer_chat, answer_text
+from proxy.api.chat_sessions import session_exchange
 from proxy.api.http import Exchange
 from proxy.api.openai_fields import CHAT_REFUSED, TEXT_REFUSED, table
 from proxy.api.openai_responses import ChatCompletion, TextCompletion
@@ -32,7 +33,8 @@ async def chat_completions(request: Request) -> Response:
     body = await decoded(request, ChatRequest)
     name_request(body.request_id)
     model = service.model(body.model)
-    return Exchange(lambda client: answer_chat(client, model, body, arrived))
+    with_session = session_exchange(request, service.sessions, model, body, arrived)
+    return with_session or Exchange(lambda client: answer_chat(client, model, body, arrived))
 
 
 @router.post(

@@ -124,7 +124,8 @@ def text_options_of(request: ChatRequest | CompletionRequest) -> TextOptions:
     Raises:
         InvalidRequest: too many stop strings, or an empty one.
     """
-    stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    asked = request.stop
+    stops = (asked,) if isinstance(asked, str) else tuple(asked) if isinstance(asked, list) else ()
     if len(stops) > MAX_STOPS:
         raise InvalidRequest(f"{len(stops)} stop strings; at most {MAX_STOPS}.", param="stop")
     if "" in stops:

@@ -7,7 +7,7 @@ Unknown fields are accepted, as all clients of this dialect expect. What is know
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -29,6 +29,7 @@ _Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 _Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _Samples = Annotated[int, Meta(ge=1, le=MAX_SAMPLES)]
 _Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+_SessionId = Annotated[int, Meta(ge=-1, le=2**63 - 1)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
@@ -81,6 +82,16 @@ class ChatMessage(msgspec.Struct):
     tool_call_id: Annotated[str | None, Meta(description="the call that a tool's turn answers")] = None
     function_call: Annotated[CalledFunction | None, Meta(description="deprecated; the same as one tool call")] = None
     refusal: str | None = None
+
+
+class PlainTurn(list[ChatMessage]):
+    """The conversation of a body whose `messages` are a plain string: one user's turn."""
+
+
+if TYPE_CHECKING:
+    _Conversation = list[ChatMessage]
+else:  # a string is what LMDeploy's clients may send; there is none once a request is made
+    _Conversation = Annotated[list[ChatMessage], Meta(min_length=1)] | str
 
 
 class FunctionDefinition(msgspec.Struct):
@@ -161,7 +172,13 @@ class SamplingRequest(Refused, kw_only=True):
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     seed: Annotated[_Int64 | None, Meta(description="the same seed and request give the same answer")] = None
     n: Annotated[_Samples | None, Meta(description="answers to one prompt")] = None
-    stop: Annotated[str | list[str] | None, Meta(description=f"up to {MAX_STOPS} strings that end the answer")] = None
+    stop: Annotated[
+        str | list[str] | bool | None,
+        Meta(
+            description=f"up to {MAX_STOPS} strings that end the answer; true, in chats only: stop the answer that the "
+            "session is getting, and answer nothing"
+        ),
+    ] = None
     include_stop_str_in_output: Annotated[bool | None, Meta(description="show what ended the answer")] = None
     stop_token_ids: list[_TokenId] | None = None
     ignore_eos: bool | None = None
@@ -217,7 +234,7 @@ class SamplingRequest(Refused, kw_only=True):
 class ChatRequest(SamplingRequest, kw_only=True):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    messages: Annotated[_Conversation, Meta(description="the conversation; a plain string is one turn of the user")]
     max_tokens: Annotated[_Positive | None, Meta(description="tokens to generate at most")] = None
     max_completion_tokens: Annotated[_Positive | None, Meta(description="the same as max_tokens, and wins")] = None
     chat_template_kwargs: Annotated[
@@ -255,6 +272,17 @@ class ChatRequest(SamplingRequest, kw_only=True):
     add_generation_prompt: Annotated[
         bool | None, Meta(description="true: end the prompt with the header of the answer; not with the above")
     ] = None
+    session_id: Annotated[
+        _SessionId | None,
+        Meta(description="with a plain string in messages: the server keeps the conversation under this number"),
+    ] = None
+    instance_id: Annotated[_SessionId | None, Meta(description="the same as session_id")] = None
+    renew_session: Annotated[bool | None, Meta(description="end the session first")] = None
+
+    def __post_init__(self) -> None:
+        given: Any = self.messages
+        if isinstance(given, str):
+            self.messages = PlainTurn([ChatMessage("user", given)])
 
     def unsupported(self) -> dict[str, bool]:
         """See `Refused.unsupported`."""
@@ -293,6 +321,7 @@ class CompletionRequest(SamplingRequest, kw_only=True):
         return super().unsupported() | {
             "suffix": bool(self.suffix),
             "logprobs": self.logprobs is True,  # a number here
+            "stop": self.stop is True,  # there is no session to stop
         }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,6 +20,8 @@ from proxy.tokenizer import Tokenizer
 from proxy.work import Update
 
 T = TypeVar("T")
+
+AtEnd = Callable[[Generation, Sequence[Answer]], Awaitable[None]]
 
 FIRST_OUTPUT_GRACE_S = 5.0
 """Status and headers wait so long for the first output, so that what fails early gets a real status."""
@@ -49,6 +51,8 @@ class Teller:
         tokenizer: of the model.
         options: how text is made.
         with_timings: whether the client asked where the time went.
+        at_end: awaited once all samples are at their ends, before the client hears of it. The error that it raises is
+            told instead.
     """
 
     def __init__(
@@ -59,12 +63,14 @@ class Teller:
         options: TextOptions,
         *,
         with_timings: bool,
+        at_end: AtEnd | None = None,
     ) -> None:
         self._generation = generation
         self._dialect = dialect
         work = generation.work
         self._answers = [Answer(tokenizer, options, prompt) for prompt in work.prompts for _ in range(work.n)]
         self._with_timings = with_timings
+        self._at_end = at_end
         self._told = [_Told() for _ in range(generation.num_samples)]
 
     async def tell(self, client: Client, *, stream: bool) -> Sequence[Answer]:
@@ -83,6 +89,7 @@ class Teller:
         while not self._generation.done:
             for update in await self._generation.next():
                 await self._advance(update)
+        await self._note_end()
         usage, timings = self.usage(), await self._timings()
         size = sum(len(one.logprobs) + len(one.prompt_logprobs) for one in self._answers)
         await client.reply(await _off_loop_if_many(size, lambda: self._dialect.whole(self._answers, usage, timings)))
@@ -120,8 +127,13 @@ class Teller:
         if is_news or (dialect.tells_every_token and update.token_ids):
             told += dialect.chunk(index, self._news(index, text))
         if answer.finish_reason is not None:
+            await self._note_end()
             told += dialect.closing(index, answer, self._news(index, ""), await self._timings())
         return told
+
+    async def _note_end(self) -> None:
+        if self._at_end is not None and all(answer.finish_reason is not None for answer in self._answers):
+            await self._at_end(self._generation, self._answers)
 
     async def _advance(self, update: Update) -> str:
         answer = self._answers[update.index]

@@ -33,7 +33,7 @@ def assert_error(body: Any, status: int, *, code: str | None = None, param: str 
 BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({}, "messages"),
-    ({"messages": "hi"}, "messages"),
+    ({"messages": 5}, "messages"),
     ({"messages": HI, "max_tokens": 0}, "max_tokens"),
     ({"messages": HI, "max_tokens": -1}, "max_tokens"),
     ({"messages": HI, "max_completion_tokens": 0}, "max_completion_tokens"),
