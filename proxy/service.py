@@ -174,7 +174,7 @@ class Service:
             raise NoWorker(f"The model {name!r} is being loaded. Try again in a moment.")
         behind = f", which stands for {real[:200]!r}," if real != name else ""
         raise ModelNotFound(
-            f"The model {name[:200]!r}{behind} does not exist; this server serves {_listed(models)}.", param="model"
+            f"The model {name[:200]!r}{behind} does not exist; this server serves {self._listed()}.", param="model"
         )
 
     def default_model(self) -> ServedModel:
@@ -202,7 +202,13 @@ class Service:
             return self.model(models[0].name) if len(models) > 1 else models[0]
         if not models:
             raise NoWorker("No worker has appeared yet, so that no model is served. Try again in a moment.")
-        raise InvalidRequest(f"model is needed: this server serves {_listed(models)}.", param="model")
+        raise InvalidRequest(f"model is needed: this server serves {self._listed()}.", param="model")
+
+    def _listed(self) -> str:
+        """All names that requests may give, for people."""
+        names = list(self.named_models())
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        return (", ".join(repr(name) for name in names[:_NAMES_SHOWN]) or "none yet") + more
 
     def _refs(self) -> list[ModelRef]:
         up = [one.info for one in self.pool.connections() if one.info is not None]
@@ -210,12 +216,6 @@ class Service:
             [info for info in up if info.role is not WorkerRole.ENCODER],
             [info for info in up if info.role is WorkerRole.ENCODER],
         )
-
-
-def _listed(models: list[ServedModel]) -> str:
-    names = list(dict.fromkeys(model.name for model in models))
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return (", ".join(repr(name) for name in names[:_NAMES_SHOWN]) or "none yet") + more
 
 
 def _fill(roster: Roster, config: ProxyConfig) -> Roster:

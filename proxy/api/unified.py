@@ -85,7 +85,10 @@ def error_words(error: EPDError) -> tuple[int, dict[str, Any]]:
     """Status and body of an error on this path: what all paths have, with `error_code` and `detail` besides."""
     status, code = _status_and_code(error)
     named = {"error_code": code, "message": error.message}
-    return status, error_body(error) | {"code": status, **named, "detail": named}
+    body = error_body(error) | {"code": status, **named, "detail": named}
+    if isinstance(error, ModelNotFound):  # which other paths name by another field
+        body["param"] = body["error"]["param"] = "model_id"
+    return status, body
 
 
 def _status_and_code(error: EPDError) -> tuple[int, str]:

@@ -258,7 +258,10 @@ async def test_aliases_resolve_on_all_endpoints(start_cluster: ClusterFactory) -
     assert (await cluster.chat("x", model="qwen2")).json()["model"] == "org/Real"
     text = await cluster.http.post("/v1/completions", json={"model": "qwen2", "prompt": "x"})
     assert text.json()["model"] == "org/Real"
-    assert_error(await generate(cluster, model_id="lost"), 400, "MODEL_NOT_FOUND")
+    lost = await generate(cluster, model_id="lost")
+    assert_error(lost, 400, "MODEL_NOT_FOUND")
+    assert lost.json()["param"] == lost.json()["error"]["param"] == "model_id"
+    assert "'qwen2'" in lost.json()["message"]  # what there is instead
     body = (await cluster.http.get("/v1/models")).json()
     assert [(one["id"], one["root"]) for one in body["data"]] == [("org/Real", "org/Real"), ("qwen2", "org/Real")]
     assert [(one["id"], one["name"]) for one in body["models"]] == [("org/Real", "org/Real"), ("qwen2", "org/Real")]
