@@ -223,6 +223,14 @@ class ServedModel:
         self._check_size(size)
         return await self.off_loop_if_large(max(size, among), lambda: self.tokenizer.encode_pair(first, second))
 
+    def check_size(self, value: Any) -> None:
+        """Refuse JSON that can't fit into a prompt, before work is put into it.
+
+        Raises:
+            ContextLengthExceeded: it can't, however it is tokenised.
+        """
+        self._check_size(_size(value))
+
     def _check_size(self, characters: int) -> None:
         """Refuse what can't fit, however it is tokenised, before work is put into it."""
         self.check_context(characters // self.tokenizer.longest_token, None)

@@ -82,10 +82,10 @@ class Tokenizer:
         index = self.backend.token_to_id(literal)
         return None if index is None else int(index)
 
-    def special_id(self, literal: str) -> int | None:
-        """The id of a special token by its exact text; None: it is ordinary text, or a token like others."""
-        index = self.token_id(literal)
-        return index if index in self.special_ids else None
+    @property
+    def added_ids(self) -> dict[str, int]:
+        """Tokens that stand for their literal in any text, special or not, by that literal."""
+        return {token.content: index for index, token in self.backend.get_added_tokens_decoder().items()}
 
     def find_added_tokens(self, text: str) -> list[tuple[int, int]]:
         """Half-open spans of all literals of added tokens in `text`, overlapping ones too."""

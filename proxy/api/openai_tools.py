@@ -150,25 +150,30 @@ async def tool_side_of(request: ChatRequest, model: ServedModel) -> ToolSide:
         InvalidRequest: see `tool_use_of`; or the model's format is not known, or a schema can't be followed.
     """
     use = tool_use_of(request)
-    if use is None:
+    if use is None or model.template is None:  # without one there are no chats, which is told elsewhere
         return ToolSide()
+    tools = tuple(function.tool for function in use.shown)
+    model.check_size(tools)
     family = model.tool_family
     if family is None:
         raise InvalidRequest(
             "How this model calls tools is not known from its chat template; start the proxy with --tool-call-parser.",
             param="functions" if use.is_deprecated else "tools",
         )
-    special_ids = {marker: model.tokenizer.special_id(marker) for marker in family.markers}
+    added_ids = model.tokenizer.added_ids
+    marker_ids = {added_ids[marker] for marker in family.markers if marker in added_ids}
+    tokens = {literal: token for literal, token in added_ids.items() if token not in model.tokenizer.special_ids}
+    tokens |= {marker: added_ids[marker] for marker in family.markers if marker in added_ids}
     form = await _form_beside_calls(request, use, model)
     follows = use.choice is not Choice.AUTO or form is not None or any(one.strict for one in use.callable)
     return ToolSide(
-        tools=tuple(function.tool for function in use.shown),
+        tools=tools,
         calls=CallOptions(
             new_parser=partial(family.new_parser, use.max_calls),
-            shown_ids=frozenset(token for token in special_ids.values() if token is not None),
+            shown_ids=model.tokenizer.special_ids & marker_ids,
             ends_with_calls=use.choice is not Choice.NAMED,
         ),
-        enforced=await _checked_grammar(enforced(use, family, special_ids.get, form), use, model) if follows else None,
+        enforced=await _checked_grammar(enforced(use, family, tokens, form), use, model) if follows else None,
         is_deprecated=use.is_deprecated,
     )
 

@@ -11,7 +11,7 @@ The language is Lark's, as llguidance has it: https://github.com/guidance-ai/llg
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from proxy.tools.use import Choice, Function, ToolUse
 
 MAX_CALLS = 32
 """That are enforced in one answer: a weak model would go on for ever."""
+_ONE_BLANK = r"\x20?"
+"""Between the JSON tokens of arguments: on one line, as models are trained to write them."""
 _COMBINES = ("$ref", "allOf", "anyOf", "oneOf", "if", "not", "enum", "const")
 _OPENS = ("additionalProperties", "unevaluatedProperties", "patternProperties")
 
@@ -32,27 +34,22 @@ class Enforced:
     """A grammar twice."""
 
     grammar: Grammar
-    """For workers: markers are the model's special tokens."""
+    """For workers: markers are the model's tokens."""
     trial: Grammar
     """For a check without the model's vocabulary: markers are text."""
 
 
-def enforced(use: ToolUse, family: Family, special_id: Callable[[str], int | None], form: str | None) -> Enforced:
+def enforced(use: ToolUse, family: Family, tokens: Mapping[str, int], form: str | None) -> Enforced:
     """The grammar of a request's answers.
 
     Args:
         use: of tools.
         family: of the model.
-        special_id: the special token of a literal; None: it is ordinary text for this model.
+        tokens: literal → id of the markers that are tokens of their own in this model, and of others that may stand
+            in free text. llguidance takes added tokens for no text, whether or not they are special.
         form: JSON schema of answers without calls; None: they are free.
     """
-
-    def as_token(literal: str) -> str:
-        token = special_id(literal)
-        return _text(literal) if token is None else f"<[{token}]>"
-
-    makers = (_Maker(use, family, marker, form) for marker in (as_token, _text))
-    grammar, trial = (Grammar(GrammarKind.EBNF, maker.make()) for maker in makers)
+    grammar, trial = (Grammar(GrammarKind.EBNF, _Maker(use, family, known, form).make()) for known in (tokens, {}))
     return Enforced(grammar, trial)
 
 
@@ -76,10 +73,10 @@ def arguments_schema(function: Function) -> dict[str, Any]:
 class _Maker:
     """Writes one grammar. Each method gives a rule's right-hand side, or adds rules."""
 
-    def __init__(self, use: ToolUse, family: Family, marker: Callable[[str], str], form: str | None) -> None:
+    def __init__(self, use: ToolUse, family: Family, tokens: Mapping[str, int], form: str | None) -> None:
         self._use = use
         self._family = family
-        self._marker = marker
+        self._tokens = tokens
         self._form = form
         self._rules: list[str] = []
 
@@ -88,10 +85,13 @@ class _Maker:
         if self._use.choice is not Choice.AUTO:
             self._rule("start", "calls")
         elif self._form is not None:
-            self._rule("start", f"calls | %json {_schema(json.loads(self._form))}")
+            self._rule("start", f"calls | %json {_schema(json.loads(self._form), BLANKS)}")
         else:
             self._add_free_text()
         return "\n".join(self._rules) + "\n"
+
+    def _marker(self, literal: str) -> str:
+        return f"<[{self._tokens[literal]}]>" if literal in self._tokens else _text(literal)
 
     def _rule(self, name: str, right: str) -> None:
         self._rules.append(f"{name}: {right}")
@@ -138,23 +138,26 @@ class _Maker:
             self._rule(f"body_{i}", f"{head(function.name)} arguments_{i} {tail}")
             is_free = self._use.choice is Choice.AUTO and not function.strict
             schema = {"type": "object"} if is_free else arguments_schema(function)
-            self._rule(f"arguments_{i}", f"%json {_schema(schema)}")
+            self._rule(f"arguments_{i}", f"%json {_schema(schema, _ONE_BLANK)}")
 
     def _add_free_text(self) -> None:
         """Text that turns into calls where the family's opener comes."""
+        literal = self._family.markers[0]
+        others = [token for text, token in self._tokens.items() if text not in self._family.markers]
+        self._rule("text", f"({' | '.join(['TEXT', *(f'<[{token}]>' for token in others)])})*")
         if self._family is LLAMA3:
-            self._rule("start", "calls | TEXT")
-            self._rule("TEXT", r"/[ \t\r\n]*([^{ \t\r\n](?s:.*))?/")
-        elif self._opener.startswith("<["):
-            self._rule("start", "TEXT? calls?")
+            self._rule("start", "calls | (BEGIN text)?")
+            self._rule("BEGIN", r"/[ \t\r\n]*[^{ \t\r\n]/")
             self._rule("TEXT", "/(?s:.+)/")
-        else:
-            literal = self._family.markers[0]
-            is_blocks = self._family not in (MISTRAL, MISTRAL_V11)
-            rest = "block start" if is_blocks and self._use.max_calls is None else "rest"
-            self._rule("start", f"TEXT | before {rest}")
-            self._rule(f"before[suffix={_text(literal)}]", "/(?s:.*)/")
-            self._rule("TEXT", f"/(?s:.*)/ & ~/(?s:.*){_regex(literal)}(?s:.*)/")
+            return
+        self._rule("TEXT", f"/(?s:.+)/ & ~/(?s:.*){_regex(literal)}(?s:.*)/")
+        if literal in self._tokens:
+            self._rule("start", "text calls?")
+            return
+        is_blocks = self._family not in (MISTRAL, MISTRAL_V11)
+        rest = "block start" if is_blocks and self._use.max_calls is None else "rest"
+        self._rule("start", f"text | before {rest}")
+        self._rule(f"before[suffix={_text(literal)}]", "/(?s:.*)/")
 
 
 def _text(literal: str) -> str:
@@ -165,7 +168,9 @@ def _regex(literal: str) -> str:
     return "".join(f"\\{letter}" if not letter.isalnum() and letter not in "_<>" else letter for letter in literal)
 
 
-def _schema(schema: dict[str, Any]) -> str:
-    """For `%json`. As options of ours, and without what would be read as another grammar language."""
-    options = {"lenient": False, "whitespace_pattern": BLANKS}
+def _schema(schema: dict[str, Any] | bool, blanks: str) -> str:
+    """For `%json`. With options of ours, and without what would be read as another grammar language."""
+    options = {"lenient": False, "whitespace_pattern": blanks}
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
     return json.dumps(schema | {"x-guidance": options}, ensure_ascii=False).replace("::=", "\\u003a:=")

@@ -66,7 +66,7 @@ def test_the_answer_ends_with_the_one_call_that_is_wanted(tokenizer: Tokenizer) 
     assert answer.push(Update(0, rest)) == ""
 
 
-def test_e03_stop_string_inside_a_call_loses_nothing(tokenizer: Tokenizer) -> None:
+def test_stop_string_inside_a_call_loses_nothing(tokenizer: Tokenizer) -> None:
     """What was held back comes out: here as content, because it is no whole call."""
     answer = Answer(tokenizer, TextOptions(stop=("</tool_call>",), calls=CallOptions(QwenParser)))
     tell(answer, tokenizer.encode(TEXT))

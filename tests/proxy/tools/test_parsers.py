@@ -136,7 +136,7 @@ def check_deltas(deltas: list[CallDelta], calls: Calls) -> None:
 
 
 @pytest.mark.parametrize(("kind", "text", "content", "calls"), SAMPLES)
-def test_e20_every_cut_tells_the_same(kind: type[CallParser], text: str, content: str, calls: Calls) -> None:
+def test_every_cut_tells_the_same(kind: type[CallParser], text: str, content: str, calls: Calls) -> None:
     whole = read(kind(), [text])
     assert whole[1:3] == (content, calls)
     for cut in range(len(text) + 1):

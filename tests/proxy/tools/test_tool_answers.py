@@ -180,9 +180,7 @@ async def test_log_probabilities_are_of_all_tokens(cluster: Cluster, tokenizer: 
 
 
 @STREAM
-async def test_e03_a_stop_string_within_a_call_loses_no_text(
-    cluster: Cluster, tokenizer: Tokenizer, stream: bool
-) -> None:
+async def test_a_stop_string_within_a_call_loses_no_text(cluster: Cluster, tokenizer: Tokenizer, stream: bool) -> None:
     choice = await answered(cluster, f"Look: {block()}", tokenizer, stream=stream, stop=['"name"'])
     assert (choice["message"]["content"], choice["finish_reason"]) == ("Look: <tool_call>\n{", "stop")
 
@@ -247,7 +245,7 @@ async def test_a_template_that_says_nothing_needs_the_flag(
 # -- what clients make of it -------------------------------------------------------------------------------------------
 
 
-async def test_e19_openai_python_builds_the_calls(cluster: Cluster, tokenizer: Tokenizer) -> None:
+async def test_openai_python_builds_the_calls(cluster: Cluster, tokenizer: Tokenizer) -> None:
     cluster.pd.answer = tuple(tokenizer.encode(f"Look:\n{block()}\n{block('get_time', '{}')}"))
     options: Any = {"model": cluster.name, "messages": [{"role": "user", "content": "hi"}], "tools": TOOLS}
     whole = await cluster.openai.chat.completions.create(**options)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import llguidance
 import pytest
+from tokenizers import AddedToken
 
 from epd.errors import InvalidRequest
 from epd.grammar_check import limits, llguidance_grammar, validate
 from epd.types import Grammar, GrammarKind
+from proxy.tokenizer import Tokenizer
 from proxy.tools.families import LLAMA3, MISTRAL, MISTRAL_V11, QWEN25, Family
 from proxy.tools.grammar import arguments_schema, enforced
 from proxy.tools.reader import CallReader
 from proxy.tools.use import Choice, Function, ToolUse
+from tests.proxy.model_files import write_model
+from workers.engine.grammar import GrammarCompiler
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = Function("get_weather", "tools[0].function", parameters=CITY)
@@ -52,7 +57,7 @@ def grammar_of(family: Family, choice: Choice, **fields: Any) -> Grammar:
     form = fields.pop("form", None)
     settings: dict[str, Any] = {"shown": BOTH, "callable": BOTH, "choice": choice}
     use = ToolUse(**(settings | fields))
-    found = enforced(use, family, lambda _: None, form)
+    found = enforced(use, family, {}, form)
     assert found.grammar == found.trial
     validate(found.trial, param="tools")
     return found.trial
@@ -116,14 +121,42 @@ def test_an_answer_of_the_wanted_form_or_calls(family: Family) -> None:
 
 
 @FAMILIES
-def test_markers_that_are_special_tokens_are_those_tokens(family: Family) -> None:
+def test_markers_that_are_tokens_are_those_tokens(family: Family) -> None:
     use = ToolUse(BOTH, BOTH, Choice.REQUIRED)
-    found = enforced(use, family, {marker: 1000 + i for i, marker in enumerate(family.markers)}.get, None)
+    found = enforced(use, family, {marker: 1000 + i for i, marker in enumerate(family.markers)}, None)
     validate(found.trial, param="tools")
     assert (found.grammar == found.trial) == (family is LLAMA3)  # which needs none
     assert ("<[1000]>" in found.grammar.text) == (family is not LLAMA3)
     for marker in family.markers:
         assert marker not in found.grammar.text
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With markers of Qwen, which are added tokens but no special ones, and of Mistral, which are special."""
+    folder = write_model(tmp_path_factory.mktemp("model"))
+    backend = Tokenizer(folder / "tokenizer.json").backend
+    backend.add_special_tokens([AddedToken("[TOOL_CALLS]", special=True), AddedToken("[ARGS]", special=True)])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("choice", [Choice.REQUIRED, Choice.AUTO])
+@pytest.mark.parametrize("family", [QWEN25, MISTRAL, MISTRAL_V11], ids=["qwen25", "mistral", "mistral v11"])
+def test_a_model_writes_markers_as_its_tokens(folder: Path, family: Family, choice: Choice) -> None:
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    compiler = GrammarCompiler(folder / "tokenizer.json", tokenizer.vocab_size, (), 1)
+    strict = Function("get_weather", "", parameters=CITY, strict=True)
+    use = ToolUse(BOTH, (strict, TIME), choice)
+    found = enforced(use, family, tokenizer.added_ids, None)
+    begins = ["", "<think>Well.</think>\nSo: "] if choice is Choice.AUTO else [""]
+    for text in [begin + written(family, PARIS, NOW) for begin in begins]:
+        matcher, token_ids = compiler.matcher(found.grammar), tokenizer.encode(text)
+        assert tokenizer.token_id(family.markers[0]) in token_ids
+        for token in token_ids:
+            matcher.accept(token)
+            assert matcher.error is None, text
+        assert matcher.is_accepting
 
 
 TRICKY = {"type": "object", "properties": {"a::=b": {"type": "string", "description": 'x ::= {"\n} "'}}}

@@ -77,6 +77,13 @@ async def test_bad_fields_are_named(cluster: Cluster) -> None:
     assert cluster.pd.requests == []
 
 
+async def test_tools_that_can_not_fit_are_refused_before_work_is_put_into_them(cluster: Cluster) -> None:
+    tools = function(parameters={"type": "object", "description": "x" * 1_000_000})
+    for choice in ("auto", "required"):
+        response = await cluster.chat("hi", tools=tools, tool_choice=choice)
+        assert_error(response.json(), 400, code="context_length_exceeded")
+
+
 CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
 CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}
@@ -94,7 +101,7 @@ BAD_HISTORY: list[tuple[list[Any], str]] = [
 ]
 
 
-async def test_e21_bad_history_is_named(cluster: Cluster) -> None:
+async def test_bad_history_is_named(cluster: Cluster) -> None:
     for messages, param in BAD_HISTORY:
         response = await cluster.http.post("/v1/chat/completions", json={"messages": [*HI, *messages]})
         assert response.status_code == 400, messages
@@ -126,7 +133,7 @@ async def test_what_the_prompt_does_not_tell(cluster: Cluster) -> None:
     assert '"strict"' not in await prompt_of(cluster, HI, tools=function(strict=False))
 
 
-async def test_e21_calls_and_results_are_replayed(cluster: Cluster) -> None:
+async def test_calls_and_results_are_replayed(cluster: Cluster) -> None:
     other = {"id": "call_2", "type": "function", "function": {"name": "get_time", "arguments": "not JSON"}}
     messages = [
         *HI,
@@ -184,15 +191,13 @@ async def test_text_in_tools_and_results_makes_no_control_token(
     assert await control_tokens(EVIL.replace("\n", " ")) == harmless
 
 
-async def test_e21_ids_of_nine_letters_where_the_template_wants_them(
-    start_cluster: ClusterFactory, tmp_path: Path
-) -> None:
+async def test_ids_of_nine_letters_where_the_template_wants_them(start_cluster: ClusterFactory, tmp_path: Path) -> None:
     cluster = await start_cluster(model=write_model(tmp_path, template=MISTRAL, images=False), encoders=0)
     messages = [{"role": "user", "content": "hi"}, CALLED, RESULT]
     assert '{"name": "get_weather", "arguments": {"city": "Rome"}}' in await prompt_of(cluster, messages, tools=TOOLS)
 
 
-async def test_e21_what_a_template_refuses_is_a_400(start_cluster: ClusterFactory, tmp_path: Path) -> None:
+async def test_what_a_template_refuses_is_a_400(start_cluster: ClusterFactory, tmp_path: Path) -> None:
     cluster = await start_cluster(model=write_model(tmp_path, template=LLAMA, images=False), encoders=0)
     messages = [{"role": "user", "content": "hi"}, CALLED | {"tool_calls": [CALL, CALL | {"id": "call_2"}]}]
     response = await cluster.http.post("/v1/chat/completions", json={"messages": messages})
