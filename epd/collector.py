@@ -19,8 +19,14 @@ def start() -> None:
     gc.set_threshold(_WHILE_STARTING)
 
 
+def keep() -> None:
+    """What was imported so far stays, and is never looked through again. Before anything is loaded, since cycles that
+    nobody holds stay as well."""
+    gc.freeze()
+
+
 def settle() -> None:
-    """The process is ready: what is there now stays, and is never looked through again."""
+    """The process is ready: what is there now stays as well, but for cycles that nobody holds."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_AFTERWARDS)

@@ -43,13 +43,20 @@ def environment(current: Mapping[str, str], found: list[Path]) -> dict[str, str]
     return {"KMP_BLOCKTIME": _SPIN_MS, **current, "LD_PRELOAD": ":".join([*missing, *loaded]), _MARK: "1"}
 
 
+def for_children() -> dict[str, str]:
+    """Variables for workers on a CPU that this process starts: with them, none has to replace itself."""
+    return _wanted() or dict(os.environ)
+
+
+def _wanted() -> dict[str, str] | None:
+    return environment(os.environ, libraries()) if sys.platform == "linux" else None
+
+
 def ensure() -> None:
     """Replace this process by the same command with the libraries preloaded, if there are any that it lacks.
 
     Call it before anything is started or opened. Returns when there is nothing to do; only Linux has something.
     """
-    if sys.platform != "linux":
-        return
-    wanted = environment(os.environ, libraries())
+    wanted = _wanted()
     if wanted is not None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)  # noqa: S606  # ourselves

@@ -24,6 +24,7 @@ from typing import Any, Self
 
 import httpx
 
+from epd import cpu_runtime
 from epd.access_options import API_KEY_VARIABLE, AccessOptions
 from epd.config import UpConfig
 from epd.demo import CHECKPOINT_DIR
@@ -211,7 +212,7 @@ class Cluster:
         process = await asyncio.create_subprocess_exec(
             *_COMMAND,
             *spec.arguments,
-            env={**os.environ, **spec.secrets},
+            env={**self._variables(spec), **spec.secrets},
             stdin=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
             # Ctrl-C reaches the supervisor alone, which then stops the children in order.
@@ -222,6 +223,10 @@ class Cluster:
         assert process.stderr is not None
         await _copy_log(spec.name, process.stderr)
         return await process.wait()
+
+    def _variables(self, spec: ChildSpec) -> dict[str, str]:
+        is_proxy = spec.arguments[:1] == ("proxy",)
+        return dict(os.environ) if is_proxy or self.config.device == "cuda" else cpu_runtime.for_children()
 
     async def _stop_children(self, chosen: Callable[[str], bool]) -> None:
         running = [p for name, p in self.processes.items() if chosen(name) and p.returncode is None]

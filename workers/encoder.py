@@ -287,6 +287,7 @@ async def run_encoder(config: EncoderConfig) -> int:
     """
     from workers.vision import VisionModel, pick_device  # noqa: PLC0415 - torch; the rest of this module does without
 
+    collector.keep()
     # Pillow warns of damaged metadata; strangers' files must not write into our log.
     warnings.filterwarnings("ignore", module="PIL")
     model = fingerprint(config.model)

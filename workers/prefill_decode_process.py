@@ -25,6 +25,7 @@ async def run_prefill_decode(config: PrefillDecodeConfig) -> int:
     Raises:
         ConfigError: checkpoint, address or settings cannot work.
     """
+    collector.keep()
     settings = _engine_config(config)
     ranks = Ranks(config.tp)
     try:

@@ -183,6 +183,7 @@ def _follow(start: RankStart, orders: Iterator[bytes]) -> int:
     if start.threads is not None:
         torch.set_num_threads(start.threads)
     group = tensor_parallel.join(start.rank, start.size, Path(start.rendezvous), start.engine.device)
+    collector.keep()
     loaded = model_loader.load(start.engine, group)
     collector.settle()
     try:

@@ -17,6 +17,7 @@ def test_what_is_there_at_the_end_of_a_start_stays_and_what_was_dropped_is_freed
     usual = gc.get_threshold()
     try:
         collector.start()
+        collector.keep()
         assert gc.get_threshold()[0] > usual[0]
         dropped = weakref.ref(Node())
         collector.settle()

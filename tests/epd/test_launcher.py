@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from epd import launcher
+from epd import cpu_runtime, launcher
 from epd.config import UpConfig
 from epd.errors import ConfigError
 from epd.launcher import ChildSpec, Cluster, plan_cluster
@@ -92,6 +92,15 @@ async def test_a_child_that_dies_is_named_and_started_again(
         assert "child died (killed by SIGKILL); starting it again" in caplog.text
         last = cluster.processes["child"]
     assert last.returncode == -signal.SIGTERM
+
+
+async def test_workers_on_a_cpu_start_with_what_they_would_replace_themselves_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu_runtime, "for_children", lambda: {"LD_PRELOAD": "", "MARK": "preloaded"})
+    async with StubCluster(monkeypatch, "echo 12:00:00 $MARK >&2; exit 2") as cluster:
+        await asyncio.wait_for(cluster.failure, 20)
+    assert capsys.readouterr().err == "12:00:00 preloaded\n"
 
 
 async def test_a_child_that_refuses_its_flags_ends_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

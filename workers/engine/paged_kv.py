@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from epd.errors import ConfigError
@@ -81,13 +83,16 @@ class PagedKVCache:
 def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros, not empty: attention masks unused slots by weight 0, and 0 * NaN would still be NaN.
 
-    On a CPU by numpy, whose zeros are pages that the kernel hands out when they are first written: `torch.zeros`
-    writes them all, so that an idle worker would hold its whole cache in memory.
+    On a CPU straight from the kernel, which hands out pages when they are first written: `torch.zeros` writes them all,
+    and so does numpy where tcmalloc is preloaded, a second for each gigabyte at start, for a worker that may stay idle.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or sys.platform == "win32":
         return torch.zeros(dims, dtype=dtype, device=device)
-    memory = np.zeros(math.prod(dims) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(dims)
+    memory = mmap.mmap(-1, math.prod(dims) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)  # fewer pages for attention to look up
+    return torch.frombuffer(memory, dtype=dtype).view(dims)
 
 
 def num_blocks_for(
