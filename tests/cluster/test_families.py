@@ -7,6 +7,7 @@ processes of their own would take minutes to start.
 from __future__ import annotations
 
 import asyncio
+import base64
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,13 +22,15 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from epd.config import EncoderConfig, PrefillDecodeConfig, ProxyConfig
 from proxy.app import create_app
 from tests import checkpoints_vision
-from tests.cluster.reference import _for_template, _images, picture, user
+from tests.cluster.reference import _for_template, _images, picture, png, user
 from workers.encoder import run_encoder
 from workers.image_inputs import load_processor
 from workers.prefill_decode_process import run_prefill_decode
 
 Messages = list[dict[str, Any]]
 MAX_TOKENS = 10
+COUNTED = ("gemma3", "llava", "qwen3_vl", "qwen3_vl_moe")
+"""Families whose settings tell how many tokens a picture takes."""
 ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "A fox."}]}
 
 CONVERSATIONS: dict[str, Messages] = {
@@ -55,9 +58,14 @@ class Reference:
         self.processor: Any = load_processor(path, name)
         self.model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
 
+    def render(self, messages: Messages) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(_for_template(messages), tokenize=False, add_generation_prompt=True)
+        )
+
     @torch.inference_mode()
     def answer(self, messages: Messages) -> list[int]:
-        text = self.tokenizer.apply_chat_template(_for_template(messages), tokenize=False, add_generation_prompt=True)
+        text = self.render(messages)
         images = _images(messages)
         if images:
             inputs = self.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False)
@@ -111,6 +119,21 @@ async def ask(client: httpx.AsyncClient, messages: Messages) -> list[int]:
     return list(response.json()["choices"][0]["token_ids"])
 
 
+async def ask_raw(client: httpx.AsyncClient, text: str, messages: Messages, *, can_count: bool) -> list[int]:
+    """The same of LightLLM's endpoint, which takes what a template has rendered. `/tokens` must count as it does."""
+    images = [{"type": "base64", "data": base64.b64encode(png(image)).decode()} for image in _images(messages)]
+    prompt = {"multimodal_params": {"images": images}}
+    parameters = {"max_new_tokens": MAX_TOKENS, "do_sample": False, "add_special_tokens": False, "return_details": True}
+    response = await client.post("/generate", json={"inputs": text, "parameters": parameters} | prompt)
+    assert response.status_code == 200, response.text
+    body = response.json()
+    counted = await client.post("/tokens", json={"text": text, "parameters": parameters} | prompt)
+    assert counted.status_code == (200 if can_count else 400)
+    if can_count:
+        assert counted.json() == {"ntokens": body["prompt_tokens"]}
+    return [token["id"] for token in body["tokens"]]
+
+
 @pytest.mark.parametrize("name", checkpoints_vision.FAMILIES)
 async def test_answers_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     """One by one, so that later ones find what is left of earlier ones in the caches; then all at once."""
@@ -122,6 +145,10 @@ async def test_answers_equal_those_of_transformers(name: str, tmp_path: Path) ->
         assert alone == expected
         together = await asyncio.gather(*(ask(client, messages) for messages in CONVERSATIONS.values()))
         assert dict(zip(CONVERSATIONS, together, strict=True)) == expected
+        for title in ("image last", "several images"):
+            messages = CONVERSATIONS[title]
+            raw = await ask_raw(client, reference.render(messages), messages, can_count=name in COUNTED)
+            assert raw == expected[title]
 
 
 def test_line_breaks_around_a_picture_join_those_next_to_them(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,3 +117,37 @@ def test_tokens_beside_embeddings(generating: Cluster) -> None:
     completion, vectors = asyncio.run(ask())
     assert [choice.token_ids for choice in completion.choices] == [tokens.tolist() for tokens in expected]
     assert len(vectors.data) == 8 * len(TEXTS)
+
+
+PRINTED_REWARD_CLIENT = """
+import json
+import requests
+
+query = "<|im_start|>user\\nHello! What's your name?<|im_end|>\\n<|im_start|>assistant\\nMy name is InternLM2! A helpful AI assistant. What can I do for you?<|im_end|>\\n<|reward|>"
+
+url = "http://127.0.0.1:8080/get_score"
+headers = {'Content-Type': 'application/json'}
+
+data = {
+    "chat": query,
+    "parameters": {
+        "frequency_penalty":1
+    }
+}
+response = requests.post(url, headers=headers, data=json.dumps(data))
+
+if response.status_code == 200:
+    print(f"Result: {response.json()}")
+else:
+    print(f"Error: {response.status_code}, {response.text}")
+"""  # noqa: E501
+"""As LightLLM's document prints it."""
+
+
+def test_the_printed_client_reads_a_score(reward: Cluster) -> None:
+    code = PRINTED_REWARD_CLIENT.replace("127.0.0.1:8080", f"127.0.0.1:{reward.port}")
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60).stdout.decode()
+    assert printed.startswith("Result: ")
+    answer = ast.literal_eval(printed.removeprefix("Result: "))
+    assert set(answer) == {"score", "prompt_tokens", "finish_reason"}
+    assert isinstance(answer["score"], float)

@@ -1,0 +1,97 @@
+"""LightLLM's native endpoints in front of the demo model: what its document prints, sent as printed, and pictures."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+from typing import Any
+
+from epd.demo import CHECKPOINT_DIR
+from tests.cluster.harness import Cluster
+from tests.cluster.reference import data_url
+
+PICTURE = (CHECKPOINT_DIR.parent / "gallery" / "count.png").read_bytes()
+QUESTION = "What shape is this?"
+RAW = f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+IMAGES = {"images": [{"type": "base64", "data": base64.b64encode(PICTURE).decode()}]}
+
+PRINTED_GENERATE = """
+curl http://localhost:8080/generate \\
+-H "Content-Type: application/json" \\
+-d '{
+     "inputs": "What is AI?",
+     "parameters":{
+       "max_new_tokens":17,
+       "frequency_penalty":1
+     },
+     "multimodal_params":{}
+    }'
+"""
+
+
+def run_printed(cluster: Cluster, command: str) -> str:
+    """What a printed command prints, with the address of the cluster in place of the document's."""
+    for address in ("localhost:8080", "0.0.0.0:8080"):
+        command = command.replace(address, f"127.0.0.1:{cluster.port}")
+    return subprocess.run(["bash", "-c", command], capture_output=True, check=True, timeout=60).stdout.decode()
+
+
+def frames(text: str) -> list[dict[str, Any]]:
+    return [json.loads(event.removeprefix("data:")) for event in text.split("\n\n")[:-1]]
+
+
+def test_printed_commands(demo: Cluster) -> None:
+    assert json.loads(run_printed(demo, "curl http://0.0.0.0:8080/health"))["message"] == "Ok"
+    assert run_printed(demo, "curl -I http://0.0.0.0:8080/health").startswith("HTTP/1.1 200")
+    load = json.loads(run_printed(demo, "curl http://0.0.0.0:8080/token_load"))
+    assert list(load) == ["current_load", "logical_max_load", "dynamic_max_load"]
+    body = json.loads(run_printed(demo, PRINTED_GENERATE))
+    assert list(body) == ["generated_text", "count_output_tokens", "finish_reason", "prompt_tokens"]
+    streamed = frames(run_printed(demo, PRINTED_GENERATE.replace("/generate", "/generate_stream")))
+    assert ["".join(frame["token"]["text"] for frame in streamed)] == body["generated_text"]
+    assert len(streamed) == body["count_output_tokens"]
+    assert (streamed[-1]["finished"], streamed[-1]["finish_reason"]) == (True, body["finish_reason"])
+
+
+def test_a_raw_prompt_with_a_picture_is_answered_as_the_same_chat(demo: Cluster) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": data_url(PICTURE)}}, {"type": "text", "text": QUESTION}]
+    chat = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "return_token_ids": True}
+    _, chatted = demo.post("/v1/chat/completions", chat)
+    status, body = demo.post(
+        "/generate", {"inputs": RAW, "multimodal_params": IMAGES, "parameters": {"return_details": True}}
+    )
+    assert status == 200, body
+    [choice] = chatted["choices"]
+    assert body["generated_text"] == [choice["message"]["content"]]
+    assert [token["id"] for token in body["tokens"]] == choice["token_ids"]
+    assert body["prompt_tokens"] == chatted["usage"]["prompt_tokens"]
+    assert demo.post("/tokens", {"text": RAW, "multimodal_params": IMAGES}) == (200, {"ntokens": body["prompt_tokens"]})
+
+
+def test_every_token_has_a_frame_also_within_characters(demo: Cluster) -> None:
+    """A grammar makes the model write characters that it spells byte by byte."""
+    wanted = "é🙂Ω漢"
+    parameters = {"regular_constraint": wanted, "max_new_tokens": 40}
+    streamed = frames(demo.post("/generate_stream", {"inputs": "Say it: ", "parameters": parameters})[1])
+    assert "".join(frame["token"]["text"] for frame in streamed) == wanted
+    assert len(streamed) > len(wanted)
+    assert [frame["token"]["count_output_tokens"] for frame in streamed] == list(range(1, len(streamed) + 1))
+    assert "\ufffd" not in json.dumps(streamed, ensure_ascii=False)
+    [*others, last] = streamed
+    assert last["finished"]
+    assert not any(frame["finished"] for frame in others)
+
+
+def test_a_prompt_that_leaves_no_room_is_an_error(demo: Cluster) -> None:
+    """Pictures count by what they expand to, which only the worker knows."""
+    _, body = demo.post("/tokens", {"text": RAW, "multimodal_params": IMAGES})
+    limit = demo.get("/v1/models")[1]["data"][0]["max_model_len"]
+    fits = {"max_new_tokens": limit - body["ntokens"]}
+    assert demo.post("/generate", {"inputs": RAW, "multimodal_params": IMAGES, "parameters": fits})[0] == 200
+    parameters = {"max_new_tokens": limit - body["ntokens"] + 1}
+    for path in ("/generate", "/generate_stream"):
+        status, error = demo.post(path, {"inputs": RAW, "multimodal_params": IMAGES, "parameters": parameters})
+        assert (status, error["error"]["code"]) == (400, "context_length_exceeded")
+        assert error["message"].startswith(f"This model's maximum context length is {limit} tokens.")
+        assert error["param"] == "inputs"
