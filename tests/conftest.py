@@ -1,9 +1,35 @@
-"""What holds for all tests."""
+"""What holds for all tests, and what several folders of them share."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.cluster.harness import Cluster
 
 # The processes that share the tests share the cores as well, and more threads than cores wait for each other in every
 # matrix product. Said before torch is imported, which asks once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that file:// URLs may name."""
+    return tmp_path_factory.mktemp("media")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory, media_folder: Path) -> Iterator[Cluster]:
+    """The demo model over IPC: one encoder, one PD."""
+    from epd.demo import CHECKPOINT_DIR
+    from tests.cluster.harness import Cluster, running  # most tests do without what it imports
+
+    flags = ["--allowed-local-media-path", str(media_folder), "--allowed-private-media", "127.0.0.2/32"]
+    cluster = Cluster(tmp_path_factory.mktemp("demo"), CHECKPOINT_DIR, proxy_flags=flags)
+    with running(cluster):
+        yield cluster

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -151,4 +152,5 @@ def joined(first: TextLogprobs, second: TextLogprobs) -> TextLogprobs:
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, VERY_UNLIKELY)
+    """Neither infinities nor NaN, which would leave a hole in JSON."""
+    return logprob if VERY_UNLIKELY < logprob < math.inf else VERY_UNLIKELY

@@ -135,13 +135,6 @@ def test_prompt_too_long(demo: Cluster) -> None:
     assert body["error"]["code"] == "context_length_exceeded"
 
 
-def test_prompt_too_long_only_with_its_pictures_expanded(demo: Cluster) -> None:
-    wide = picture(1, 280, 280)
-    messages = [user(*[wide] * 32, "x " * 3500)]
-    status, body = chat(demo, messages)
-    assert_error(status, body, 400, says="This model's maximum context length is")
-
-
 @pytest.mark.parametrize(
     "body", [b"{", b"", b"[1, 2]", b'"text"', b'{"messages": NaN}', b"\xff\xfe", b'{"a":' * 100_000]
 )
