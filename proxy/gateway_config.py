@@ -47,7 +47,9 @@ class GenerateParameters(msgspec.Struct, kw_only=True):
     )
     top_p: Annotated[Annotated[float, Meta(gt=0, le=1)] | None, Meta(description="1 keeps all; default: 0.9")] = None
     do_sample: Annotated[bool | None, Meta(description="false is greedy; default: true")] = None
-    stop: Annotated[list[str] | str | None, Meta(description="strings that end the text and are left out")] = None
+    stop: Annotated[
+        list[str] | str | None, Meta(description="strings that end the text and are left out", examples=[["\n"]])
+    ] = None
     top_k: Annotated[Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None, Meta(description="0 or -1: all")] = None
     repetition_penalty: Annotated[Annotated[float, Meta(ge=0.01, le=100)] | None, Meta(description="1: none")] = None
     seed: Annotated[

@@ -32,7 +32,7 @@ class TokenizeRequest(Struct, kw_only=True):
     """`POST /tokenize`: a text, or a conversation."""
 
     model: Annotated[str | None, Meta(description="name of the served model; default: that model")] = None
-    prompt: Annotated[str | None, Meta(description="a text")] = None
+    prompt: Annotated[str | None, Meta(description="a text", examples=["Who are you?"])] = None
     messages: Annotated[
         list[ChatMessage] | None,
         Meta(description="a conversation; a picture in it counts one token here"),
@@ -61,7 +61,7 @@ class Tokens(Struct):
 class DetokenizeRequest(Struct, kw_only=True):
     """`POST /detokenize`."""
 
-    tokens: list[_TokenId]
+    tokens: Annotated[list[_TokenId], Meta(description="ids", examples=[[283, 962]])]
     model: Annotated[str | None, Meta(description="name of the served model; default: that model")] = None
 
 

@@ -32,7 +32,7 @@ from proxy.api.dialect import Head, News, ServerSent, Timings
 from proxy.api.http import Client, Exchange, error_body
 from proxy.api.openai_responses import Usage
 from proxy.api.openai_schema import MAX_STOPS
-from proxy.api.requests import deadline, decoded, documented, service_of
+from proxy.api.requests import REF, deadline, decoded, documented, service_of
 from proxy.chat_template import Prompt
 from proxy.gateway_config import BASE, DEFAULTS, GenerateParameters, Scenario
 from proxy.in_hand import WorkerGone
@@ -48,10 +48,16 @@ PATH = "/v1/generate"
 class GenerateRequest(Struct, kw_only=True):
     """`POST /v1/generate`."""
 
-    model_id: Annotated[str, Meta(description="name of a served model, or an alias")]
-    inputs: Annotated[str, Meta(min_length=1, description="text without any markers of the model")]
+    model_id: Annotated[str, Meta(description="name of a served model, or an alias", examples=["qwen2"])]
+    inputs: Annotated[
+        str, Meta(min_length=1, description="text without any markers of the model", examples=["Who are you?"])
+    ]
     scenario: Annotated[
-        str | None, Meta(description="prompt template: base (the default), qa, summarize, rewrite, or one of your own")
+        str | None,
+        Meta(
+            description="prompt template: base (the default), qa, summarize, rewrite, or one of the operators'",
+            examples=["qa"],
+        ),
     ] = None
     parameters: GenerateParameters | None = None
     stream: Annotated[bool | None, Meta(description="true is refused")] = None
@@ -69,7 +75,37 @@ class Generated(Struct):
     scenario: str
 
 
-DOCUMENTED = (GenerateRequest, Generated)
+class GatewayErrorObject(Struct):
+    """An error as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class GatewayErrorDetail(Struct):
+    """An error as FastAPI's clients read it."""
+
+    error_code: str
+    message: str
+
+
+class GatewayError(Struct):
+    """Answer of `POST /v1/generate` where it has none."""
+
+    error_code: Annotated[str, Meta(examples=["MODEL_NOT_FOUND"])]
+    message: str
+    detail: GatewayErrorDetail
+    error: GatewayErrorObject
+    object: str
+    type: str
+    code: Annotated[int, Meta(description="the status")]
+    param: Annotated[str | None, Meta(description="the field that is wrong")]
+
+
+DOCUMENTED = (GenerateRequest, Generated, GatewayError)
+_STATUSES = (400, 413, 422, 429, 500, 503, 504)
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------
@@ -106,10 +142,18 @@ def _status_and_code(error: EPDError) -> tuple[int, str]:
     return error.status, error.code.upper()
 
 
+def _documented() -> dict[str, Any]:
+    found = documented(GenerateRequest, Generated)
+    schema = {"schema": {"$ref": REF.format(name=GatewayError.__name__)}}
+    error = {"description": "An error with its code", "content": {"application/json": schema}}
+    found["responses"] |= {str(status): error for status in _STATUSES}
+    return found
+
+
 # -- the endpoint ----------------------------------------------------------------------------------------------------
 
 
-@router.post(PATH, response_model=None, openapi_extra=documented(GenerateRequest, Generated))
+@router.post(PATH, response_model=None, openapi_extra=_documented())
 async def generate(request: Request) -> Response:
     """Generate text by any of the models, with the prompt template of a scenario.
 

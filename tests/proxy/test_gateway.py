@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from epd.config import ProxyConfig
@@ -129,6 +130,7 @@ async def test_a_template_without_system_turn_gets_the_instruction_in_the_users(
 
 
 def assert_error(response: httpx.Response, status: int, code: str) -> None:
+    msgspec.json.decode(response.content, type=unified.GatewayError)  # as /openapi.json has it
     body = response.json()
     assert (response.status_code, body["error_code"]) == (status, code), body
     assert body["detail"] == {"error_code": code, "message": body["message"]}
@@ -229,7 +231,7 @@ async def test_a_bug_has_a_code(cluster: Cluster, monkeypatch: pytest.MonkeyPatc
 
 
 async def test_time_runs_out(start_cluster: ClusterFactory) -> None:
-    cluster = await start_cluster(generate_timeout=0.3, generate_timeout_per_token=0)
+    cluster = await start_cluster(generate_timeout=0.6, generate_timeout_per_token=0)
     cluster.pd.script = cluster.pd.say_nothing
     assert_error(await generate(cluster), 504, "INFERENCE_TIMEOUT")
     assert cluster.pd.requests

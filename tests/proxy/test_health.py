@@ -73,7 +73,7 @@ async def test_a_model_that_can_not(cluster: Cluster, error: Any, status: int, v
 
 
 async def test_a_probe_ends(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_probe, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(model_probe, "TIMEOUT_S", 0.6)
     cluster.pd.script = cluster.pd.say_nothing
     assert (await full(cluster))[1]["details"] == {cluster.name: "unhealthy"}
     await cluster.pd.until(lambda: len(cluster.pd.aborted) == 1)
