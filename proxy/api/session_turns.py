@@ -110,7 +110,7 @@ async def answer_turn(client: Client, sessions: Sessions, model: ServedModel, as
     _check_pictures(sources, model, asked)
     model.require(images=bool(sources))
     model.require_task(None)
-    head = Head.new("chatcmpl", model.name)
+    head = Head.new("chatcmpl", model.name, model.ref.fingerprint)
     with model.dispatcher.admit():
         async with AsyncExitStack() as stack:
             async with deadline(model, arrived):
@@ -129,23 +129,13 @@ async def answer_turn(client: Client, sessions: Sessions, model: ServedModel, as
                 arrived=arrived,
                 timeout_s=model.config.request_timeout,
             )
-
-            async def keep(generation: Generation, answers: Sequence[Answer]) -> None:
-                said = plan.token_ids + _said(generation, answers[0])
-                await sessions.commit(turn, None if asked.end else Conversation(model.ref.fingerprint, said))
-
+            dialect = asked.dialect_of(head, plan.told)
             if not plan.told.exceeded:
-                dialect = asked.dialect_of(head, plan.told)
-                try:
-                    await tell(client, model, work, dialect, options, stream=bool(body.stream), at_end=keep)
+                if await _tell_answer(client, sessions, model, asked, turn, plan, work, dialect, options):
                     return
-                except ContextLengthExceeded:
-                    if client.started:
-                        raise
-                    # Pictures have more tokens than their placeholders.
+                dialect = asked.dialect_of(head, replace(plan.told, exceeded=True))
             if asked.end:
                 await sessions.commit(turn, None)
-            dialect = asked.dialect_of(head, replace(plan.told, exceeded=True))
             await _tell_nothing(client, model, dialect, FinishReason.LENGTH, stream=bool(body.stream))
 
 
@@ -156,7 +146,9 @@ async def stop_turn(client: Client, sessions: Sessions, model: ServedModel, aske
         SessionsUnavailable: there is no telling whether there is one.
     """
     await sessions.stop(asked.key)
-    dialect = asked.dialect_of(Head.new("chatcmpl", model.name), Told(session_id=asked.session_id))
+    dialect = asked.dialect_of(
+        Head.new("chatcmpl", model.name, model.ref.fingerprint), Told(session_id=asked.session_id)
+    )
     await _tell_nothing(client, model, dialect, FinishReason.STOP, stream=bool(asked.body.stream))
 
 
@@ -237,6 +229,33 @@ async def _plan(client: Client, model: ServedModel, asked: Asked, turn: Turn, me
     except ContextLengthExceeded:
         return _Plan(history, (), replace(told, exceeded=True))
     return _Plan(history + added, offsets, told)
+
+
+async def _tell_answer(
+    client: Client,
+    sessions: Sessions,
+    model: ServedModel,
+    asked: Asked,
+    turn: Turn,
+    plan: _Plan,
+    work: Work,
+    dialect: Dialect,
+    options: TextOptions,
+) -> bool:
+    """Have the turn answered, and kept. Returns False, with nothing told, when it is too long after all: pictures have
+    more tokens than their placeholders."""
+
+    async def keep(generation: Generation, answers: Sequence[Answer]) -> None:
+        said = plan.token_ids + _said(generation, answers[0])
+        await sessions.commit(turn, None if asked.end else Conversation(model.ref.fingerprint, said))
+
+    try:
+        await tell(client, model, work, dialect, options, stream=bool(asked.body.stream), at_end=keep)
+    except ContextLengthExceeded:
+        if client.started:
+            raise
+        return False
+    return True
 
 
 def _history(client: Client, model: ServedModel, asked: Asked, turn: Turn) -> tuple[int, ...]:

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from epd.demo import CHECKPOINT_DIR
-from tests.cluster.harness import START_TIMEOUT_S, Cluster, Process, free_port, running
+from tests.cluster.harness import START_TIMEOUT_S, Cluster, Process, running
+from tests.ports import free_port
 from tests.redis_server import RedisServer, redis_server
 
 MODEL = "internlm-chat-7b"

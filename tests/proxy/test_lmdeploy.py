@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from epd.errors import InvalidRequest
 from epd.types import FinishReason
 from metastore.base import MetastoreError
-from metastore.sessions import SessionKey
-from proxy.sessions import Sessions
+from metastore.sessions import Hold, MemorySessionStore, SessionKey, SessionLimits
+from proxy.api import teller
+from proxy.sessions import Conversation, Sessions
 from proxy.tokenizer import Tokenizer
 from tests.proxy.conftest import Cluster, ClusterFactory, data_url, eventually, png
 from tests.proxy.fakes import Received
@@ -408,6 +410,57 @@ async def test_a_turn_whose_session_was_taken_over_is_not_kept(cluster: Cluster,
     assert told[-1]["finish_reason"] == "error"
     assert told[-1]["error"]["code"] == "session_busy"
     assert await store.commit(key, "heir", None)
+
+
+async def test_the_lease_of_a_long_turn_is_renewed(cluster: Cluster, tokenizer: Tokenizer) -> None:
+    service = cluster.service
+    renewals: list[float] = []
+
+    class Store(MemorySessionStore):
+        async def renew(self, key: SessionKey, holder: str, lease_s: float) -> Hold:
+            renewals.append(lease_s)
+            return await super().renew(key, holder, lease_s)
+
+    service.sessions = Sessions(Store(SessionLimits()), service.dispatcher, lease_s=60, heartbeat_s=0.01)
+    held = Held(cluster, tokenizer)
+    first = asyncio.create_task(turn(cluster, "hello", sequence_start=True))
+    await held.started()
+    await eventually(lambda: len(renewals) > 2)
+    held.go_on.set()
+    await first
+    assert set(renewals) == {60}
+
+
+async def test_a_session_of_a_model_that_is_another_now(cluster: Cluster, tokenizer: Tokenizer) -> None:
+    store = cluster.service.sessions._store
+    await store.begin(SessionKey("anonymous", "7"), "x", 60)
+    await store.commit(SessionKey("anonymous", "7"), "x", msgspec.msgpack.encode(Conversation("other", (1, 2, 3))))
+    reply = await generate(cluster, instance_id=7, sequence_start=False)
+    assert (reply.status_code, "another model" in reply.json()["message"]) == (400, True)
+    assert (await interact(cluster, session_id=7, interactive_mode=True)).json()["history_tokens"] == 0
+
+
+async def test_a_session_that_makes_no_sense_begins_anew(cluster: Cluster) -> None:
+    store = cluster.service.sessions._store
+    await store.begin(SessionKey("anonymous", "7"), "x", 60)
+    await store.commit(SessionKey("anonymous", "7"), "x", b"\xff")
+    assert (await generate(cluster, instance_id=7, sequence_start=False)).status_code == 400
+    assert (await interact(cluster, session_id=7)).status_code == 200
+
+
+@pytest.mark.parametrize(("path", "mark"), [("/generate", b"\0"), ("/v1/chat/interactive", b"\n")])
+async def test_a_silent_stream_is_kept_open(
+    cluster: Cluster, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, path: str, mark: bytes
+) -> None:
+    monkeypatch.setattr(teller, "PING_INTERVAL_S", 0.01)
+    held = Held(cluster, tokenizer)
+    received = b""
+    async with cluster.http.stream("POST", path, json={"prompt": "hello", "stream": True}) as reply:
+        async for piece in reply.aiter_raw():
+            received += piece
+            if received.endswith(2 * mark):
+                held.go_on.set()
+    assert "".join(frame["text"] for frame in frames(received, mark)) == "hello world"
 
 
 # -- /v1/chat/completions ----------------------------------------------------------------------------------------------
