@@ -51,6 +51,7 @@ from proxy.byte_budget import ByteBudget
 from proxy.metrics import CLIENT_CLOSED_REQUEST, Metrics
 from proxy.request_context import ERROR_WORDS, OUTCOME, REQUEST_ID, REQUEST_ID_PATTERN, Outcome, note_client_left
 from proxy.service import Service
+from proxy.short_cuts import ShortCuts
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +126,11 @@ def create_app(config: ProxyConfig, roster: Roster | None = None) -> FastAPI:
 
 def _add_layers(app: FastAPI, config: ProxyConfig, service: Service) -> None:
     """What every request passes, from the outside: CORS, so that pages may read errors too; the edge; the keys."""
+    routes = [route for dialect in _DIALECTS for route in dialect.router.routes]
+    app.add_middleware(ShortCuts, routes=routes, handlers=app.exception_handlers)  # innermost comes first
     keys = ApiKeys(config.api_keys(), config.admin_key)
     if keys:
-        app.add_middleware(Guard, keys=keys, max_requests=config.max_requests_per_key)  # innermost comes first
+        app.add_middleware(Guard, keys=keys, max_requests=config.max_requests_per_key)
     app.add_middleware(_Edge, budget=service.bytes, metrics=service.metrics, root_path=config.root_path)
     if config.allowed_origins:
         app.add_middleware(
@@ -230,7 +233,8 @@ class _Edge:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 outcome.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = REQUEST_ID.get()  # its body may have named it
+                # Its body may have named it.
+                message.setdefault("headers", []).append((b"x-request-id", REQUEST_ID.get().encode()))
             await send(message)
 
         try:

@@ -16,6 +16,7 @@ from proxy.metrics import Metrics
 from proxy.model_catalog import ModelRef
 from proxy.request_context import REQUEST_ID, note_model
 from proxy.retries import RetryLimits
+from proxy.timers import TimeLimit
 from proxy.work import Work
 from proxy.worker_connection import WorkerConnection
 from proxy.worker_pool import WorkerPool, no_worker
@@ -28,7 +29,7 @@ class Preparation:
         timer: that ends it.
     """
 
-    def __init__(self, timer: asyncio.Timeout) -> None:
+    def __init__(self, timer: TimeLimit) -> None:
         self.http_id = REQUEST_ID.get()
         """What the client knows the request by."""
         self.error: EPDError | None = None
@@ -36,10 +37,10 @@ class Preparation:
 
     def fail(self, error: EPDError) -> bool:
         """End it with an error. Returns whether this one is the answer."""
-        if self.error is not None or self._timer.expired():
+        if self.error is not None or self._timer.is_expired:
             return False
         self.error = error
-        self._timer.reschedule(asyncio.get_running_loop().time())
+        self._timer.expire()
         return True
 
 
@@ -92,7 +93,7 @@ class Dispatcher:
                 self._is_idle.set()
 
     @contextmanager
-    def preparing(self, timer: asyncio.Timeout) -> Iterator[Preparation]:
+    def preparing(self, timer: TimeLimit) -> Iterator[Preparation]:
         """What comes before `start`, so that it too ends when the request is aborted or the proxy stops.
 
         Args:

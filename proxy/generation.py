@@ -33,6 +33,7 @@ from proxy.placement import Plan
 from proxy.request_context import REQUEST_ID
 from proxy.retries import RetryLimits, Trouble, trouble_of
 from proxy.sample import Sample
+from proxy.timers import Alarm
 from proxy.timings import Timings
 from proxy.work import Update, Work
 from proxy.worker_connection import PROXY_TTFT, WorkerConnection
@@ -57,7 +58,9 @@ class Generation:
         self._attempts: list[Attempt] = []
         self._num_attempts = 0
         self._error: EPDError | None = None
-        self._news = asyncio.Event()
+        self._has_news = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._alarm = Alarm(self._wake)
         self._chores: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -97,19 +100,33 @@ class Generation:
         Raises:
             EPDError: the request failed; its last words were given before.
         """
-        left = self._time_left()
-        try:
-            async with asyncio.timeout(left if timeout_s is None else min(left, timeout_s)):
-                await self._news.wait()
-        except TimeoutError:
-            if timeout_s is None or left <= timeout_s:
-                self.fail(self._too_late())
+        if not self._has_news and not await self._wait(timeout_s):
+            self.fail(self._too_late())
         updates = [sample.take() for sample in self._samples if sample.has_news]
         if not updates and self._error is not None:
             raise self._error
-        if self._error is None:
-            self._news.clear()
+        self._has_news = self._error is not None
         return updates
+
+    async def _wait(self, timeout_s: float | None) -> bool:
+        """Until there are news, or `timeout_s` passed. False: the time of the request is over."""
+        left = self._time_left()
+        self._waiter = asyncio.get_running_loop().create_future()
+        self._alarm.set(max(left if timeout_s is None else min(left, timeout_s), 0.0))
+        try:
+            await self._waiter
+        finally:
+            self._alarm.clear()
+            self._waiter = None
+        return self._has_news or (timeout_s is not None and left > timeout_s)
+
+    def _tell_news(self) -> None:
+        self._has_news = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def finish(self, index: int) -> None:
         """End a sample early: the proxy found a stop string in it."""
@@ -134,6 +151,7 @@ class Generation:
         """Stop what still runs. Safe to call again, and after a failure."""
         if not self._is_closed:
             self._count_tokens()
+        self._alarm.stop()
         self._is_closed = True  # a PD that fails while others are told finds no heir any more
         for task in self._chores:
             task.cancel()
@@ -185,7 +203,7 @@ class Generation:
         if self._error is not None or all(sample.finished for sample in self._samples):
             return False
         self._error = error
-        self._news.set()
+        self._tell_news()
         return True
 
     # -- towards the workers ---------------------------------------------------------------------------------------
@@ -239,7 +257,7 @@ class Generation:
                 self._figures.time_per_output_token.observe(1000 * span_s / more)
             self._timings.note(output.timings_ms)
         if sample.has_news:
-            self._news.set()
+            self._tell_news()
 
     def _measure(self, attempt: Attempt, sample: Sample) -> None:
         """Tokens are here: the first of the request, the first of the sample, or more."""

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from epd.errors import ClientError, EPDError, RequestTooLarge, ShuttingDown, Unauthorized
 from proxy.byte_budget import hold
 from proxy.request_context import ERROR_WORDS, note_client_left
+from proxy.timers import Alarm, TimeLimit
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ STREAM_HEADERS = {
 }
 STALLED_CLIENT_S = 120.0
 """A client that takes nothing for so long is treated as gone."""
+LARGE_BYTES = 1 << 20
+"""Bodies from which copying and decoding leave the event loop, or are done in pieces."""
 RETRY_AFTER_S = 1
 LONGEST_RETRY_AFTER_S = 60
 
@@ -77,7 +80,7 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes
         Overloaded: all requests together hold too much.
     """
     try:
-        async with asyncio.timeout(timeout_s):
+        with TimeLimit(timeout_s):
             return await _read_within(request, max_bytes)
     except TimeoutError:
         raise RequestTimeout(f"The request body did not arrive within {timeout_s:g} s.") from None
@@ -88,23 +91,37 @@ async def _read_within(request: Request, max_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes:
         raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        hold(len(chunk))
-        body += chunk
-        if len(body) > max_bytes:
+    pieces: list[bytes] = []
+    size, is_whole = 0, False
+    while not is_whole:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        is_whole, piece = not message.get("more_body", False), message.get("body", b"")
+        hold(len(piece))
+        size += len(piece)
+        if size > max_bytes:
             raise too_large
-    return bytes(body)
+        pieces.append(piece)
+    if size < LARGE_BYTES:
+        return b"".join(pieces)
+    return await asyncio.to_thread(b"".join, pieces)  # which lets others go on while it copies
 
 
 class Client:
-    """Where an answer is written to. Either `reply` once, or `start_stream`, `write`, `end_stream`."""
+    """Where an answer is written to. Either `reply` once, or `start_stream`, `write`, `end_stream`.
+
+    Made and closed by `Exchange`; used by one task at a time.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started = False
         self.headers: dict[str, str] = {}
         """What else the answer's headers say."""
+        self._alarm = Alarm(self._give_up)
+        self._writer: asyncio.Task[object] | None = None
+        self._is_stalled = False
 
     async def reply(self, value: Any) -> None:
         """Answer with one JSON body."""
@@ -124,17 +141,31 @@ class Client:
         """Send the last piece, which may be empty."""
         await self._body(words, more=False)
 
+    def close(self) -> None:
+        """Nothing more will be written."""
+        self._alarm.stop()
+
     async def _start(self, headers: Mapping[str, str]) -> None:
         self.started = True
         pairs = [(name.encode(), value.encode()) for name, value in {**headers, **self.headers}.items()]
         await self._send({"type": "http.response.start", "status": 200, "headers": pairs})
 
     async def _body(self, body: bytes, *, more: bool = True) -> None:
+        self._writer = asyncio.current_task()
+        self._alarm.set(STALLED_CLIENT_S)
         try:
-            async with asyncio.timeout(STALLED_CLIENT_S):
-                await self._send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError:
-            raise ClientDisconnect from None
+            await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        except asyncio.CancelledError:
+            if self._is_stalled and self._writer is not None and not self._writer.uncancel():
+                raise ClientDisconnect from None
+            raise
+        finally:
+            self._alarm.clear()
+
+    def _give_up(self) -> None:
+        if self._writer is not None:
+            self._is_stalled = True
+            self._writer.cancel()
 
 
 class Exchange(Response):
@@ -147,26 +178,48 @@ class Exchange(Response):
     """
 
     def __init__(self, write: Callable[[Client], Awaitable[object]]) -> None:
-        super().__init__()
         self._write = write
+        self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the coroutine against the client's patience."""
-        writer = asyncio.ensure_future(self._write(Client(send)))
-        watcher = asyncio.create_task(_wait_for_disconnect(receive))
+        patience = _Patience(receive)
+        client = Client(send)
         try:
-            await asyncio.wait({writer, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            if writer.done():
-                writer.result()
-            else:
-                note_client_left()
-                log.info("the client of %s left early", scope["path"])
+            await self._write(client)
         except ClientDisconnect:
             note_client_left()
+        except asyncio.CancelledError:
+            if not patience.is_over():
+                raise
+            note_client_left()
+            log.info("the client of %s left early", scope["path"])
         finally:
-            watcher.cancel()
-            writer.cancel()
-            await asyncio.gather(writer, watcher, return_exceptions=True)
+            client.close()
+            patience.end()
+
+
+class _Patience:
+    """Cancels the task that made it when the client disconnects."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._task = asyncio.current_task()
+        self._watcher = asyncio.create_task(_wait_for_disconnect(receive))
+        self._watcher.add_done_callback(self._cancel)
+
+    def _cancel(self, watcher: asyncio.Task[None]) -> None:
+        if self._task is not None and not watcher.cancelled():
+            self._task.cancel()
+
+    def is_over(self) -> bool:
+        """Whether that is why the task was cancelled, and nobody else cancelled it too."""
+        is_gone = self._watcher.done() and not self._watcher.cancelled()
+        return is_gone and self._task is not None and not self._task.uncancel()
+
+    def end(self) -> None:
+        """The answer is given, or given up."""
+        self._task = None
+        self._watcher.cancel()
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import re
 import time
@@ -18,6 +17,7 @@ from proxy.api.openai_schema import decode_body
 from proxy.request_context import REQUEST_ID, REQUEST_ID_PATTERN
 from proxy.served_model import ServedModel
 from proxy.service import Service
+from proxy.timers import TimeLimit
 
 T = TypeVar("T")
 
@@ -97,9 +97,11 @@ async def deadline(model: ServedModel, arrived: float, limit_s: float | None = N
     """
     limit, preparation = limit_s or model.config.request_timeout, None
     try:
-        async with asyncio.timeout(arrived + limit - time.perf_counter()) as timer:
-            with model.dispatcher.preparing(timer) as preparation:
-                yield
+        with (
+            TimeLimit(arrived + limit - time.perf_counter()) as timer,
+            model.dispatcher.preparing(timer) as preparation,
+        ):
+            yield
     except TimeoutError:
         if preparation is not None and preparation.error is not None:
             raise preparation.error from None
