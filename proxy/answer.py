@@ -88,8 +88,8 @@ class Answer:
     """Text of one sample as it grows; the first of model, limit and stop string ends it."""
 
     def __init__(self, tokenizer: Tokenizer, options: TextOptions, prompt: Sequence[int] = ()) -> None:
-        self.text = ""
-        """All that was given out so far; besides, the text of tool calls that never became whole."""
+        self._text = ""
+        self._added: list[str] = []
         self.call_deltas: list[CallDelta] = []
         """All news of tool calls so far."""
         self.token_ids: list[int] | UnsetType = [] if options.with_token_ids else UNSET
@@ -121,6 +121,18 @@ class Answer:
         """A stop sequence was found."""
         self.ended_by: int | None = None
         """The token that ended it; None when something else did, or nothing yet."""
+        self.is_plain = not (
+            options.stop or options.stop_sequences or options.calls or options.with_pieces or options.with_token_ids
+        )
+        """Text is all that comes of a token, and nothing in it ends the answer."""
+
+    @property
+    def text(self) -> str:
+        """All that was given out so far; besides, the text of tool calls that never became whole."""
+        if self._added:  # joined when somebody asks: each addition to a long text would copy it
+            self._text += "".join(self._added)
+            self._added.clear()
+        return self._text
 
     @property
     def tool_calls(self) -> list[ToolCall]:
@@ -152,6 +164,9 @@ class Answer:
         """The new content, which may be empty; sets `finish_reason` at the end. See `call_deltas` for the rest."""
         if self.finish_reason is not None:
             return ""
+        if self.is_plain and not (update.finish_reason or update.logprobs or update.prompt_logprobs):
+            self.completion_tokens += len(update.token_ids)
+            return self._read(self._detokenizer.push(update.token_ids))
         self.prompt_logprobs = self.prompt_logprobs or update.prompt_logprobs
         shown = len(update.token_ids) - self._ends_with_hidden_token(update)
         content = self._push_tokens(update.token_ids[:shown], update.logprobs[:shown])
@@ -202,7 +217,7 @@ class Answer:
         """What of the text is content."""
         self._made += len(text)
         if self._reader is None:
-            self.text += text
+            self._added.append(text)
             return text
         return self._note(*self._reader.push(text))
 
@@ -210,7 +225,7 @@ class Answer:
         return "" if self._reader is None else self._note(*self._reader.finish())
 
     def _note(self, told: str, whole: str, deltas: list[CallDelta]) -> str:
-        self.text += whole
+        self._added.append(whole)
         self.call_deltas += deltas
         return told
 

@@ -49,10 +49,10 @@ class Circuit:
 
     def succeeded(self) -> None:
         """The worker did what it was asked for, or began to."""
-        if self.state == "half_open":
-            self.reset()
-        elif self.state == "closed":
+        if self._open_until is None:
             self._failures.clear()
+        elif self.state == "half_open":
+            self.reset()
 
     def failed(self) -> None:
         """The worker failed a request."""

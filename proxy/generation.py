@@ -58,6 +58,7 @@ class Generation:
         self._attempts: list[Attempt] = []
         self._num_attempts = 0
         self._error: EPDError | None = None
+        self._wants_logprobs = work.sampling.logprobs is not None
         self._has_news = False
         self._waiter: asyncio.Future[None] | None = None
         self._alarm = Alarm(self._wake)
@@ -248,6 +249,12 @@ class Generation:
         if output.token_ids:
             self._measure(attempt, sample)
         sample.add(output)
+        if output.finish_reason is not None or self._wants_logprobs:
+            self._check(sample, output)
+        if sample.has_news:
+            self._tell_news()
+
+    def _check(self, sample: Sample, output: TokenOutput) -> None:
         if sample.lacks_logprobs(output, self.work.sampling):
             self.fail(WorkerFailed("The prefill-decode worker left out log probabilities."))
         elif output.finish_reason not in (None, FinishReason.ERROR):
@@ -256,8 +263,6 @@ class Generation:
                 span_s = sample.last_token_at - sample.first_token_at
                 self._figures.time_per_output_token.observe(1000 * span_s / more)
             self._timings.note(output.timings_ms)
-        if sample.has_news:
-            self._tell_news()
 
     def _measure(self, attempt: Attempt, sample: Sample) -> None:
         """Tokens are here: the first of the request, the first of the sample, or more."""

@@ -51,18 +51,21 @@ class Sample:
 
     def add(self, output: TokenOutput) -> None:
         """Take what is new; the end is left to the caller."""
-        is_first_life = (
-            self.num_attempts <= 1 or not self.token_ids
-        ) and output.finish_reason is not FinishReason.ERROR
-        if output.prompt_tokens and (is_first_life or not self.prompt_tokens):
-            # What a PD that took over found in its cache, answers that came before included, is not the client's.
-            self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
+        if output.prompt_tokens:
+            self._note_prompt(output)
         self.token_ids.extend(output.token_ids)
         self.pending.token_ids.extend(output.token_ids)
-        self.pending.logprobs.extend(output.logprobs)
-        if not self.num_prompt_logprobs:
+        if output.logprobs:
+            self.pending.logprobs.extend(output.logprobs)
+        if output.prompt_logprobs and not self.num_prompt_logprobs:
             self.pending.prompt_logprobs += output.prompt_logprobs
             self.num_prompt_logprobs = len(output.prompt_logprobs)
+
+    def _note_prompt(self, output: TokenOutput) -> None:
+        """What a PD that took over found in its cache, answers that came before included, is not the client's."""
+        is_first_life = self.num_attempts <= 1 or not self.token_ids
+        if (is_first_life and output.finish_reason is not FinishReason.ERROR) or not self.prompt_tokens:
+            self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
 
     def end(self, output: TokenOutput) -> None:
         """This was the last output."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 from epd.types import FinishReason, Pooling, SamplingParams, TokenLogprobs
 from proxy.media import LoadedImage
@@ -42,13 +44,12 @@ class Work:
         return prefix_chain(self.prompts[prompt], list(zip(self.image_offsets, keys, strict=True)), salt=salt)
 
 
-@dataclass
-class Update:
+class Update(msgspec.Struct):
     """News of one sample since the last time it was asked for."""
 
     index: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
     """One for each of `token_ids`, when asked for."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     """Once, one for each prompt token, when asked for."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,7 +33,26 @@ PING = b": ping\n\n"
 
 def server_sent(value: Any) -> bytes:
     """One server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events.html) with `value` as JSON."""
-    return b"data: %b\n\n" % msgspec.json.encode(value)
+    return b"data: %b\n\n" % _encode(value)
+
+
+class TextEvents:
+    """Events that differ in one text alone: all around it is encoded once.
+
+    Args:
+        make: the event with a text.
+    """
+
+    def __init__(self, make: Callable[[str], bytes]) -> None:
+        mark = secrets.token_hex(16)
+        self._before, _, self._after = make(mark).partition(b'"%b"' % mark.encode())
+
+    def event(self, text: str) -> bytes:
+        """The event with this text."""
+        return b"%b%b%b" % (self._before, _encode(text), self._after)
+
+
+_encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True)
@@ -53,8 +72,7 @@ class Head:
         return cls(f"{prefix}-{secrets.token_hex(16)}", int(time.time()), model, system)
 
 
-@dataclass(frozen=True)
-class News:
+class News(msgspec.Struct, frozen=True):
     """What is to be told of a sample."""
 
     text: str = ""
@@ -70,6 +88,11 @@ class News:
     """If the dialect tells every token."""
     is_last: bool = False
     """The sample's `closing` follows at once."""
+
+    @property
+    def is_text_alone(self) -> bool:
+        """Whether there is nothing but text, as in most."""
+        return self.token_ids is UNSET and not self.shown and not self.calls
 
 
 class Dialect(Protocol):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from msgspec import UNSET, UnsetType
 
 from proxy.answer import Answer, ShownToken
-from proxy.api.dialect import DONE, Head, News, ServerSent, Timings, server_sent
+from proxy.api.dialect import DONE, Head, News, ServerSent, TextEvents, Timings, server_sent
 from proxy.api.openai_logprobs import (
     Echo,
     TokenNames,
@@ -108,6 +108,7 @@ class ChatDialect(ServerSent):
     def __init__(self, head: Head, wanted: Wanted) -> None:
         self._head = head
         self._wanted = wanted
+        self._texts: dict[int, TextEvents] = {}
 
     def opening(self, index: int) -> bytes:
         """The role, once."""
@@ -116,6 +117,12 @@ class ChatDialect(ServerSent):
 
     def chunk(self, index: int, news: News) -> bytes:
         """New text, then news of calls, each in a chunk of its own. Tokens come with the first of them."""
+        if news.is_text_alone and self._wanted.usage_so_far is None:
+            events = self._texts.get(index)
+            if events is None:
+                events = TextEvents(lambda text: self._chunk([ChunkChoice(index, Delta(content=text))]))
+                self._texts[index] = events
+            return events.event(news.text)
         logprobs = self._logprobs(news.shown) if news.shown else None
         deltas = [Delta(content=news.text)] if news.text or not news.calls else []
         deltas += [self._call_delta(call) for call in news.calls]
@@ -217,6 +224,7 @@ class TextDialect(ServerSent):
         self._echoes = echoes
         self._samples = samples
         self._n = n
+        self._texts: dict[int, TextEvents] = {}
 
     def opening(self, index: int) -> bytes:
         """The prompt, when it is to be echoed. With log probabilities it waits for those."""
@@ -235,6 +243,11 @@ class TextDialect(ServerSent):
 
     def chunk(self, index: int, news: News) -> bytes:
         """New text."""
+        if news.is_text_alone and self._wanted.usage_so_far is None:
+            events = self._texts.get(index)
+            if events is None:
+                events = self._texts[index] = TextEvents(lambda text: self._event([TextChoice(index, text)]))
+            return events.event(news.text)
         logprobs = self._logprobs(index, news.shown) if news.shown else None
         return self._event([TextChoice(index, news.text, logprobs=logprobs, token_ids=news.token_ids)])
 

@@ -98,38 +98,50 @@ class Teller:
         updates = await self._generation.next(FIRST_OUTPUT_GRACE_S)
         await client.start_stream(self._dialect.headers)
         try:
-            await self._stream_samples(client, updates)
-            last_words = self._dialect.end(self.usage())
+            told = await self._stream_samples(client, updates)
+            last_words = told + self._dialect.end(self.usage())
         except EPDError as error:
             note_stream_error(error)
             last_words = self._dialect.failed(error)
         await client.end_stream(last_words)
 
-    async def _stream_samples(self, client: Client, updates: list[Update]) -> None:
+    async def _stream_samples(self, client: Client, updates: list[Update]) -> bytes:
+        """Tell all but the end. Returns what has not been sent yet."""
         told = b"".join(self._dialect.opening(index) for index in range(len(self._answers)))
         while True:
-            told += b"".join([await self._words(update) for update in updates])
+            for update in updates:
+                told += await self._words_of_prompt(update) if update.prompt_logprobs else self._words(update)
+                if self._answers[update.index].finish_reason is not None:
+                    told += await self._words_at_end(update.index)
+            if self._generation.done:
+                return told
             if told:
                 await client.write(told)
-            if self._generation.done:
-                return
             updates = await self._generation.next(PING_INTERVAL_S)
             told = b"" if updates or self._generation.done else self._dialect.ping
 
-    async def _words(self, update: Update) -> bytes:
-        """What a dialect has to say about an update."""
+    def _words(self, update: Update) -> bytes:
+        """What a dialect has to say about the tokens of an update. Every token of every stream passes here."""
         index, dialect = update.index, self._dialect
-        text, answer = await self._advance(update), self._answers[update.index]
-        told = b""
-        if update.prompt_logprobs:
-            told += await _off_loop_if_many(len(update.prompt_logprobs), lambda: dialect.prompt(index, answer))
+        answer = self._answers[index]
+        text = answer.push(update)
         is_news = text or len(answer.call_deltas) > self._told[index].calls
         if is_news or (dialect.tells_every_token and update.token_ids):
-            told += dialect.chunk(index, self._news(index, text))
-        if answer.finish_reason is not None:
-            await self._note_end()
-            told += dialect.closing(index, answer, self._news(index, ""), await self._timings())
-        return told
+            return dialect.chunk(index, self._news(index, text))
+        return b""
+
+    async def _words_of_prompt(self, update: Update) -> bytes:
+        """The same, behind the log probabilities of the prompt."""
+        words, answer = self._words(update), self._answers[update.index]
+        told = await _off_loop_if_many(len(update.prompt_logprobs), lambda: self._dialect.prompt(update.index, answer))
+        return told + words
+
+    async def _words_at_end(self, index: int) -> bytes:
+        """What a dialect has to say about the end of a sample."""
+        await self._generation.finish(index)
+        await self._note_end()
+        timings = await self._timings()
+        return self._dialect.closing(index, self._answers[index], self._news(index, ""), timings)
 
     async def _note_end(self) -> None:
         if self._at_end is not None and all(answer.finish_reason is not None for answer in self._answers):
@@ -145,6 +157,8 @@ class Teller:
     def _news(self, index: int, text: str) -> News:
         """The text with all that no chunk has told yet: what was held back comes with the text that it belongs to."""
         answer, told = self._answers[index], self._told[index]
+        if answer.is_plain and not answer.logprobs and not self._dialect.tells_every_token:
+            return News(text, is_last=answer.finish_reason is not None)
         token_ids = UNSET if answer.token_ids is UNSET else answer.token_ids[told.token_ids :]
         news = News(
             text,
