@@ -17,6 +17,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,7 @@ class ChatTemplate:
             return self.render(messages, tools=tools, ending=ending, **variables)
 
         pieces = map(self._with_borders, self.pieces((messages, tools), render))
-        token_ids = tuple(token for piece in pieces for token in self._tokenizer.encode(piece))
+        token_ids = tuple(chain.from_iterable(map(self._tokenizer.encode, pieces)))
         return Prompt(token_ids, self._image_offsets(token_ids, count_images(messages)))
 
     def pieces(self, conversation: _Conversation, render: Callable[[_Conversation], str]) -> list[str]:
@@ -219,14 +220,16 @@ class ChatTemplate:
             if images:
                 raise InvalidRequest("This model reads text only; remove the images.", param="messages")
             return ()
-        offsets = tuple(index for index, token in enumerate(token_ids) if token == self._image.token_id)
-        if len(offsets) != images:
+        placeholders = token_ids.count(self._image.token_id)
+        if placeholders != images:
             raise InvalidRequest(
-                f"The chat template made {len(offsets)} image placeholders for {images} images; "
+                f"The chat template made {placeholders} image placeholders for {images} images; "
                 "put images into user messages only.",
                 param="messages",
             )
-        return offsets
+        if not images:
+            return ()
+        return tuple(index for index, token in enumerate(token_ids) if token == self._image.token_id)
 
     # -- who wrote what ------------------------------------------------------------------------------------------
 

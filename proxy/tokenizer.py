@@ -115,6 +115,8 @@ class _Literals:
         self._pattern = re.compile(f"(?=({'|'.join(map(re.escape, literals))}))") if literals else None
         self._heads = {text[:length] for text in literals for length in range(1, len(text))}
         self._tails = {text[-length:] for text in literals for length in range(1, len(text))}
+        self._head_ends = {head[-1] for head in self._heads}
+        self._tail_starts = {tail[0] for tail in self._tails}
         self._longest = max(map(len, literals), default=0)
 
     def __bool__(self) -> bool:
@@ -135,7 +137,9 @@ class _Literals:
 
     def _touches_border(self, text: str) -> bool:
         lengths = range(1, min(self._longest, len(text) + 1))
-        return any(text[-length:] in self._heads or text[:length] in self._tails for length in lengths)
+        if text[-1:] in self._head_ends and any(text[-length:] in self._heads for length in lengths):
+            return True
+        return text[:1] in self._tail_starts and any(text[:length] in self._tails for length in lengths)
 
 
 class Detokenizer:

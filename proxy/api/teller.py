@@ -110,8 +110,12 @@ class Teller:
         told = b"".join(self._dialect.opening(index) for index in range(len(self._answers)))
         while True:
             for update in updates:
-                told += await self._words_of_prompt(update) if update.prompt_logprobs else self._words(update)
-                if self._answers[update.index].finish_reason is not None:
+                answer = self._answers[update.index]
+                text = answer.push(update)
+                if update.prompt_logprobs:
+                    told += await self._words_of_prompt(update)
+                told += self._words(update, text)
+                if answer.finish_reason is not None:
                     told += await self._words_at_end(update.index)
             if self._generation.done:
                 return told
@@ -120,21 +124,17 @@ class Teller:
             updates = await self._generation.next(PING_INTERVAL_S)
             told = b"" if updates or self._generation.done else self._dialect.ping
 
-    def _words(self, update: Update) -> bytes:
-        """What a dialect has to say about the tokens of an update. Every token of every stream passes here."""
+    def _words(self, update: Update, text: str) -> bytes:
+        """What a dialect has to say about tokens, which made `text`. Every token of every stream passes here."""
         index, dialect = update.index, self._dialect
-        answer = self._answers[index]
-        text = answer.push(update)
-        is_news = text or len(answer.call_deltas) > self._told[index].calls
+        is_news = text or len(self._answers[index].call_deltas) > self._told[index].calls
         if is_news or (dialect.tells_every_token and update.token_ids):
             return dialect.chunk(index, self._news(index, text))
         return b""
 
     async def _words_of_prompt(self, update: Update) -> bytes:
-        """The same, behind the log probabilities of the prompt."""
-        words, answer = self._words(update), self._answers[update.index]
-        told = await _off_loop_if_many(len(update.prompt_logprobs), lambda: self._dialect.prompt(update.index, answer))
-        return told + words
+        answer, dialect = self._answers[update.index], self._dialect
+        return await _off_loop_if_many(len(update.prompt_logprobs), lambda: dialect.prompt(update.index, answer))
 
     async def _words_at_end(self, index: int) -> bytes:
         """What a dialect has to say about the end of a sample."""
