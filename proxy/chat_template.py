@@ -17,8 +17,8 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
 from enum import Enum, auto
+from itertools import chain
 from pathlib import Path
 from typing import Any
 

@@ -143,7 +143,7 @@ class Generation:
         for sample in running:
             sample.finished = True
             sample.pending.finish_reason = FinishReason.STOP
-        self._news.set()
+        self._tell_news()
         for sample in running:
             if sample.attempt is not None:
                 await sample.attempt.abort(sample)
