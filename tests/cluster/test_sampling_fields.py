@@ -252,3 +252,29 @@ def test_stop_strings_in_the_output(demo: Cluster) -> None:
 
 def test_priorities_are_taken(demo: Cluster) -> None:
     assert token_ids(chat(demo, TEXT, priority=-5)) == token_ids(chat(demo, TEXT, priority=5))
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_was_begun_goes_on_as_the_model_would(demo: Cluster) -> None:
+    whole = chat(demo, TEXT, max_tokens=LONG).choices[0].message.content
+    begun = whole[: whole.index(" ", 4)]
+    messages = [*TEXT, {"role": "assistant", "content": begun}]
+    fields = {"continue_final_message": True, "add_generation_prompt": False}
+    rest = chat(demo, messages, max_tokens=LONG, **fields).choices[0].message.content
+    assert begun + rest == whole
+    assert chat(demo, messages, max_tokens=LONG, echo=True, **fields).choices[0].message.content == whole
+
+
+def test_prefixes_are_shared_within_a_salt(demo: Cluster) -> None:
+    messages = [{"role": "user", "content": "A prompt that nobody else sends, of some length. " * 8}]
+
+    def cached(**fields: Any) -> int:
+        found: int = chat(demo, messages, max_tokens=1, **fields).usage.prompt_tokens_details.cached_tokens
+        return found
+
+    assert cached(cache_salt="one") == 0
+    assert cached(cache_salt="one") > 0
+    assert cached(cache_salt="two") == 0
+    assert cached() == 0

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proxy.media_http import is_allowed
+from epd.errors import MediaForbidden
+from proxy.media_http import HttpFetcher, is_allowed
 from tests.cluster.harness import Cluster as RealCluster
 from tests.cluster.reference import data_url, picture, png, text_part
 from tests.edge_cases.asking import CHAT, error_of
 from tests.proxy.conftest import Cluster, ClusterFactory
 from tests.proxy.conftest import png as small_png
-from tests.proxy.test_media import ok, redirect, web_server
+from tests.proxy.test_media import LOOPBACK, ok, redirect, web_server
 
 
 def about(url: str) -> dict[str, Any]:
@@ -260,6 +261,22 @@ async def test_e33_redirects_are_checked_and_bounded(start_cluster: ClusterFacto
             assert await answers(cluster, base + path) == (422, "media_unavailable"), path
         assert await answers(cluster, f"{base}/fine") == (200, None)
     assert not any(word in head for head in heads for word in (b"authorization", b"cookie", b"secret"))
+
+
+async def test_e33_a_name_is_looked_up_once_and_the_address_that_was_checked_is_used() -> None:
+    """A second look-up could say something else (DNS rebinding)."""
+    answered: list[str] = []
+
+    async def rebinding(host: str, port: int) -> list[str]:
+        answered.append(host)
+        return ["127.0.0.1"] if len(answered) == 1 else ["169.254.169.254"]
+
+    async with web_server(lambda path, head: ok(PNG)) as port:
+        fetcher = HttpFetcher(max_bytes=1 << 20, timeout_s=5, allowed=LOOPBACK, resolver=rebinding)
+        assert await fetcher.fetch(f"http://pictures.example:{port}/") == PNG
+        assert answered == ["pictures.example"]
+        with pytest.raises(MediaForbidden):
+            await fetcher.fetch(f"http://pictures.example:{port}/")
 
 
 def test_e33_all_of_the_embedded_forms_are_seen_through() -> None:
