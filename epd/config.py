@@ -226,6 +226,11 @@ class WorkerConfig(ModelConfig):
         metavar="PATH",
     )
     drain_timeout: float = option(30.0, "seconds to finish running work after SIGTERM", minimum=0)
+    profile_dir: Path | None = option(
+        None,
+        "folder for traces of what is computed, as POST /start_profile asks for; default: none are made",
+        metavar="DIR",
+    )
     stall_timeout: float | None = option(
         None,
         "seconds without a finished step or batch, while there is work, after which the worker counts as stuck; "
@@ -362,6 +367,11 @@ class UpConfig(GatewayOptions, AccessOptions, ModelConfig):
     )
     allowed_private_media: tuple[str, ...] = option(
         (), "private networks that pictures may be fetched from (127.0.0.0/8); default: none", metavar="CIDR"
+    )
+    profile_dir: Path | None = option(
+        None,
+        "folder where workers write traces, as POST /start_profile asks for; default: none are made",
+        metavar="DIR",
     )
     request_timeout: float = option(120.0, "seconds a request may take in all")
     tool_call_parser: str | None = option(

@@ -63,7 +63,7 @@ def plan_cluster(config: UpConfig, folder: Path) -> list[ChildSpec]:
     encoders = [str(folder / f"encoder_{i}") for i in range(config.encoders)]
     pds = [str(folder / f"prefill_decode_{i}") for i in range(config.pds)]
     everywhere = _flags(config, "log_level", "cluster_keys", "metastore_client_config")
-    worker = _flags(config, "model", "load_format", "device", "dtype") + everywhere
+    worker = _flags(config, "model", "load_format", "device", "dtype", "profile_dir") + everywhere
     threads = config.threads or _threads_per_worker(config)
     worker += ("--threads", str(threads))
     if config.encoders and _get_in_each_others_way(threads):

@@ -9,6 +9,8 @@ image bytes of a message travel behind it as raw frames (see `epd.codec`). Durat
     encoder → proxy    Welcome | Refusal, Pong, EncodeResult
     PD → proxy         Welcome | Refusal, Pong, TokenBatch
     PD → encoder       Welcome | Refusal, Pong, EmbeddingsReply
+    proxy → worker     Profile
+    worker → proxy     ProfileReply, Pause
     worker → proxy     Announcement (to the proxy's own address)
 
 A PD that leaves before a request is finished ends it with the error `handed_over`: the proxy goes on elsewhere, with
@@ -159,6 +161,35 @@ class Pong(Message, frozen=True, kw_only=True):
     """`stalled_s` is far above what this worker's steps take: it must be treated as dead."""
 
 
+class Profile(Message, frozen=True, kw_only=True):
+    """Record what the worker computes, or end that and write it down; answered by one `ProfileReply`."""
+
+    sequence: int
+    start: bool
+    seconds: float = 60.0
+    """It ends by itself after so long, …"""
+    steps: int = 100
+    """… or after so many steps, or pictures and batches."""
+
+
+class ProfileReply(Message, frozen=True, kw_only=True):
+    """How a worker took a `Profile`."""
+
+    sequence: int
+    state: Annotated[str, msgspec.Meta(max_length=32)]
+    """started, running (it was already), stopped, idle (nothing was recorded), off (no `--profile-dir`), failed."""
+    files: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)] = ()
+    """Names of what was written since the last reply, in the worker's own folder."""
+    message: Name = ""
+    """Of a failure."""
+
+
+class Pause(Message, frozen=True, kw_only=True):
+    """The worker may say nothing for a while, and is not dead."""
+
+    seconds: float
+
+
 # -- one request ---------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +320,9 @@ AnyMessage = (
     | Peers
     | Ping
     | Pong
+    | Profile
+    | ProfileReply
+    | Pause
     | EncodeRequest
     | EncodeResult
     | GenerateRequest

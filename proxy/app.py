@@ -40,6 +40,7 @@ from proxy.api import (
     models,
     openai,
     operations,
+    profiling,
     score,
     server_info,
     tokenize,
@@ -68,6 +69,7 @@ _DIALECTS = (
     health,
     server_info,
     operations,
+    profiling,
 )
 """Modules with a `router`, and the structs that it is `DOCUMENTED` with."""
 

@@ -25,9 +25,11 @@ from epd.messages import (
     EncodeResult,
     GenerateRequest,
     Load,
+    Pause,
     Peers,
     Ping,
     Pong,
+    ProfileReply,
     Refusal,
     StageStats,
     TokenBatch,
@@ -42,6 +44,7 @@ from proxy.circuit import Circuit
 from proxy.greeting import CONNECT_RETRY_S, NOBODY, Identity, Refused, greet
 from proxy.in_hand import EncodeSink, InHand, Lost, OutputSink, WorkerGone
 from proxy.known_pictures import KnownPictures
+from proxy.profiles import Profiles
 from proxy.silence import SILENT_PINGS, Silence
 from proxy.work_ledger import WorkLedger
 
@@ -88,6 +91,8 @@ class WorkerConnection:
         self.counters: dict[str, int] = {}
         self.records = StageRecorder()
         """What this proxy measured: `PROXY_TTFT`, `PROXY_TO_INSTANCE`."""
+        self.profiles = Profiles(self._send)
+        """What it records."""
         self.pictures = KnownPictures()
         """Whose embeddings it should hold. Forgotten with the connection."""
         self.ledger = WorkLedger(is_serial=member.role is WorkerRole.ENCODER)
@@ -329,6 +334,10 @@ class WorkerConnection:
             self._encoded(message)
         elif isinstance(message, Pong):
             self._note_pong(message)
+        elif isinstance(message, ProfileReply):
+            self.profiles.answered(message)
+        elif isinstance(message, Pause):
+            self._silence.excused(message.seconds)
         elif isinstance(message, Refusal):  # it forgot us while we were silent; a new greeting mends that
             raise _Forgotten(f"it refused a message: {message.reason}")
         else:
@@ -412,6 +421,7 @@ class WorkerConnection:
             log.log(level, "%s %s is down: %s", self.member.role.value, self.member.address, self.problem)
         self.info, self.state, self.reported_load = None, WorkerState.STARTING, Load()
         self.is_stuck, self._given_up, self._told_peers = False, (), None
+        self.profiles.lost(self.problem)
         self.pictures.clear()
         self.ledger.reset()
         self._pings.clear()

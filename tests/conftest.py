@@ -24,12 +24,19 @@ def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory, media_folder: Path) -> Iterator[Cluster]:
+def profile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the workers of `demo` write traces."""
+    return tmp_path_factory.mktemp("profiles")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory, media_folder: Path, profile_folder: Path) -> Iterator[Cluster]:
     """The demo model over IPC: one encoder, one PD."""
     from epd.demo import CHECKPOINT_DIR
     from tests.cluster.harness import Cluster, running  # most tests do without what it imports
 
     flags = ["--allowed-local-media-path", str(media_folder), "--allowed-private-media", "127.0.0.2/32"]
-    cluster = Cluster(tmp_path_factory.mktemp("demo"), CHECKPOINT_DIR, proxy_flags=flags)
+    traces = ["--profile-dir", str(profile_folder)]
+    cluster = Cluster(tmp_path_factory.mktemp("demo"), CHECKPOINT_DIR, proxy_flags=flags, worker_flags=traces)
     with running(cluster):
         yield cluster

@@ -28,8 +28,10 @@ from epd.messages import (
     AnyMessage,
     Hello,
     Load,
+    Pause,
     Ping,
     Pong,
+    Profile,
     Refusal,
     StageStats,
     Welcome,
@@ -40,6 +42,7 @@ from epd.types import WorkerRole, WorkerState, WorkerTask
 from metastore.base import Record
 from metastore.connect import make_metastore
 from metastore.registry import Registration
+from workers.profiling import Profiler
 from workers.stall_watch import LOOK_INTERVAL_S, Progress, StallWatch
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ MAX_PEERS = 4096
 """Proxies and encoders that have said `Hello`, and were heard within `PEER_TIMEOUT_S`; more are refused."""
 MAX_WAITING_SENDS = 1024
 """Answers to one peer that wait for room on its connection: it does not read, and is treated as gone."""
+MAX_PROFILE_REQUESTS = 16
 MAX_WARNED = 1000
 """Senders of malformed messages that were warned of; of more than these only the count tells."""
 PEER_TIMEOUT_S = 10.0
@@ -161,6 +165,8 @@ class WorkerRuntime:
         """A second signal came: the time for draining is over."""
         self._exit_code = 0
         self._watch = StallWatch(config.stall_timeout)
+        self._profiler = Profiler(config.profile_dir, config.name, lambda: self._service.progress().steps, self._pause)
+        self._profiling: set[asyncio.Task[bool]] = set()
 
     async def send(self, peer: bytes, message: AnyMessage, *buffers: Buffer) -> bool:
         """Implements `Send`."""
@@ -216,6 +222,7 @@ class WorkerRuntime:
             for task in (*tasks, stop):
                 task.cancel()
             await asyncio.gather(*tasks, stop, return_exceptions=True)
+            await self._profiler.close()
             await service.stop()
             self._router.close()
             await self._deregister()
@@ -306,8 +313,25 @@ class WorkerRuntime:
             reason = "no greeting, or forgotten after a long silence: connect again"
             await self._reply(peer, Refusal(protocol_version=PROTOCOL_VERSION, reason=reason))
             raise ProtocolError(f"{type(message).__name__} before Hello")
+        elif isinstance(message, Profile):
+            self._profile(peer, message)
         else:
             self._service.handle(peer, message, buffers)
+
+    def _profile(self, peer: bytes, message: Profile) -> None:
+        if len(self._profiling) >= MAX_PROFILE_REQUESTS:
+            raise ProtocolError(f"{MAX_PROFILE_REQUESTS} of {type(message).__name__} wait for an answer already")
+        task = asyncio.create_task(self._answer_profile(peer, message))
+        self._profiling.add(task)
+        task.add_done_callback(self._profiling.discard)
+
+    async def _answer_profile(self, peer: bytes, message: Profile) -> bool:
+        return await self.send(peer, await self._profiler.handle(message))
+
+    async def _pause(self, seconds: float) -> None:
+        """Tell all peers that this process may be silent for so long."""
+        for peer in list(self._names):
+            await self._reply(peer, Pause(seconds=seconds))
 
     async def _greet(self, peer: bytes, hello: Hello) -> None:
         reason = self._reason_to_refuse(peer, hello)

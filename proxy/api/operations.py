@@ -63,7 +63,7 @@ def _require_admin(request: Request, admin_key: str | None) -> None:
     if admin_key is None:
         raise AdminOnly("abort_all needs an admin key, and this proxy was started without --admin-key.")
     if not is_admin(request, admin_key):
-        raise AdminOnly("abort_all needs the admin key, as Authorization: Bearer KEY or X-Admin-Key: KEY.")
+        raise AdminOnly("This needs the admin key, as Authorization: Bearer KEY or X-Admin-Key: KEY.")
 
 
 # -- the roster ------------------------------------------------------------------------------------------------------

@@ -88,20 +88,21 @@ class Cluster:
         dtype: str = "float32",
         proxy_flags: Sequence[str] = (),
         pd_flags: Sequence[str] = (),
+        worker_flags: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.port = free_port()
         self.encoder_addresses = [self._address(folder, f"encoder_{i}", tcp) for i in range(encoders)]
         self.pd_addresses = [self._address(folder, f"pd_{i}", tcp) for i in range(pds)]
         proxy_address = self._address(folder, "proxy", tcp)
-        worker_flags = ["--model", str(model), "--dtype", dtype, "--threads", "1", "--device", "cpu"]
+        of_all = ["--model", str(model), "--dtype", dtype, "--threads", "1", "--device", "cpu", *worker_flags]
         if announce:
-            worker_flags += ["--proxy-addr", proxy_address]
+            of_all += ["--proxy-addr", proxy_address]
         self.processes: dict[str, Process] = {}
         for i, address in enumerate(self.encoder_addresses):
-            self._add(folder, f"encoder_{i}", ["encoder", "--worker-addr", address, *worker_flags])
+            self._add(folder, f"encoder_{i}", ["encoder", "--worker-addr", address, *of_all])
         for i, address in enumerate(self.pd_addresses):
-            flags = ["--kv-cache-memory-bytes", str(64 << 20), *worker_flags, *pd_flags]
+            flags = ["--kv-cache-memory-bytes", str(64 << 20), *of_all, *pd_flags]
             self._add(folder, f"pd_{i}", ["pd", "--worker-addr", address, *flags])
         proxy = ["proxy", "--model", str(model), "--host", "127.0.0.1", "--port", str(self.port)]
         proxy += ["--proxy-addr", proxy_address, "--served-model-name", "test-model", *proxy_flags]

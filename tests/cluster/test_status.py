@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+from pathlib import Path
+
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -46,3 +49,18 @@ def test_figures_of_all_roles_are_there_for_prometheus(demo: Cluster) -> None:
     (made,) = families["epd_completion_tokens"].samples
     assert made.labels == {"model": "test-model"}
     assert made.value >= 4
+
+
+def test_a_profile_has_the_operations_of_both_workers(demo: Cluster, profile_folder: Path) -> None:
+    status, started = demo.post("/start_profile", {"seconds": 30})
+    assert (status, {one["state"] for one in started["workers"].values()}) == (200, {"started"})
+    body = {"messages": [user(picture(78), "What is it?")], "max_tokens": 4, "ignore_eos": True}
+    assert demo.post("/v1/chat/completions", body)[0] == 200
+    status, stopped = demo.post("/stop_profile", {})
+    assert (status, stopped["status"]) == (200, "ok")
+    for role in ("E", "PD"):
+        (worker,) = (one for name, one in stopped["workers"].items() if name.startswith(f"{role}_INSTANCE"))
+        (file,) = worker["files"]
+        with gzip.open(profile_folder / file) as opened:
+            assert b"aten::linear" in opened.read()
+    assert demo.post("/v1/chat/completions", body)[0] == 200

@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from epd.errors import ErrorInfo
 from epd.messages import (
     PROTOCOL_VERSION,
@@ -20,6 +22,8 @@ from epd.messages import (
     Peers,
     Ping,
     Pong,
+    Profile,
+    ProfileReply,
     Refusal,
     StageStats,
     TokenBatch,
@@ -83,6 +87,8 @@ class FakeWorker:
         self.stages: dict[str, StageStats] = {}
         self.counters: dict[str, int] = {}
         self.aborted: list[str] = []
+        self.profiled: list[Profile] = []
+        self.profile_reply = ProfileReply(sequence=0, state="off")
         self.peers: list[tuple[str, ...]] = []
         self.proxies: set[bytes] = set()
         self.arrived = asyncio.Condition()
@@ -168,6 +174,9 @@ class FakeWorker:
             await self.send(peer, pong)
         elif isinstance(message, Abort):
             self.aborted.extend(message.request_ids)
+        elif isinstance(message, Profile):
+            self.profiled.append(message)
+            await self.send(peer, msgspec.structs.replace(self.profile_reply, sequence=message.sequence))
         elif isinstance(message, Peers):
             self.peers.append(message.pd_addresses)
         else:

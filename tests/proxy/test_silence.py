@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proxy.silence import LONGEST_UPLOAD_S, SILENT_PINGS, SLOWEST_LINK_BYTES_S, Silence
+from proxy.silence import LONGEST_PAUSE_S, LONGEST_UPLOAD_S, SILENT_PINGS, SLOWEST_LINK_BYTES_S, Silence
 
 
 class Line:
@@ -41,3 +41,13 @@ def test_pings_behind_a_picture_do_not_count() -> None:
 def test_pictures_without_end_do_not_keep_a_dead_worker_alive() -> None:
     pings = Line().pings_until_dead(interval_s=1.0, sent_each_time=100 * SLOWEST_LINK_BYTES_S)
     assert pings <= LONGEST_UPLOAD_S + SILENT_PINGS
+
+
+def test_a_pause_that_was_announced_does_not_count() -> None:
+    line = Line()
+    line.silence.excused(3.0)
+    line.silence.heard()  # an answer that was on its way
+    assert line.pings_until_dead(interval_s=0.5) == 5 + SILENT_PINGS
+    line = Line()
+    line.silence.excused(1e9)
+    assert line.pings_until_dead(interval_s=1.0) <= LONGEST_PAUSE_S + SILENT_PINGS
