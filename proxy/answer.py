@@ -38,7 +38,8 @@ class TextOptions:
     with_token_ids: bool = False
     """Whether the client wants the tokens beside the text."""
     with_pieces: bool = False
-    """Whether the client wants the text token by token. Where there are stop strings, it needs `include_stop`."""
+    """Whether the client wants the text token by token. Unless `include_stop`, what could begin a stop string is held
+    back, and then told with the token that comes after it."""
     calls: CallOptions | None = None
     """How tool calls are read from the text; None: it has none."""
 

@@ -2,8 +2,8 @@
 
     inputs                                     → LightLLM, or TGI by its parameters   (`proxy.api.lightllm`)
     prompt, old keys or nothing else           → LMDeploy of 2023, with sessions      (`proxy.api.lmdeploy`)
-    prompt or input_ids with newer keys        → LMDeploy of today
-    text or input_ids with sampling_params     → SGLang
+    prompt or input_ids with newer keys        → LMDeploy of today                    (`proxy.api.token_native`)
+    text, or input_ids with sampling_params    → SGLang
     anything else                              → 400, which names the keys
 
 A field `model` has no meaning on this path, whoever is meant: what is asked is the default model.
@@ -12,26 +12,32 @@ A field `model` has no meaning on this path, whoever is meant: what is asked is 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from fastapi import APIRouter, Request
 from msgspec import UNSET, Raw, Struct, UnsetType
 from starlette.responses import Response
 
 from epd.errors import InvalidRequest
-from proxy.api import lightllm, lmdeploy
+from proxy.api import lightllm, lmdeploy, token_native
+from proxy.api.lightllm_answer import NativeAnswer
+from proxy.api.lightllm_schema import NativeRequest
+from proxy.api.lmdeploy_schema import LMDeployAnswer, LMDeployRequest
 from proxy.api.openai_schema import decode_body
-from proxy.api.requests import read_request
+from proxy.api.requests import REF, read_request
+from proxy.api.token_native import TokenNativeAnswer
+from proxy.api.token_native_schema import NewLMDeployRequest, SGLangRequest
 
 router = APIRouter(tags=["Native"])
 
-DOCUMENTED = ()
+DOCUMENTED = (SGLangRequest, NewLMDeployRequest, TokenNativeAnswer)  # the others are documented where they are served
 
 _OLD_LMDEPLOY = ("instance_id", "sequence_start", "sequence_end", "request_output_len")
 _NEW_LMDEPLOY = (
     *("max_tokens", "stop_token_ids", "return_logprob", "image_data", "min_p"),
     "include_stop_str_in_output",
 )
-_ACCEPTED = "Send inputs with parameters (LightLLM, TGI), or prompt (LMDeploy)."
+_ACCEPTED = "Send inputs with parameters (LightLLM, TGI), prompt (LMDeploy), or text with sampling_params (SGLang)."
 
 
 class _Keys(Struct):
@@ -59,7 +65,20 @@ class _Keys(Struct):
         return [name for name, value in values.items() if value is not UNSET and bytes(value) != b"null"]
 
 
-@router.post("/generate", response_model=None)
+def _any_of(*kinds: type[Any]) -> dict[str, Any]:
+    schemas = [{"$ref": REF.format(name=kind.__name__)} for kind in kinds]
+    return {"application/json": {"schema": {"anyOf": schemas}}}
+
+
+_BODIES = _any_of(NativeRequest, LMDeployRequest, NewLMDeployRequest, SGLangRequest)
+_ANSWERS = _any_of(NativeAnswer, LMDeployAnswer, TokenNativeAnswer)
+_OPENAPI = {
+    "requestBody": {"required": True, "content": _BODIES},
+    "responses": {"200": {"description": "The answer, or a stream, as the dialect has it", "content": _ANSWERS}},
+}
+
+
+@router.post("/generate", response_model=None, openapi_extra=_OPENAPI)
 async def generate(request: Request) -> Response:
     """Continue a text, in the words of LightLLM, TGI, LMDeploy or SGLang: the keys of the body decide."""
     arrived = time.perf_counter()
@@ -71,16 +90,14 @@ async def generate(request: Request) -> Response:
         raise InvalidRequest(f"{problem}. {_ACCEPTED}", param=prompts[-1] if prompts else "inputs")
     if prompts == ["inputs"]:
         return await lightllm.answer(request, body, arrived)
-    if keys.has("sampling_params") or prompts == ["text"]:
-        raise InvalidRequest(f"SGLang's form of /generate is not served. {_ACCEPTED}", param=prompts[0])
+    if prompts == ["text"] or (prompts == ["input_ids"] and keys.has("sampling_params")):
+        return await token_native.answer_sglang(request, body, arrived)
     if old and new:
         raise InvalidRequest(
             f"{new[0]} and {old[0]} are of different versions of LMDeploy; leave one of them out.", param=new[0]
         )
     if new or prompts == ["input_ids"]:
-        raise InvalidRequest(
-            f"{(new or prompts)[0]} is not served on /generate. {_ACCEPTED}", param=(new or prompts)[0]
-        )
+        return await token_native.answer_new_lmdeploy(request, body, arrived)
     return await lmdeploy.answer(request, body, arrived)
 
 

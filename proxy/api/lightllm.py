@@ -13,7 +13,6 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from epd.errors import InvalidRequest
 from epd.types import SamplingParams, WorkerRole
-from proxy.api.answering import tell
 from proxy.api.dialect import Head
 from proxy.api.health import health
 from proxy.api.http import Client, Exchange
@@ -23,12 +22,11 @@ from proxy.api.lightllm_media import count_image_tokens, sources_of
 from proxy.api.lightllm_sampling import grammar_of, sampling_of, text_options_of
 from proxy.api.lightllm_schema import CountRequest, NativeParameters, NativeRequest
 from proxy.api.openai_schema import decode_body
+from proxy.api.raw_answer import RawRequest, answer_raw
 from proxy.api.raw_prompt import raw_prompt
 from proxy.api.requests import deadline, documented, read_request, service_of
-from proxy.chat_template import Prompt
 from proxy.served_model import ServedModel
 from proxy.service import Service
-from proxy.work import Work
 
 router = APIRouter(tags=["LightLLM"])
 
@@ -119,52 +117,23 @@ class _Native:
         with_pieces = stream or with_details
         # TGI gives the likeliest one of several.
         with_logprobs = with_pieces or (self._is_tgi and asked.samples > 1)
-        options = text_options_of(asked, model, with_pieces=with_pieces)
         sampling = sampling_of(asked, model, with_logprobs=with_logprobs)
-        sources = sources_of(self._body.multimodal_params, model)
-        model.require(images=bool(sources))
-        model.require_task(None)
-        with model.dispatcher.admit():
-            async with deadline(model, arrived):
-                sampling = await self._with_grammar(sampling)
-                with naming_native_fields():
-                    prompt = await self._prompt(len(sources))
-                    model.check_context(len(prompt.token_ids), sampling.max_tokens)
-                    images = await model.load_images(sources)
-            work = Work(
-                request_id=Head.new("gen", model.name).id,
-                model=model.ref,
-                prompts=(prompt.token_ids,),
-                image_offsets=prompt.image_offsets,
-                images=tuple(images),
-                sampling=sampling,
-                n=asked.samples,
-                arrived=arrived,
-                timeout_s=model.config.request_timeout,
-            )
-            with naming_native_fields():
-                await tell(
-                    client, model, work, self._dialect(sampling, with_details=with_details), options, stream=stream
-                )
-
-    async def _prompt(self, images: int) -> Prompt:
-        asked = self._asked
-        add = asked.add_special_tokens is not False
-        prompt = await raw_prompt(self._model, self._body.inputs, images, field="inputs", add_special_tokens=add)
-        if not asked.truncate or asked.truncate >= len(prompt.token_ids):
-            return prompt
-        if images:
-            raise InvalidRequest(
-                "truncate does not go with images; their markers could be cut off.", param="parameters.truncate"
-            )
-        return Prompt(prompt.token_ids[-asked.truncate :], ())
-
-    async def _with_grammar(self, sampling: SamplingParams) -> SamplingParams:
-        wanted = grammar_of(self._asked)
-        if wanted is None:
-            return sampling
-        await self._model.check_grammar(*wanted)
-        return msgspec.structs.replace(sampling, grammar=wanted[1])
+        raw = RawRequest(
+            id=Head.new("gen", model.name).id,
+            inputs=self._body.inputs,
+            field="inputs",
+            sources=sources_of(self._body.multimodal_params, model),
+            images_field="multimodal_params",
+            sampling=sampling,
+            options=text_options_of(asked, model, with_pieces=with_pieces),
+            grammar=grammar_of(asked),
+            n=asked.samples,
+            add_special_tokens=asked.add_special_tokens is not False,
+            keep_last=asked.truncate or None,
+            keep_last_field="parameters.truncate",
+        )
+        dialect = self._dialect(sampling, with_details=with_details)
+        await answer_raw(client, model, raw, dialect, arrived, stream=stream)
 
     def _dialect(self, sampling: SamplingParams, *, with_details: bool) -> NativeDialect:
         tokenizer, inputs = self._model.tokenizer, self._body.inputs

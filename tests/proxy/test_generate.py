@@ -15,7 +15,6 @@ from tests.proxy.conftest import Cluster
         ({}, "inputs"),
         ({"inputs": None}, "inputs"),
         ({"inputs": "x", "prompt": "y"}, "prompt"),
-        ({"text": "x"}, "text"),
         ({"prompt": "x", "instance_id": 1, "max_tokens": 4}, "max_tokens"),
     ],
 )

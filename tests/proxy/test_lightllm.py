@@ -502,7 +502,8 @@ async def test_a_flag_makes_all_answers_tgis(start_cluster: ClusterFactory) -> N
 
 async def test_token_load(cluster: Cluster) -> None:
     connection = cluster.service.pool.connections(cluster.pd.role)[0]
-    connection.note_load(Load(running=2, waiting=1, kv_used_blocks=10, kv_total_blocks=40))
+    cluster.pd.load = Load(running=2, waiting=1, kv_used_blocks=10, kv_total_blocks=40)
+    await eventually(lambda: connection.reported_load.kv_used_blocks)
     assert (await cluster.http.get("/token_load")).json() == {
         "current_load": 0.25,
         "logical_max_load": 0.375,
