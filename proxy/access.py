@@ -25,7 +25,7 @@ OPEN_PATHS = frozenset(
         *("/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"),
     }
 )
-_CONTROL_PATHS = frozenset({"/abort", "/abort_request", "/start_profile", "/stop_profile"})
+CONTROL_PATHS = frozenset({"/abort", "/abort_request", "/start_profile", "/stop_profile"})
 """A key that has as many requests in work as it may must still be able to stop some."""
 _ID_LENGTH = 16
 
@@ -92,7 +92,7 @@ class Guard:
             await _refuse(_unauthorized(scope), scope, receive, send)
             return
         KEY_ID.set(owner)
-        if self._max_requests is None or not owner or scope["method"] != "POST" or scope["path"] in _CONTROL_PATHS:
+        if self._max_requests is None or not owner or scope["method"] != "POST" or scope["path"] in CONTROL_PATHS:
             await self._app(scope, receive, send)
         else:
             await self._count(owner, self._max_requests, scope, receive, send)

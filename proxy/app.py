@@ -19,6 +19,7 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -129,6 +130,7 @@ def create_app(config: ProxyConfig, roster: Roster | None = None) -> FastAPI:
 def _add_layers(app: FastAPI, config: ProxyConfig, service: Service) -> None:
     """What every request passes, from the outside: CORS, so that pages may read errors too; the edge; the keys."""
     routes = [route for dialect in _DIALECTS for route in dialect.router.routes]
+    service.metrics.paths = {route.path for route in routes if isinstance(route, APIRoute)}
     app.add_middleware(ShortCuts, routes=routes, handlers=app.exception_handlers)  # innermost comes first
     keys = ApiKeys(config.api_keys(), config.admin_key)
     if keys:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
 from epd.errors import ClientError, EPDError, Overloaded, RequestAborted
 from epd.observability import Histogram
+from proxy.access import CONTROL_PATHS
 from proxy.request_context import Outcome
 
 CLIENT_CLOSED_REQUEST = 499
@@ -45,6 +47,8 @@ class Metrics:
     """Of one proxy since its start."""
 
     def __init__(self) -> None:
+        self.paths: Container[str] = ()
+        """Of the endpoints that there are, those without variables."""
         self.models: dict[str, ModelFigures] = {}
         self.request_seconds: defaultdict[tuple[str, str], Histogram] = defaultdict(Histogram)
         """From arrival to the last word, by model and endpoint, of requests that reached workers."""
@@ -70,10 +74,12 @@ class Metrics:
             outcome: how it ended.
             arrived: `time.perf_counter()` when it came.
         """
-        endpoint = getattr(scope.get("route"), "path", None) or _UNKNOWN_ENDPOINT
+        endpoint = getattr(scope.get("route"), "path", None)
+        if endpoint is None:  # refused before it was routed, or nobody's
+            endpoint = scope["path"] if scope["path"] in self.paths else _UNKNOWN_ENDPOINT
         method = scope["method"] if scope["method"] in _METHODS else _UNKNOWN_ENDPOINT
         self.http[endpoint, method, outcome.status or CLIENT_CLOSED_REQUEST] += 1
-        if method == "POST" and endpoint != _UNKNOWN_ENDPOINT:
+        if method == "POST" and endpoint != _UNKNOWN_ENDPOINT and endpoint not in CONTROL_PATHS:
             self.outcomes[outcome.model, endpoint, name_of(outcome)] += 1
         if outcome.model:
             self.request_seconds[outcome.model, endpoint].observe((time.perf_counter() - arrived) * 1000)

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from epd import __version__
 from epd.messages import StageStats
 from epd.observability import BOUNDS_MS
+from metastore.roster import Member
 from proxy.metrics import Metrics, ModelFigures
 from proxy.worker_connection import WorkerConnection
 
@@ -73,12 +74,18 @@ def wants_prometheus(accept: str, form: str | None) -> bool:
 
 
 def expose(
-    workers: Sequence[WorkerConnection], in_work: int, counters: Mapping[str, int], metrics: Metrics, accept: str
+    workers: Sequence[WorkerConnection],
+    models: Mapping[Member, str],
+    in_work: int,
+    counters: Mapping[str, int],
+    metrics: Metrics,
+    accept: str,
 ) -> tuple[bytes, str]:
     """The figures, and their content type. Takes a while where there are many workers, so it may run on any thread.
 
     Args:
         workers: all that the proxy knows.
+        models: what each of them serves, by its name in the API.
         in_work: requests that the proxy has in work.
         counters: what went wrong at the proxy's own address, by name.
         metrics: of the proxy's requests.
@@ -86,7 +93,7 @@ def expose(
     """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_OfProxy(in_work, counters, metrics))
-    registry.register(_OfWorkers(workers))
+    registry.register(_OfWorkers(workers, models))
     ProcessCollector(registry=registry)
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
@@ -154,14 +161,15 @@ class _OfProxy(Collector):
 
 
 class _OfWorkers(Collector):
-    def __init__(self, workers: Sequence[WorkerConnection]) -> None:
+    def __init__(self, workers: Sequence[WorkerConnection], models: Mapping[Member, str]) -> None:
         self._workers = workers
+        self._models = models
 
     def collect(self) -> Iterator[Metric]:
         for name, text, value in _GAUGES:
             gauge = GaugeMetricFamily(f"epd_worker_{name}", text, labels=_LABELS)
             for worker in self._workers:
-                gauge.add_metric(_labels(worker), float(value(worker)))
+                gauge.add_metric(self._labels(worker), float(value(worker)))
             yield gauge
         yield self._stages()
         yield from self._counters()
@@ -187,12 +195,11 @@ class _OfWorkers(Collector):
             yield counter
 
     def _labelled(self) -> Iterable[tuple[WorkerConnection, tuple[str, ...]]]:
-        return ((worker, _labels(worker)) for worker in self._workers)
+        return ((worker, self._labels(worker)) for worker in self._workers)
 
-
-def _labels(worker: WorkerConnection) -> tuple[str, ...]:
-    model = "" if worker.info is None else worker.info.served_model_name or worker.info.model
-    return worker.member.role.value, worker.member.address, model
+    def _labels(self, worker: WorkerConnection) -> tuple[str, ...]:
+        member = worker.member
+        return member.role.value, member.address, self._models.get(member, "")
 
 
 def _add(family: HistogramMetricFamily, labels: tuple[str, ...], stats: StageStats) -> None:

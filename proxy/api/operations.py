@@ -103,8 +103,9 @@ async def metrics(request: Request, format: Literal["text", "prometheus"] | None
     accept = request.headers.get("accept", "")
     if wants_prometheus(accept, format):
         in_work = len(service.dispatcher.active)
+        models = {one.member: service.catalog.ref(one.info).name for one in connections if one.info is not None}
         body, content_type = await asyncio.to_thread(
-            expose, connections, in_work, pool.counters(), service.metrics, accept
+            expose, connections, models, in_work, pool.counters(), service.metrics, accept
         )
         return Response(body, headers={"content-type": content_type})
     workers = sorted(connections, key=lambda one: (_name(one), one.member.address))

@@ -97,6 +97,10 @@ async def test_a_key_has_its_share_of_requests(start_cluster: ClusterFactory) ->
     both = {"authorization": "Bearer a", "x-admin-key": "c"}
     assert len((await cluster.http.post("/abort", json={"abort_all": True}, headers=both)).json()["aborted"]) == 4
     assert {(await one).status_code for one in (again, *others)} == {499}
+    figures = (await cluster.http.get("/metrics?format=prometheus")).text
+    labels = 'endpoint="/v1/chat/completions",model="",outcome="overloaded"'
+    assert f"epd_requests_total{{{labels}}} 1.0\n" in figures
+    assert 'endpoint="/abort",model=' not in figures  # that is no work
 
 
 async def test_pages_of_all_origins_may_call_by_default(start_cluster: ClusterFactory) -> None:
