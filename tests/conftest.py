@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from epd import collector
+
 if TYPE_CHECKING:
     from tests.cluster.harness import Cluster
 
 # The processes that share the tests share the cores as well, and more threads than cores wait for each other in every
 # matrix product. Said before torch is imported, which asks once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Nor need Python look through a million imported objects again and again.
+collector.start()
+
+
+def pytest_collection_finish() -> None:
+    """All test modules are imported."""
+    collector.settle()
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from epd.demo import CHECKPOINT_DIR
 from epd.demo.batches import BatchMaker, patch_labels
-from epd.demo.chat_format import ChatEncoder, build_tokenizer
+from epd.demo.chat_format import ChatEncoder
 from epd.demo.pictures import COLOURS, SIZES, draw_picture
 from epd.demo.questions import ask_picture, describe, with_article
 from epd.demo.smalltalk import chat
@@ -18,7 +19,7 @@ from epd.demo.words import COMMON_WORDS, is_held_out, printed_text
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return build_tokenizer()
+    return Tokenizer.from_file(str(CHECKPOINT_DIR / "tokenizer.json"))  # the one that the code trains: tested
 
 
 @pytest.mark.parametrize("kind", ["one", "pair", "many", "text"])
