@@ -23,11 +23,13 @@ class Framing:
 
     delimiter: bytes
     headers: Mapping[str, str]
+    counts_in_all: bool = False
+    """Whether all frames tell the tokens of the prompt, as opposed to the last one."""
 
 
 OLD = Framing(b"\0", {**STREAM_HEADERS, "content-type": "application/octet-stream"})
 """`/generate`."""
-INTERACTIVE = Framing(b"\n", STREAM_HEADERS)
+INTERACTIVE = Framing(b"\n", STREAM_HEADERS, counts_in_all=True)
 """`/v1/chat/interactive`, whose frames are no server-sent events, whatever the label says."""
 
 
@@ -44,7 +46,7 @@ class LMDeployDialect:
     def __init__(self, framing: Framing, told: Told) -> None:
         self.headers = framing.headers
         self.ping = framing.delimiter
-        self._delimiter = framing.delimiter
+        self._framing = framing
         self._turn = told
         self._frames = 0
         self._tokens = 0
@@ -96,4 +98,6 @@ class LMDeployDialect:
 
     def _frame(self, answer: LMDeployAnswer) -> bytes:
         self._frames += 1
-        return msgspec.json.encode(answer) + self._delimiter
+        if self._framing.counts_in_all:
+            answer.input_tokens, answer.history_tokens = self._turn.input_tokens, self._turn.history_tokens
+        return msgspec.json.encode(answer) + self._framing.delimiter

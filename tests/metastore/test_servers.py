@@ -17,6 +17,7 @@ import trustme
 from metastore.base import MetastoreError
 from metastore.config import MetastoreConfig
 from metastore.connect import make_metastore
+from metastore.sessions import Hold, SessionKey, SessionLimits
 from tests.metastore.conftest import Hosts, until
 from tests.ports import free_port
 from tests.redis_server import TIMEOUT_S, RedisServer, program, redis_server
@@ -40,12 +41,30 @@ async def come_and_go(hosts: Hosts, **fields: Any) -> None:
     await until(lambda: events == ["joined ipc:///pd", "left ipc:///pd"])
 
 
+async def converse(hosts: Hosts) -> None:
+    """Sessions of several owners, more than are kept."""
+    store = hosts.store().sessions(SessionLimits(max_sessions=1))
+    assert store is not None
+    keys = [SessionKey(f"owner {i}", name) for i in range(4) for name in ("old", "new")]
+    for key in keys:
+        assert await store.begin(key, "x", 60) is None
+        assert await store.commit(key, "x", key.name.encode())
+        await asyncio.sleep(0.002)  # the server orders them by milliseconds
+    assert [await store.begin(key, "y", 60) for key in keys] == [None, b"new"] * 4
+    for key in keys:
+        assert await store.stop(key)
+        assert await store.renew(key, "y", 60) is Hold.STOP
+        await store.release(key, "y")
+    assert [await store.forget(key) for key in keys] == [False, True] * 4
+
+
 async def test_a_user_with_few_rights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = ["--user", *USER.split(), "--notify-keyspace-events", "Ex"]
     with redis_server(tmp_path, password="master/key", options=options) as server:
         host = f"127.0.0.1:{server.port}/1"
         async with hosts_at(f"redis://epd:secret@{host}") as hosts:
             await come_and_go(hosts)
+            await converse(hosts)
         async with hosts_at(f"redis://:master%2Fkey@{host}") as hosts:
             await come_and_go(hosts)
             # This one may listen to the server's own events too.
@@ -144,6 +163,7 @@ async def test_a_redis_cluster(tmp_path: Path) -> None:
         await poll(lambda: "cluster_state:ok" in server.run("CLUSTER", "INFO"))
         async with hosts_at(f"redis+cluster://127.0.0.1:{server.port}") as hosts:
             await come_and_go(hosts)
+            await converse(hosts)
             roster, _, _ = hosts.feed(scan_interval_s=0.02)
             workers = [hosts.worker(f"ipc:///{i}") for i in range(5)]
             await until(lambda: len(roster.members()) == 5)

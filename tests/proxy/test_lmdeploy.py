@@ -540,7 +540,9 @@ async def test_interactive_turns(cluster: Cluster, tokenizer: Tokenizer) -> None
     assert second["history_tokens"] > first["input_tokens"]
     last = await interact(cluster, "what", session_id=7, stream=True)
     assert last.content.endswith(b"\n")
-    assert "".join(frame["text"] for frame in frames(last.content, b"\n")) == "hello world"
+    told = frames(last.content, b"\n")
+    assert "".join(frame["text"] for frame in told) == "hello world"
+    assert all({"input_tokens", "history_tokens", "tokens", "finish_reason"} <= frame.keys() for frame in told)
     assert (await interact(cluster, "again", session_id=7)).json()["history_tokens"] == 0
 
 
