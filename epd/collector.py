@@ -25,8 +25,13 @@ def keep() -> None:
     gc.freeze()
 
 
-def settle() -> None:
-    """The process is ready: what is there now stays as well, but for cycles that nobody holds."""
+def settle(young: int | None = None) -> None:
+    """The process is ready: what is there now stays as well, but for cycles that nobody holds.
+
+    Args:
+        young: new objects before the youngest are looked through from now on; None: as Python sets it.
+    """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*_AFTERWARDS)
+    _, *older = _AFTERWARDS
+    gc.set_threshold(young or _AFTERWARDS[0], *older)

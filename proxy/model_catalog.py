@@ -126,6 +126,11 @@ class ModelCatalog:
 
     # -- what there is -----------------------------------------------------------------------------------------------
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """Differs when something was found, loaded or dropped."""
+        return len(self._folders), len(self._loaded)
+
     def checkpoint(self, model: str) -> Checkpoint | None:
         """The loaded checkpoint of a fingerprint; None: it is unknown, or being loaded."""
         return self._loaded.get(model)

@@ -6,9 +6,11 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import NamedTuple
 
 from epd.config import ProxyConfig
 from epd.errors import InvalidRequest, ModelNotFound, NoWorker
+from epd.messages import WorkerInfo
 from epd.transport import endpoints
 from epd.types import WorkerRole
 from metastore.roster import Roster
@@ -29,6 +31,17 @@ from proxy.sessions import Sessions
 from proxy.worker_pool import WorkerPool
 
 _NAMES_SHOWN = 20
+_MODELS_KEPT_S = 1.0
+
+
+class _Known(NamedTuple):
+    """The models as of a moment, which hold while all that they follow from is as it was."""
+
+    infos: list[WorkerInfo | None]
+    version: tuple[int, int]
+    until: float
+    """By the monotonic clock: names that nobody serves any more are forgotten by time."""
+    models: list[ServedModel]
 
 
 class Service:
@@ -93,6 +106,7 @@ class Service:
         self.sessions = Sessions(self._session_store(), self.dispatcher)
         self._shared = Shared(config, self.pool, self.dispatcher, self.media, self._threads)
         self.probe = ModelProbe(self.models)
+        self._known_models: _Known | None = None
         self._started = False
 
     def _session_store(self) -> SessionStore:
@@ -145,6 +159,13 @@ class Service:
 
     def models(self) -> list[ServedModel]:
         """All models that requests may name, whether or not all their workers are there."""
+        infos, version = [one.info for one in self.pool.connections()], self.catalog.version
+        known = self._known_models
+        if known is None or known.infos != infos or known.version != version or time.monotonic() > known.until:
+            known = self._known_models = _Known(infos, version, time.monotonic() + _MODELS_KEPT_S, self._find_models())
+        return known.models
+
+    def _find_models(self) -> list[ServedModel]:
         found = []
         for ref in self._refs():
             checkpoint = self.catalog.checkpoint(ref.fingerprint)

@@ -113,11 +113,11 @@ class _Literals:
         literals = sorted({text for text in contents if len(text) > 1 and not text.isspace()}, key=len, reverse=True)
         # A lookahead finds overlapping matches; the group says how long each is.
         self._pattern = re.compile(f"(?=({'|'.join(map(re.escape, literals))}))") if literals else None
-        self._heads = {text[:length] for text in literals for length in range(1, len(text))}
-        self._tails = {text[-length:] for text in literals for length in range(1, len(text))}
-        self._head_ends = {head[-1] for head in self._heads}
-        self._tail_starts = {tail[0] for tail in self._tails}
-        self._longest = max(map(len, literals), default=0)
+        heads = {text[:length] for text in literals for length in range(1, len(text))}
+        tails = {text[-length:] for text in literals for length in range(1, len(text))}
+        self._heads = {end: tuple(head for head in heads if head[-1] == end) for end in {head[-1] for head in heads}}
+        """By their last letters; and the tails by their first ones."""
+        self._tails = {start: tuple(tail for tail in tails if tail[0] == start) for start in {one[0] for one in tails}}
 
     def __bool__(self) -> bool:
         return self._pattern is not None
@@ -136,10 +136,8 @@ class _Literals:
         return any(self._touches_border(variant) for variant in (text, text.strip()))
 
     def _touches_border(self, text: str) -> bool:
-        lengths = range(1, min(self._longest, len(text) + 1))
-        if text[-1:] in self._head_ends and any(text[-length:] in self._heads for length in lengths):
-            return True
-        return text[:1] in self._tail_starts and any(text[:length] in self._tails for length in lengths)
+        heads, tails = self._heads.get(text[-1:], ()), self._tails.get(text[:1], ())
+        return (bool(heads) and text.endswith(heads)) or (bool(tails) and text.startswith(tails))
 
 
 class Detokenizer:

@@ -58,6 +58,8 @@ class WorkLedger:
     def reset(self) -> None:
         """The worker is gone, and all that it had at hand."""
         self._items: dict[Hashable, _Item] = {}
+        self._mine: int | None = None
+        """What `reported_mine` was when it was counted last; None: it may have changed."""
         self._contents: Counter[str] = Counter()
         self._reported = Load()
         self._reported_sequence = 0
@@ -76,6 +78,7 @@ class WorkLedger:
         """
         ahead = self.foreign * units + sum(item.units for item in self._items.values() if not item.begun)
         self._items[key] = _Item(units, sequence, self._clock(), ahead, content)
+        self._mine = None
         if content:
             self._contents[content] += 1
 
@@ -98,6 +101,7 @@ class WorkLedger:
     def ended(self, key: Hashable) -> None:
         """The request left the worker, one way or another."""
         item = self._items.pop(key, None)
+        self._mine = None
         if item is not None and item.content:
             self._contents[item.content] -= 1
             if not self._contents[item.content]:
@@ -107,6 +111,7 @@ class WorkLedger:
         """The worker's answer to the ping of that sequence; 0 when no ping asked for it: the last order stands."""
         self._reported, self._reported_at = _usable(load), self._clock()
         self._reported_sequence = max(sequence, self._reported_sequence)
+        self._mine = None
 
     # -- what follows ------------------------------------------------------------------------------------------------
 
@@ -122,7 +127,9 @@ class WorkLedger:
     @property
     def reported_mine(self) -> int:
         """Requests of this proxy that the report covers and that are not answered yet."""
-        return sum(item.after < self._reported_sequence for item in self._items.values())
+        if self._mine is None:
+            self._mine = sum(item.after < self._reported_sequence for item in self._items.values())
+        return self._mine
 
     @property
     def foreign(self) -> int:

@@ -114,12 +114,14 @@ class WorkerPool:
 
     def up(self, role: WorkerRole, model: ModelRef) -> list[WorkerConnection]:
         """Those of a role that answer and serve the model. Encoders serve a checkpoint, whatever it is called."""
+        is_encoder, catalog = role is WorkerRole.ENCODER, self._catalog
         return [
             one
-            for one in self.connections(role)
-            if one.info is not None
-            and one.info.model == model.fingerprint
-            and (role is WorkerRole.ENCODER or self._catalog.ref(one.info) == model)
+            for one in self._connections.values()
+            if one.member.role is role
+            and (info := one.info) is not None
+            and info.model == model.fingerprint
+            and (is_encoder or (info.served_model_name or catalog.default_name(info.model)) == model.name)
         ]
 
     def ready(self, role: WorkerRole, model: ModelRef) -> list[WorkerConnection]:

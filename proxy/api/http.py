@@ -26,6 +26,8 @@ STREAM_HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
+_FIRST_LOOK_S = 0.02
+"""A client that leaves sooner is found out then."""
 STALLED_CLIENT_S = 120.0
 """A client that takes nothing for so long is treated as gone."""
 LARGE_BYTES = 1 << 20
@@ -200,11 +202,16 @@ class Exchange(Response):
 
 
 class _Patience:
-    """Cancels the task that made it when the client disconnects."""
+    """Cancels the task that made it when the client disconnects. Short answers end before anybody looks."""
 
     def __init__(self, receive: Receive) -> None:
         self._task = asyncio.current_task()
-        self._watcher = asyncio.create_task(_wait_for_disconnect(receive))
+        self._receive = receive
+        self._watcher: asyncio.Task[None] | None = None
+        self._start = asyncio.get_running_loop().call_later(_FIRST_LOOK_S, self._watch)
+
+    def _watch(self) -> None:
+        self._watcher = asyncio.create_task(_wait_for_disconnect(self._receive))
         self._watcher.add_done_callback(self._cancel)
 
     def _cancel(self, watcher: asyncio.Task[None]) -> None:
@@ -213,13 +220,15 @@ class _Patience:
 
     def is_over(self) -> bool:
         """Whether that is why the task was cancelled, and nobody else cancelled it too."""
-        is_gone = self._watcher.done() and not self._watcher.cancelled()
+        is_gone = self._watcher is not None and self._watcher.done() and not self._watcher.cancelled()
         return is_gone and self._task is not None and not self._task.uncancel()
 
     def end(self) -> None:
         """The answer is given, or given up."""
         self._task = None
-        self._watcher.cancel()
+        self._start.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:
