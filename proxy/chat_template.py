@@ -264,11 +264,12 @@ class ChatTemplate:
         return word in text and "{'type'" not in text
 
     def _shows_tools(self) -> bool:
-        tool = {"type": "function", "function": {"name": "probe_tool", "description": "", "parameters": {}}}
+        schema = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}
+        function = {"name": "probe_tool", "description": "probe", "parameters": schema}
         try:
             text = self._tool_template.render(
                 messages=[self._adapt({"role": "user", "content": "probe"})],
-                tools=[tool],
+                tools=[{"type": "function", "function": function}],
                 add_generation_prompt=True,
                 **self._special_tokens,
             )

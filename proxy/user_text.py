@@ -51,7 +51,7 @@ def with_tail(messages: Sequence[Message], tail: str) -> list[Message]:
         InvalidRequest: it has none.
     """
     *before, last = messages
-    content = last.get("content")
+    content = None if last.get("tool_calls") else last.get("content")
     if isinstance(content, str):
         return [*before, {**last, "content": content + tail}]
     if isinstance(content, list) and content and content[-1].get("type") == "text":

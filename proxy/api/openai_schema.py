@@ -249,9 +249,9 @@ class ChatRequest(SamplingRequest, kw_only=True):
     tool_choice: Annotated[
         str | dict[str, Any] | None,
         Meta(
-            description="none, auto (the default), required, "
-            '{"type": "function", "function": {"name": …}}, or '
-            '{"type": "allowed_tools", "allowed_tools": {"mode": …, "tools": […]}}; the last three are enforced'
+            description="none, auto (the default), required (a call is enforced), "
+            '{"type": "function", "function": {"name": …}} (enforced too), or '
+            '{"type": "allowed_tools", "allowed_tools": {"mode": auto or required, "tools": […]}}'
         ),
     ] = None
     parallel_tool_calls: Annotated[bool | None, Meta(description="false: one call at most")] = None

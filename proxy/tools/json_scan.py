@@ -16,6 +16,7 @@ _PLAIN = re.compile(r"[\s\d+\-.eEtrufalsn:,]*")
 """What may stand between brackets and strings: numbers, true, false, null, colons, commas."""
 _LITERAL = re.compile(r"[\w+\-.]*")
 _STRING_EVENT = re.compile(r'["\\]')
+_CONTROL = re.compile(r"[\x00-\x1f]")
 _CLOSES = {"}": "{", "]": "["}
 
 
@@ -25,6 +26,7 @@ class JSONValue:
     def __init__(self) -> None:
         self.is_done = False
         self.is_broken = False
+        self._fresh: list[str] = []
         self._open: list[str] = []
         self._in_string = False
         self._is_escaped = False
@@ -34,12 +36,20 @@ class JSONValue:
         """Read on from `start`. Returns the index behind what belongs to the value, or at what broke it."""
         while start < len(text) and not self.is_done and not self.is_broken:
             if self._in_string:
-                start = self._string(text, start)
-            elif self._in_literal:
-                start = self._literal(text, start)
+                end = self._string(text, start)
+                # Line breaks and the like must be escaped in JSON, which models forget.
+                self._fresh.append(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text[start:end]))
             else:
-                start = self._structure(text, start)
+                end = self._literal(text, start) if self._in_literal else self._structure(text, start)
+                self._fresh.append(text[start:end])
+            start = end
         return start
+
+    def take(self) -> str:
+        """The value's text that is new since the last time."""
+        fresh = "".join(self._fresh)
+        self._fresh.clear()
+        return fresh
 
     def _string(self, text: str, at: int) -> int:
         if self._is_escaped:
@@ -124,7 +134,6 @@ class BareArguments:
     def __init__(self, name: str) -> None:
         self.name: str | None = name
         self._value = JSONValue()
-        self._new = ""
 
     @property
     def is_done(self) -> bool:
@@ -148,14 +157,11 @@ class BareArguments:
 
     def push(self, text: str) -> int:
         """See `CallText`."""
-        end = self._value.push(text, 0)
-        self._new += text[:end]
-        return end
+        return self._value.push(text, 0)
 
     def take(self) -> str:
         """See `CallText`."""
-        new, self._new = self._new, ""
-        return new
+        return self._value.take()
 
 
 class CallObject:
@@ -176,7 +182,6 @@ class CallObject:
         self._needs_arguments = needs_arguments
         self._step = self._begin
         self._value = JSONValue()
-        self._raw = ""
         self._key = ""
         self._held: str | None = None
         """Text of arguments that nobody has taken; None while none have come."""
@@ -226,13 +231,13 @@ class CallObject:
         if text[at] != '"':
             self.is_broken = True
             return at
-        self._value, self._raw, self._step = JSONValue(), "", self._in_key
+        self._value, self._step = JSONValue(), self._in_key
         return at
 
     def _in_key(self, text: str, at: int) -> int:
-        end = self._read_value(text, at)
+        end = self._value.push(text, at)
         if self._value.is_done:
-            self._key = str(_loaded(self._raw, default=""))
+            self._key = str(_loaded(self._value.take(), default=""))
             self._step = self._before_value
             known = (*self._ARGUMENTS, *self._OTHERS, "name")
             self.is_broken = self._needs_arguments and self._held is None and self._key not in known
@@ -241,7 +246,7 @@ class CallObject:
     def _before_value(self, text: str, at: int) -> int:
         if text[at] in BLANKS or text[at] == ":":
             return at + 1
-        self._value, self._raw, self._step = JSONValue(), "", self._in_value
+        self._value, self._step = JSONValue(), self._in_value
         if self._key in self._ARGUMENTS and self._held is None:
             self._held = ""
             self._streams = text[at] == "{"
@@ -250,9 +255,9 @@ class CallObject:
         return at
 
     def _in_value(self, text: str, at: int) -> int:
-        end = self._read_value(text, at)
+        end = self._value.push(text, at)
         if self._streams:
-            self._held = (self._held or "") + text[at:end]
+            self._held = (self._held or "") + self._value.take()
         self.is_broken = self._value.is_broken
         if self._value.is_done:
             self._end_value()
@@ -261,7 +266,7 @@ class CallObject:
 
     def _end_value(self) -> None:
         if self._key == "name" and self.name is None:
-            name = _loaded(self._raw, default=None)
+            name = _loaded(self._value.take(), default=None)
             if isinstance(name, str) and name:
                 self.name = name
             else:
@@ -269,13 +274,7 @@ class CallObject:
         elif self._key in self._ARGUMENTS and not self._has_arguments:
             self._has_arguments = True
             if not self._streams:
-                self._held = _as_object(self._raw)
-
-    def _read_value(self, text: str, at: int) -> int:
-        end = self._value.push(text, at)
-        if not self._streams:
-            self._raw += text[at:end]
-        return end
+                self._held = _as_object(self._value.take())
 
 
 def _as_object(raw: str) -> str:

@@ -38,6 +38,9 @@ class CallParser(ABC):
         self._call: CallText = CallObject()
         self._is_told = False
         self._num_calls = 0
+        """Told so far."""
+        self._has_whole = False
+        """Whether one of them is whole."""
         self._is_final = False
         self._pieces: list[Piece] = []
         self._state: _State = self._begin
@@ -77,7 +80,7 @@ class CallParser(ABC):
             self._state = self._after_opener
             return True
         safe = len(self._text) if self._is_final else self._undecided_from()
-        if self._is_final and self._num_calls and not self._text.strip():
+        if self._is_final and self._has_whole and not self._text.strip():
             safe, self._text = 0, ""  # blanks behind calls
         self._say(self._text[:safe])
         self._text = self._text[safe:]
@@ -135,6 +138,7 @@ class CallParser(ABC):
         if not self._is_told or not self._call.is_whole:
             self._give_up()
             return
+        self._has_whole = True
         self._pieces.append(CallClosed(self._num_calls))
         self._num_calls += 1
         self._raw = []
@@ -248,11 +252,13 @@ class MistralParser(CallParser):
     def __init__(self, max_calls: int | None = None) -> None:
         super().__init__(max_calls)
         self._in_array = False
+        self._calls_before = 0
+        """The array."""
         self._id: str | None = None
 
     def _after_opener(self) -> bool:
         letter = self._skip_blanks()
-        self._in_array, self._id = letter == "[", None
+        self._in_array, self._calls_before, self._id = letter == "[", self._num_calls, None
         if letter == "[":
             self._take(1)
             self._state = self._in_elements
@@ -267,15 +273,15 @@ class MistralParser(CallParser):
     def _in_elements(self) -> bool:
         """Of the array: at a call or at its end."""
         self._take(len(self._text) - len(self._text.lstrip(BLANKS + ",")))
-        letter = self._text[:1]
+        letter, is_empty = self._text[:1], self._num_calls == self._calls_before
         if letter == "{":
             self._start_call(CallObject())
         elif letter == "]":
             self._take(1)
-            if not self._num_calls:
-                self._say("".join(self._raw))  # an empty array
+            if is_empty:
+                self._say("".join(self._raw))
             self._go_on(self._in_text)
-        elif letter or (self._is_final and not self._num_calls):
+        elif letter or (self._is_final and is_empty):
             self._give_up()
         return bool(letter)
 

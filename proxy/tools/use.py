@@ -37,8 +37,8 @@ class Function:
         function: dict[str, Any] = {"name": self.name}
         if self.description is not None:
             function["description"] = self.description
-        if self.parameters is not None:
-            function["parameters"] = self.parameters
+        # Many templates take them for granted.
+        function["parameters"] = {"type": "object", "properties": {}} if self.parameters is None else self.parameters
         return {"type": "function", "function": function}
 
 

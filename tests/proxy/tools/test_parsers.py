@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import pairwise
 
 import pytest
@@ -55,6 +56,7 @@ SAMPLES: list[tuple[type[CallParser], str, str, Calls]] = [
     (Q, '<tool_call>{"name": "f", "arguments": "Paris"}</tool_call>', "", [("f", '"Paris"')]),
     (Q, '<tool_call>{"name": "f", "arguments": [1, 2]}</tool_call>', "", [("f", "[1, 2]")]),
     (Q, '<tool_call>{"name": "f", "arguments": 12.5e3}</tool_call>', "", [("f", "12.5e3")]),
+    (Q, '<tool_call>{"name": "f",\n "arguments": {\n"a": "x\ny\\n"}}', "", [("f", '{\n"a": "x\\u000ay\\n"}')]),
     (Q, '<tool_call>{"name": "\\u0066", "arguments": {"a": 1}}</tool_call>', "", ONE),
     (Q, '<tool_call>{"name": 7, "arguments": {}}', '<tool_call>{"name": 7, "arguments": {}}', []),
     (Q, '<tool_call>{"arguments": {}}</tool_call>', '<tool_call>{"arguments": {}}</tool_call>', []),
@@ -190,3 +192,26 @@ def test_the_first_call_alone_when_one_is_wanted(kind: type[CallParser], text: s
     cuts = [len(text[:at]) for at in range(len(text) + 1)]
     over = [parser.push(text[low:high]) is not None and parser.is_over for low, high in pairwise(cuts)]
     assert over.index(True) < len(text) - 5  # at the end of the first, not at the end of all
+
+
+COMMON = ["\n", "; ", ", ", "text", ":", "{", "}", "[", "]", '"', "\\", '{"name": "f"', '{"a": "]"}', "null", F]
+FRAGMENTS = {
+    Q: [*COMMON, Q.opener, "</tool_call>", ', "arguments"', "<tool_", G],
+    L: [*COMMON, L.opener, ', "parameters"', "<|pyt", LF, LG],
+    M: [*COMMON, M.opener, "[ARGS]", "[CALL_ID]", "abcDEF123", "[TOO"],
+}
+
+
+@pytest.mark.parametrize("kind", [Q, L, M])
+def test_what_no_model_would_write_is_told_the_same_however_it_is_cut_and_nothing_is_lost(
+    kind: type[CallParser],
+) -> None:
+    rng = random.Random(20)
+    for _ in range(1500):
+        text = "".join(rng.choices(FRAGMENTS[kind], k=rng.randint(1, 8)))
+        cuts = sorted({0, len(text), *(rng.randint(0, len(text)) for _ in range(4))})
+        whole = read(kind(), [text])
+        assert read(kind(), [text[low:high] for low, high in pairwise(cuts)])[:3] == whole[:3], text
+        assert read(kind(), list(text))[:3] == whole[:3], text
+        if not whole[2] and L.opener not in text:
+            assert whole[1] == text

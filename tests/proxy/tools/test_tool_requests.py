@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,15 @@ BAD_HISTORY: list[tuple[list[Any], str]] = [
     ([CALLED | {"tool_calls": [CALL | {"type": "custom"}]}], "messages[1].tool_calls[0].type"),
     ([CALLED | {"tool_calls": [{"id": "x"}]}], "messages[1].tool_calls[0].function"),
     ([{"role": "function", "name": "f", "content": "x"}], "messages[1].role"),
+    ([CALLED | {"content": "x"}], "continue_final_message"),
 ]
 
 
 async def test_bad_history_is_named(cluster: Cluster) -> None:
     for messages, param in BAD_HISTORY:
-        response = await cluster.http.post("/v1/chat/completions", json={"messages": [*HI, *messages]})
+        response = await cluster.http.post(
+            "/v1/chat/completions", json={"messages": [*HI, *messages], "continue_final_message": True}
+        )
         assert response.status_code == 400, messages
         assert_error(response.json(), 400, param=param)
 
@@ -119,7 +123,9 @@ async def test_tools_enter_prompts_whose_template_has_no_place_for_them(cluster:
     system, user, _ = prompt.split("<|im_end|>")
     assert system.startswith("<|im_start|>system\nBe kind.\n\n# Tools\n")
     lines = system.split("<tools>\n")[1].split("\n</tools>")[0].splitlines()
-    assert lines == [str(WEATHER).replace("'", '"'), str(TIME).replace("'", '"')]
+    nothing = {"parameters": {"type": "object", "properties": {}}}
+    assert [json.loads(line) for line in lines] == [WEATHER, TIME | {"function": TIME["function"] | nothing}]
+    assert lines[0] == str(WEATHER).replace("'", '"')  # in that order
     assert user.endswith("user\nhi")
     prompt = await prompt_of(cluster, HI, tools=TOOLS)
     assert prompt.startswith("<|im_start|>system\nYou are a helpful assistant.\n\n# Tools\n")
