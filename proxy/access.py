@@ -1,4 +1,4 @@
-"""API keys: which requests need one, which are good, and how many requests each may have in work.
+"""API keys: which requests need one, which are good, and how many requests each may have in work; and other origins.
 
 Open without a key are the paths in `OPEN_PATHS` (is it alive, what is it, its documents, its figures) and OPTIONS, as
 browsers ask before they send keys. All others need one, so that a route that nobody thought of is closed.
@@ -12,7 +12,9 @@ import hmac
 from collections import Counter
 from collections.abc import Collection
 from hashlib import sha256
+from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from epd.errors import EPDError, TooManyOfKey, Unauthorized
@@ -109,6 +111,34 @@ class Guard:
             self._in_work[owner] -= 1
             if not self._in_work[owner]:
                 del self._in_work[owner]
+
+
+class Cors(CORSMiddleware):
+    """Starlette's layer; where all origins are allowed it stays out of the way of requests that name none."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer what browsers ask before, and tell them what pages may read."""
+        if (
+            self.allow_all_origins
+            and scope["type"] == "http"
+            and not any(name == b"origin" for name, _ in scope["headers"])
+        ):
+            await self.app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def document_keys(document: dict[str, Any]) -> None:
+    """Say in an OpenAPI document where a key is needed, so that its page can ask for one."""
+    document["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
+    document["security"] = [{"bearer": []}, {"x-api-key": []}]
+    for path, methods in document["paths"].items():
+        if path in OPEN_PATHS:
+            for operation in methods.values():
+                operation["security"] = []
 
 
 def _unauthorized(scope: Scope) -> Unauthorized:

@@ -22,7 +22,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,7 +30,7 @@ from epd import collector
 from epd.config import ProxyConfig
 from epd.errors import ClientError, ConfigError, EPDError, InternalError, InvalidRequest, ModelNotFound
 from metastore.roster import Roster
-from proxy.access import ApiKeys, Guard
+from proxy.access import ApiKeys, Cors, Guard, document_keys
 from proxy.api import (
     embeddings,
     generate,
@@ -125,7 +124,7 @@ def create_app(config: ProxyConfig, roster: Roster | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(ClientDisconnect, _on_client_disconnect)
-    _document_bodies(app)
+    _document_bodies(app, needs_key=bool(config.api_keys()))
     return app
 
 
@@ -140,7 +139,7 @@ def _add_layers(app: FastAPI, config: ProxyConfig, service: Service) -> None:
     app.add_middleware(_Edge, budget=service.bytes, metrics=service.metrics, root_path=config.root_path)
     if config.allowed_origins:
         app.add_middleware(
-            CORSMiddleware,
+            Cors,
             allow_origins=config.allowed_origins,
             allow_credentials=config.allow_credentials,
             allow_methods=config.allowed_methods,
@@ -149,8 +148,8 @@ def _add_layers(app: FastAPI, config: ProxyConfig, service: Service) -> None:
         )
 
 
-def _document_bodies(app: FastAPI) -> None:
-    """Put the schemas of our structs, which FastAPI can't see, into /openapi.json."""
+def _document_bodies(app: FastAPI, *, needs_key: bool) -> None:
+    """Put the schemas of our structs, which FastAPI can't see, into /openapi.json, and where a key is needed."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -158,6 +157,8 @@ def _document_bodies(app: FastAPI) -> None:
         kinds = [kind for dialect in _DIALECTS for kind in dialect.DOCUMENTED]
         _, components = msgspec.json.schema_components(kinds, ref_template=REF)
         document.setdefault("components", {}).setdefault("schemas", {}).update(components)
+        if needs_key:
+            document_keys(document)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -40,6 +40,8 @@ def test_lmdeploy() -> None:
 def test_lightllm() -> None:
     config = read("up", "--model_dir", DIR, "--port", "8088", "--tp", "1", "--max_model_len=100")
     assert (config.model, config.port, config.tp, config.max_model_len) == (CHECKPOINT_DIR, 8088, 1, 100)
+    config = read("up", "--model_dir", DIR, "--port", "8088", "--tp", "1", "--tool_call_parser", "qwen25")
+    assert config.tool_call_parser == "qwen25"
     assert read("proxy", "--model_dir", DIR, "--server_name", "::1", "--server_port=9").host == "::1"
 
 

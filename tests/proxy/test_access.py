@@ -59,6 +59,14 @@ async def test_what_is_guarded_needs_a_good_key(
         assert secret not in repr(cluster.service.config)
 
 
+async def test_the_documents_say_where_a_key_is_needed(start_cluster: ClusterFactory) -> None:
+    document = (await (await start_cluster(api_key=("k",))).http.get("/openapi.json")).json()
+    assert document["components"]["securitySchemes"]["bearer"] == {"type": "http", "scheme": "bearer"}
+    assert {"bearer": []} in document["security"]
+    assert "security" not in document["paths"]["/v1/chat/completions"]["post"]
+    assert document["paths"]["/health"]["get"]["security"] == []
+
+
 async def test_clients_bring_their_key_by_themselves(start_cluster: ClusterFactory) -> None:
     cluster = await start_cluster(api_key=("good",))
     bad = cluster.openai
