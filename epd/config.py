@@ -141,6 +141,7 @@ class ProxyConfig(GatewayOptions, AccessOptions, ProcessConfig):
     max_image_pixels: int = option(64_000_000, "largest picture, width × height in pixels", minimum=1)
     max_media_bytes: int = option(1 << 30, "bytes of request bodies and pictures held at once; more get 429", minimum=1)
     max_images_per_request: int = option(32, "most pictures in one request", minimum=1)
+    max_stop_strings: int = option(16, "most stop strings of one request", minimum=1)
     media_timeout: float = option(10.0, "seconds that fetching a picture may take", minimum=0.001)
     allowed_media_domains: tuple[str, ...] = option(
         (),

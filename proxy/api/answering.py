@@ -65,7 +65,7 @@ async def answer_chat(
         EPDError: nothing was told.
     """
     check_supported(body)
-    options, sampling = text_options_of(body), sampling_of(body, model)
+    options, sampling = text_options_of(body, model), sampling_of(body, model)
     model.check_context(count_parts(body), None)
     messages, sources = messages_of(body, has_short_ids=model.has_short_call_ids)
     if sources and model.image_token_id is None:
@@ -112,7 +112,7 @@ async def answer_chat(
 async def answer_text(client: Client, model: ServedModel, body: CompletionRequest, arrived: float) -> Sequence[Answer]:
     """Continue texts. Arguments, result and errors are those of `answer_chat`."""
     check_supported(body)
-    options, sampling = text_options_of(body), sampling_of(body, model)
+    options, sampling = text_options_of(body, model), sampling_of(body, model)
     model.require(images=False)
     model.require_task(None)
     with model.dispatcher.admit():

@@ -10,7 +10,7 @@ from typing import TypeVar
 from epd.errors import InvalidRequest
 from epd.types import SamplingParams
 from proxy.answer import TextOptions
-from proxy.api.openai_schema import CACHE_SALT, MAX_STOPS, ChatRequest, CompletionRequest, SamplingRequest
+from proxy.api.openai_schema import CACHE_SALT, ChatRequest, CompletionRequest, SamplingRequest
 from proxy.checkpoint import SamplingDefaults
 from proxy.served_model import ServedModel
 from proxy.tokenizer import Tokenizer
@@ -118,20 +118,29 @@ def samples_of(request: CompletionRequest) -> int:
     return max(request.best_of or 1, request.n or 1)
 
 
-def text_options_of(request: ChatRequest | CompletionRequest) -> TextOptions:
+def stop_strings(asked: str | Sequence[str] | None, model: ServedModel, field: str = "stop") -> tuple[str, ...]:
+    """The stop strings of a request, which has them in that field.
+
+    Raises:
+        InvalidRequest: too many, or an empty one.
+    """
+    stops = (asked,) if isinstance(asked, str) else tuple(asked or ())
+    limit = model.config.max_stop_strings
+    if len(stops) > limit:
+        raise InvalidRequest(f"{field}: {len(stops)} strings; at most {limit}.", param=field)
+    if "" in stops:
+        raise InvalidRequest(f"{field}: a string is empty; remove it.", param=field)
+    return stops
+
+
+def text_options_of(request: ChatRequest | CompletionRequest, model: ServedModel) -> TextOptions:
     """How the answer's text is made.
 
     Raises:
         InvalidRequest: too many stop strings, or an empty one.
     """
-    asked = request.stop
-    stops = (asked,) if isinstance(asked, str) else tuple(asked) if isinstance(asked, list) else ()
-    if len(stops) > MAX_STOPS:
-        raise InvalidRequest(f"{len(stops)} stop strings; at most {MAX_STOPS}.", param="stop")
-    if "" in stops:
-        raise InvalidRequest("A stop string is empty; remove it.", param="stop")
     return TextOptions(
-        stop=stops,
+        stop=() if isinstance(request.stop, bool) else stop_strings(request.stop, model),
         min_tokens=request.min_tokens or 0,
         skip_special_tokens=request.skip_special_tokens is not False,
         include_stop=bool(request.include_stop_str_in_output),

@@ -18,7 +18,6 @@ from proxy.request_context import REQUEST_ID_PATTERN
 
 T = TypeVar("T")
 
-MAX_STOPS = 16
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 20
 CACHE_SALT = r"[^@/\\\x00]{1,128}"
@@ -175,8 +174,8 @@ class SamplingRequest(Refused, kw_only=True):
     stop: Annotated[
         str | list[str] | bool | None,
         Meta(
-            description=f"up to {MAX_STOPS} strings that end the answer; true, in chats only: stop the answer that the "
-            "session is getting, and answer nothing"
+            description="up to 16 strings (--max-stop-strings) that end the answer; true, in chats only: stop the "
+            "answer that the session is getting, and answer nothing"
         ),
     ] = None
     include_stop_str_in_output: Annotated[bool | None, Meta(description="show what ended the answer")] = None

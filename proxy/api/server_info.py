@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 
 from epd import __version__
 from proxy.api.models import status, supports
-from proxy.api.openai_schema import MAX_SAMPLES, MAX_STOPS
+from proxy.api.openai_schema import MAX_SAMPLES
 from proxy.api.requests import is_admin, service_of
 from proxy.api.vectors import MAX_INPUTS
 from proxy.roster_view import cluster_view
@@ -24,7 +24,7 @@ DOCUMENTED = ()
 
 _LIMITS = (
     *("max_body_bytes", "max_image_bytes", "max_image_pixels", "max_images_per_request", "max_media_bytes"),
-    *("max_concurrent_requests", "max_requests_per_key"),
+    *("max_concurrent_requests", "max_requests_per_key", "max_stop_strings"),
 )
 _TIMES = (
     *("request_timeout", "queue_timeout", "encode_timeout", "media_timeout"),
@@ -51,7 +51,7 @@ async def server_info(request: Request) -> JSONResponse:
         "scenarios": list(service.gateway.scenarios),
         "limits": {name: getattr(config, name) for name in _LIMITS}
         | {f"{name}_s": getattr(config, name) for name in _TIMES}
-        | {"max_stop_strings": MAX_STOPS, "max_n": MAX_SAMPLES, "max_embedding_inputs": MAX_INPUTS},
+        | {"max_n": MAX_SAMPLES, "max_embedding_inputs": MAX_INPUTS},
     }
     if is_admin(request, config.admin_key):
         body["workers"] = msgspec.to_builtins(cluster_view(service).workers)
@@ -71,7 +71,7 @@ async def info(request: Request) -> JSONResponse:
             "model_pipeline_tag": "text-generation" if model.image_token_id is None else "image-text-to-text",
             "max_concurrent_requests": service.config.max_concurrent_requests,
             "max_best_of": MAX_SAMPLES,
-            "max_stop_sequences": MAX_STOPS,
+            "max_stop_sequences": service.config.max_stop_strings,
             "max_input_tokens": None if length is None else length - 1,
             "max_total_tokens": length,
             "max_client_batch_size": MAX_INPUTS,

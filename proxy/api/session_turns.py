@@ -105,7 +105,7 @@ async def answer_turn(client: Client, sessions: Sessions, model: ServedModel, as
     """
     body = asked.body
     _check(body)
-    options, sampling = text_options_of(body), sampling_of(body, model)
+    options, sampling = text_options_of(body, model), sampling_of(body, model)
     messages, sources = messages_of(body)
     _check_pictures(sources, model, asked)
     model.require(images=bool(sources))

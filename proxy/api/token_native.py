@@ -22,8 +22,8 @@ from proxy.api.dialect import DONE, Head, News, ServerSent, Timings, server_sent
 from proxy.api.http import Exchange
 from proxy.api.lightllm_answer import finite
 from proxy.api.openai_responses import Usage
-from proxy.api.openai_sampling import check_token_ids
-from proxy.api.openai_schema import MAX_STOPS, decode_body
+from proxy.api.openai_sampling import check_token_ids, stop_strings
+from proxy.api.openai_schema import decode_body
 from proxy.api.raw_answer import RawRequest, answer_raw
 from proxy.api.requests import service_of
 from proxy.api.token_native_schema import (
@@ -125,7 +125,7 @@ def _answered(
         sources=_sources(images, model),
         images_field="image_data",
         sampling=_sampling_of(sampling, model, with_logprobs=with_logprobs),
-        options=_text_options_of(sampling),
+        options=_text_options_of(sampling, model),
         grammar=sampling.grammar(),
         n=n,
     )
@@ -176,14 +176,9 @@ def _sampling_of(asked: TokenNativeSampling, model: ServedModel, *, with_logprob
     )
 
 
-def _text_options_of(asked: TokenNativeSampling) -> TextOptions:
-    stops = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
-    if len(stops) > MAX_STOPS:
-        raise InvalidRequest(f"{len(stops)} stop strings; at most {MAX_STOPS}.", param="stop")
-    if "" in stops:
-        raise InvalidRequest("A stop string is empty; remove it.", param="stop")
+def _text_options_of(asked: TokenNativeSampling, model: ServedModel) -> TextOptions:
     return TextOptions(
-        stop=stops,
+        stop=stop_strings(asked.stop, model),
         min_tokens=asked.min_new_tokens or 0,
         skip_special_tokens=asked.skip_special_tokens is not False,
         include_stop=bool(asked.no_stop_trim),

@@ -31,7 +31,7 @@ from proxy.api.answering import tell
 from proxy.api.dialect import Head, News, ServerSent, Timings
 from proxy.api.http import Client, Exchange, error_body
 from proxy.api.openai_responses import Usage
-from proxy.api.openai_schema import MAX_STOPS
+from proxy.api.openai_sampling import stop_strings
 from proxy.api.requests import REF, deadline, decoded, documented, service_of
 from proxy.chat_template import Prompt
 from proxy.gateway_config import BASE, DEFAULTS, GenerateParameters, Scenario
@@ -174,7 +174,7 @@ async def _generate(
     name = body.scenario or BASE
     scenario = _scenario(service, name)
     asked = (body.parameters or GenerateParameters()).or_else(scenario.parameters).or_else(DEFAULTS)
-    options, sampling = _options(asked), _sampling(asked, model)
+    options, sampling = _options(asked, model), _sampling(asked, model)
     assert sampling.max_tokens is not None  # by DEFAULTS
     limit_s = min(service.config.generate_timeout_s(sampling.max_tokens), service.config.request_timeout)
     model.require(images=False)
@@ -221,13 +221,8 @@ async def _prompt(model: ServedModel, scenario: Scenario, inputs: str) -> Prompt
         raise PromptFormatFailed(error.message, param="inputs") from error
 
 
-def _options(asked: GenerateParameters) -> TextOptions:
-    stops = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
-    if len(stops) > MAX_STOPS:
-        raise InvalidRequest(f"parameters.stop: {len(stops)} strings; at most {MAX_STOPS}.", param="parameters.stop")
-    if "" in stops:
-        raise InvalidRequest("parameters.stop: a string is empty; remove it.", param="parameters.stop")
-    return TextOptions(stop=stops)
+def _options(asked: GenerateParameters, model: ServedModel) -> TextOptions:
+    return TextOptions(stop=stop_strings(asked.stop, model, "parameters.stop"))
 
 
 def _sampling(asked: GenerateParameters, model: ServedModel) -> SamplingParams:

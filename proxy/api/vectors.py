@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,6 +86,8 @@ async def _one_group(model: ServedModel, work: Work) -> Vectors:
             for update in await generation.next():
                 if update.finish_reason is not FinishReason.STOP or not update.pooled:
                     raise WorkerFailed("The prefill-decode worker gave no vector.")
+                if not all(map(math.isfinite, update.pooled)):
+                    raise WorkerFailed("The prefill-decode worker gave a vector that holds no numbers.")
                 found[update.index] = update.pooled
     finally:
         await model.dispatcher.close(generation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ async def test_e15_nothing_to_answer(cluster: Cluster) -> None:
         assert error_of(await cluster.http.post(TEXT, json={"prompt": prompt})) == (400, "invalid_request", "prompt")
     assert error_of(await cluster.http.post(TEXT, json={}))[0] == 400
     assert not cluster.pd.requests
+    warm_up = await cluster.http.post("/generate", json={"prompt": "", "request_output_len": 4})
+    assert warm_up.status_code == 200, "LMDeploy's clients begin with it"
 
 
 UNUSUAL: list[list[dict[str, Any]]] = [
@@ -210,3 +213,9 @@ async def test_e35_control_tokens_in_user_text_are_text(cluster: Cluster) -> Non
     refused = await cluster.http.post(TEXT, json={"prompt": "a <|image_pad|>"})
     assert error_of(refused) == (400, "invalid_request", "prompt"), "a raw prompt may name tokens, but has no picture"
     assert (await cluster.http.post(TEXT, json={"prompt": "<|im_start|>user"})).status_code == 200
+    image = {"type": "base64", "data": base64.b64encode(png()).decode()}
+    for markers, images in ((0, 0), (1, 1), (2, 2), (1, 0), (0, 1), (2, 1)):
+        body = {"inputs": "a " + "<|image_pad|>" * markers, "parameters": {"max_new_tokens": 2}}
+        body["multimodal_params"] = {"images": [image] * images}
+        response = await cluster.http.post("/generate", json=body)
+        assert response.status_code == (200 if markers == images else 400), "LightLLM's markers are placeholders"

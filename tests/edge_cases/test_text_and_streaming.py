@@ -97,7 +97,7 @@ async def test_e04_stop_strings_that_are_none(cluster: Cluster) -> None:
     for stop in no_stops:
         status, _, param = error_of(await cluster.chat("x", stop=stop))
         assert (status, (param or "").partition("[")[0]) == (400, "stop")
-    assert (await cluster.chat("x", stop=["x"] * 16)).status_code == 200, "more than OpenAI's four"
+    assert (await cluster.chat("x", stop=["x"] * 16)).status_code == 200, "more than OpenAI's four; --max-stop-strings"
     assert (await cluster.chat("x", stop=[])).status_code == 200
     assert (await cluster.chat("x", stop=None)).status_code == 200
 
@@ -217,6 +217,14 @@ async def test_e09_log_probabilities_that_json_can_not_hold(cluster: Cluster, od
     text = await cluster.http.post(TEXT, json={"prompt": "hello", "logprobs": 2, "echo": True, **fields})
     values = text.json()["choices"][0]["logprobs"]["token_logprobs"]
     assert values == [None] + [-9999] * (len(values) - 1)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+async def test_e09_vectors_that_json_can_not_hold(cluster: Cluster, odd: float) -> None:
+    cluster.pd.script = say(finish=FinishReason.STOP, pooled=(1.0, odd))
+    for encoding in ("float", "base64"):
+        response = await cluster.http.post("/v1/embeddings", json={"input": "x", "encoding_format": encoding})
+        assert error_of(response)[:2] == (502, "worker_failed"), "an error, not a hole"
 
 
 async def test_e10_several_samples(start_cluster: ClusterFactory) -> None:
