@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from tests.cluster.harness import Cluster
 
 # The processes that share the tests share the cores as well, and more threads than cores wait for each other in every
-# matrix product. Said before torch is imported, which asks once.
+# matrix product; those of the few tests that want several are not to wait in a busy loop, which would take ten times as
+# long. Said before torch is imported, which asks once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Nor need Python look through a million imported objects again and again.
 collector.start()

@@ -25,13 +25,10 @@ LIMIT = 12_000_000  # bytes
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' own, which change from version to version
         yield
-    torch.set_num_threads(before)
 
 
 def test_the_folder_is_small_and_complete() -> None:
