@@ -52,10 +52,14 @@ async def generate_stream(request: Request) -> Response:
 
 @router.post("/", response_model=None, openapi_extra=documented(NativeRequest, NativeAnswer))
 async def generate_either(request: Request) -> Response:
-    """`/generate`, or with `stream: true` `/generate_stream`. TGI's answers are in a list here, unless they stream."""
+    """`/generate`, or with `stream: true` `/generate_stream`.
+
+    TGI's clients ask here, with bodies that are often LightLLM's too: what has neither `multimodal_params` nor a
+    parameter that only LightLLM has is answered as TGI does, in a list, unless it streams.
+    """
     arrived = time.perf_counter()
     body = await _native_body(request)
-    return _answered(request, body, arrived, stream=bool(body.stream), in_list=True)
+    return _answered(request, body, arrived, stream=bool(body.stream), is_root=True)
 
 
 async def answer(request: Request, body: bytes, arrived: float) -> Response:
@@ -79,11 +83,11 @@ async def _native_body(request: Request) -> NativeRequest:
 
 
 def _answered(
-    request: Request, body: NativeRequest, arrived: float, *, stream: bool, in_list: bool = False
+    request: Request, body: NativeRequest, arrived: float, *, stream: bool, is_root: bool = False
 ) -> Response:
     service = service_of(request)
     model = service.default_model()
-    return Exchange(lambda client: _Native(model, body, service, in_list).answer(client, arrived, stream=stream))
+    return Exchange(lambda client: _Native(model, body, service, is_root).answer(client, arrived, stream=stream))
 
 
 class _Native:
@@ -93,15 +97,16 @@ class _Native:
         model: that it is for.
         body: of the request.
         service: of the process.
-        in_list: put TGI's whole answers into a list.
+        is_root: it came to `POST /`.
     """
 
-    def __init__(self, model: ServedModel, body: NativeRequest, service: Service, in_list: bool) -> None:
+    def __init__(self, model: ServedModel, body: NativeRequest, service: Service, is_root: bool) -> None:
         self._model = model
         self._body = body
         self._asked = body.parameters or NativeParameters()
-        self._is_tgi = service.config.use_tgi_api or self._asked.is_tgi
-        self._in_list = in_list
+        is_lightllm = body.multimodal_params is not None or self._asked.is_lightllm
+        self._is_tgi = service.config.use_tgi_api or self._asked.is_tgi or (is_root and not is_lightllm)
+        self._is_root = is_root
 
     async def answer(self, client: Client, arrived: float, *, stream: bool) -> None:
         """Answer it.
@@ -144,7 +149,7 @@ class _Native:
             prefix = inputs if isinstance(inputs, str) else tokenizer.decode(inputs)
         seed = sampling.seed if sampling.temperature else None
         return TGIDialect(
-            tokenizer.special_ids, with_details=with_details, prefix=prefix, seed=seed, in_list=self._in_list
+            tokenizer.special_ids, with_details=with_details, prefix=prefix, seed=seed, in_list=self._is_root
         )
 
 

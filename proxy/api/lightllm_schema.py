@@ -28,6 +28,13 @@ _TGI_ONLY = (
     *("typical_p", "top_n_tokens", "adapter_id", "grammar"),
 )
 
+_LIGHTLLM_ONLY = (
+    *("n", "presence_penalty", "ignore_eos", "min_new_tokens", "stop_sequences", "regular_constraint"),
+    *("guided_grammar", "guided_json", "allowed_token_ids", "skip_special_tokens", "add_special_tokens"),
+    *("add_spaces_between_special_tokens", "print_eos_token", "return_details", "input_penalty"),
+    *("exponential_decay_length_penalty", "image_max_patch_num"),
+)
+
 
 class NativeMedium(msgspec.Struct):
     """A picture."""
@@ -109,6 +116,11 @@ class NativeParameters(msgspec.Struct, kw_only=True):
     def is_tgi(self) -> bool:
         """Whether a key is there that only TGI has."""
         return any(getattr(self, name) is not UNSET for name in _TGI_ONLY)
+
+    @property
+    def is_lightllm(self) -> bool:
+        """Whether a key has a value that TGI does not know."""
+        return any(getattr(self, name) is not None for name in _LIGHTLLM_ONLY)
 
     def check(self) -> None:
         """Refuse what contradicts itself and what can't be served.

@@ -7,6 +7,8 @@ import json
 import subprocess
 from typing import Any
 
+from huggingface_hub import InferenceClient
+
 from epd.demo import CHECKPOINT_DIR
 from tests.cluster.harness import Cluster
 from tests.cluster.reference import data_url
@@ -95,3 +97,21 @@ def test_a_prompt_that_leaves_no_room_is_an_error(demo: Cluster) -> None:
         assert (status, error["error"]["code"]) == (400, "context_length_exceeded")
         assert error["message"].startswith(f"This model's maximum context length is {limit} tokens.")
         assert error["param"] == "inputs"
+
+
+def test_the_client_of_tgi(demo: Cluster) -> None:
+    """Hugging Face's, as it is."""
+    client: Any = InferenceClient(f"http://127.0.0.1:{demo.port}")
+    prompt = "<|im_start|>user\nHello, who are you?<|im_end|>\n<|im_start|>assistant\n"
+    text = client.text_generation(prompt, max_new_tokens=20)
+    assert "epd demo" in text
+    assert "".join(client.text_generation(prompt, max_new_tokens=20, stream=True)) == text
+    detailed = client.text_generation(prompt, max_new_tokens=20, details=True, return_full_text=True)
+    assert detailed.generated_text == prompt + text
+    assert detailed.details is not None
+    assert detailed.details.finish_reason == "eos_token"
+    assert "".join(token.text for token in detailed.details.tokens) == text
+    [*_, last] = client.text_generation(prompt, max_new_tokens=20, details=True, stream=True, stop=["epd"])
+    assert (last.generated_text, last.details.finish_reason) == (text[: text.index("epd") + 3], "stop_sequence")
+    form = {"type": "regex", "value": "[a-c]{3}"}
+    assert len(client.text_generation(prompt, max_new_tokens=20, grammar=form)) == 3

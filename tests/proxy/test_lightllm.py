@@ -354,8 +354,16 @@ async def test_several_samples_are_not_streamed(cluster: Cluster) -> None:
 
 async def test_generate_never_streams_and_the_root_does_as_told(cluster: Cluster) -> None:
     assert (await post(cluster, stream=True)).json()["generated_text"] == ["hello world"]
-    assert (await post(cluster, "/")).json()["generated_text"] == ["hello world"]
-    assert frames(await post(cluster, "/", stream=True))[-1]["finished"]
+    body = {"multimodal_params": {}, "parameters": {"max_new_tokens": 9}}
+    assert (await post(cluster, "/", **body)).json()["generated_text"] == ["hello world"]
+    assert frames(await post(cluster, "/", stream=True, **body))[-1]["generated_text"] is None
+
+
+async def test_the_root_is_tgis_where_nothing_says_lightllm(cluster: Cluster) -> None:
+    assert (await post(cluster, "/")).json() == [{"generated_text": "hello world"}]
+    assert frames(await post(cluster, "/", stream=True))[-1]["generated_text"] == "hello world"
+    native = await post(cluster, "/", parameters={"stop_sequences": ["zzz"]})
+    assert native.json()["generated_text"] == ["hello world"]
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
