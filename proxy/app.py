@@ -49,6 +49,7 @@ from proxy.api import (
 from proxy.api.http import error_response
 from proxy.api.requests import REF
 from proxy.byte_budget import ByteBudget
+from proxy.certificate import Renewals
 from proxy.metrics import CLIENT_CLOSED_REQUEST, Metrics
 from proxy.request_context import ERROR_WORDS, OUTCOME, REQUEST_ID, REQUEST_ID_PATTERN, Outcome, note_client_left
 from proxy.service import Service
@@ -351,7 +352,14 @@ async def _serve(config: ProxyConfig) -> int:
         service,
     )
     collector.settle(_YOUNG_OBJECTS)
+    server.config.load()  # makes the context for TLS
+    renewals = None
+    if config.ssl_certfile is not None and server.config.ssl is not None:
+        files = Renewals(server.config.ssl, config.ssl_certfile, config.ssl_keyfile)
+        renewals = asyncio.create_task(files.follow(), name="renewed certificates")
     await server.serve(sockets=[listener])
+    if renewals is not None:
+        renewals.cancel()
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ import trustme
 from epd.bench.http_client import HttpClient, ServerGone
 from epd.cli import main
 from epd.credentials import Credentials
+from proxy.certificate import Renewals
 
 
 @dataclass
@@ -92,6 +95,44 @@ def test_chat_gets_in_with_key_and_certificate(secured: Secured, capsys: pytest.
     code, shown = run(capsys, *words, "--ca-file", secured.ca_file, "--api-key", "good")
     assert code == 1
     assert "'m' does not exist" in shown
+
+
+async def test_a_renewed_certificate_is_taken_up(tmp_path: Path) -> None:
+    authority, file = trustme.CA(), tmp_path / "server.pem"
+
+    def renew(text: bytes | None = None) -> None:
+        issued = authority.issue_cert("localhost").private_key_and_cert_chain_pem
+        file.write_bytes(issued.bytes() if text is None else text)
+
+    async def serial() -> str:
+        trusting = ssl.create_default_context()
+        authority.configure_trust(trusting)
+        _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting, server_hostname="localhost")
+        shown = writer.get_extra_info("peercert")["serialNumber"]
+        writer.close()
+        await writer.wait_closed()
+        return str(shown)
+
+    renew()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file)
+    renewals = Renewals(context, file, None)
+    async with await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0, ssl=context) as server:
+        port = server.sockets[0].getsockname()[1]
+        first = await serial()
+        assert not renewals.look()
+        assert await serial() == first
+        renew()
+        assert renewals.look()
+        second = await serial()
+        assert second != first
+        for broken in (b"half of it", None):
+            renew(broken)
+            assert renewals.look() is (broken is None)
+            assert (await serial() == second) is (broken is not None)
+        file.unlink()
+        assert not renewals.look()
+        await serial()
 
 
 async def test_the_load_generator_gets_in_with_key_and_certificate(secured: Secured) -> None:
