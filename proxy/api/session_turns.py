@@ -45,6 +45,11 @@ log = logging.getLogger(__name__)
 
 NOTE_HEADER = "x-session-note"
 """What the client may not expect of its session."""
+_WHOLE_CONVERSATIONS_ONLY = (
+    *("tools", "functions", "continue_final_message", "chat_template_kwargs", "add_special_tokens", "echo"),
+    *("truncate_prompt_tokens", "return_tokens_as_token_ids"),
+)
+"""Fields of chats that are about a prompt as a whole, or that nobody has asked sessions for."""
 _DROPPED = "the session had a history, which was dropped"
 
 
@@ -126,6 +131,7 @@ async def answer_turn(client: Client, sessions: Sessions, model: ServedModel, as
                 images=tuple(images),
                 sampling=_within_context(model, sampling, len(plan.token_ids)),
                 priority=body.priority or 0,
+                cache_salt=body.cache_salt or "",
                 arrived=arrived,
                 timeout_s=model.config.request_timeout,
             )
@@ -170,9 +176,14 @@ def _check(body: ChatRequest) -> None:
     check_supported(body)
     if (body.n or 1) > 1:
         raise InvalidRequest("n: a session goes on with one answer; ask for one.", param="n")
-    for field in ("tools", "continue_final_message", "chat_template_kwargs"):
-        if getattr(body, field):
-            raise InvalidRequest(f"{field} has no place in a session; leave out session_id or {field}.", param=field)
+    used = {field: bool(getattr(body, field)) for field in _WHOLE_CONVERSATIONS_ONLY}
+    used["add_generation_prompt"] = body.add_generation_prompt is False
+    used["prompt_logprobs"] = body.prompt_logprobs is not None
+    used["stream_options.continuous_usage_stats"] = bool(
+        body.stream_options and body.stream_options.continuous_usage_stats
+    )
+    for field in (field for field, is_used in used.items() if is_used):
+        raise InvalidRequest(f"{field} has no place in a session; leave out session_id or {field}.", param=field)
 
 
 def _check_pictures(sources: Sequence[ImageSource], model: ServedModel, asked: Asked) -> None:
@@ -250,7 +261,16 @@ async def _tell_answer(
         await sessions.commit(turn, None if asked.end else Conversation(model.ref.fingerprint, said))
 
     try:
-        await tell(client, model, work, dialect, options, stream=bool(asked.body.stream), at_end=keep)
+        await tell(
+            client,
+            model,
+            work,
+            dialect,
+            options,
+            stream=bool(asked.body.stream),
+            with_timings=bool(asked.body.timings),
+            at_end=keep,
+        )
     except ContextLengthExceeded:
         if client.started:
             raise
