@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 IGNORED: dict[str, str] = {
     "audio moderation prediction reasoning_effort verbosity web_search_options": "no model here has a use for them",
@@ -15,58 +16,55 @@ IGNORED: dict[str, str] = {
 }
 """Fields that may be sent without effect, and why. So may all fields that are not known."""
 
-REFUSED: dict[str, str] = {
-    "use_beam_search": "there is none",
-    "length_penalty": "belongs to beam search; 1 may be sent",
-    "logprob_token_ids": "use `logprobs` and `top_logprobs`",
-    "logits_processors": "code of clients is not run",
-    "thinking_token_budget": "thoughts are not told apart from answers",
-    "repetition_detection": "use the penalties",
-    "guided_whitespace_pattern": "blanks between JSON tokens are bounded anyway",
-    "prompt_embeds": "send text or tokens",
-    "mm_processor_kwargs": "send `detail: low` for fewer tokens",
-    "media_io_kwargs": "the same",
-    "kv_transfer_params": "would point workers at hosts of the client's choice",
-    "ec_transfer_params": "the same",
-    "vllm_xargs": "meant for code that is not here",
-    "return_prompt_text": "use `return_token_ids` and `/detokenize`",
-}
-"""Extensions of other servers that change answers and are not served, and why or what to use."""
-
-
 CHAT_REFUSED: dict[str, str] = {
     "modalities": "other than text; no model here speaks",
     "best_of": "other than `n`; use `/v1/completions`",
     "chat_template": "templates are programs; use `chat_template_kwargs`",
     "documents": "no template here reads them",
 }
-"""The same, of chats."""
+"""What chats refuse besides."""
 TEXT_REFUSED: dict[str, str] = {"suffix": "no model here fills gaps", "logprobs: true": "a number here"}
-"""The same, of text completions."""
+"""What text completions refuse besides."""
 
 
 class Refused(msgspec.Struct, kw_only=True):
-    """The fields of `REFUSED`. Each is refused by name when it is used."""
+    """Extensions of other servers that change answers and are not served. Each is refused by name when it is used, and
+    described by why, or by what to use."""
 
-    use_beam_search: Any = None
-    length_penalty: Any = None
-    logprob_token_ids: Any = None
-    logits_processors: Any = None
-    thinking_token_budget: Any = None
-    repetition_detection: Any = None
-    guided_whitespace_pattern: Any = None
-    prompt_embeds: Any = None
-    mm_processor_kwargs: Any = None
-    media_io_kwargs: Any = None
-    kv_transfer_params: Any = None
-    ec_transfer_params: Any = None
-    vllm_xargs: Any = None
-    return_prompt_text: Any = None
+    use_beam_search: Annotated[Any, Meta(description="refused: there is none")] = None
+    length_penalty: Annotated[Any, Meta(description="refused: belongs to beam search; 1 may be sent")] = None
+    logprob_token_ids: Annotated[Any, Meta(description="refused: use `logprobs` and `top_logprobs`")] = None
+    logits_processors: Annotated[Any, Meta(description="refused: code of clients is not run")] = None
+    thinking_token_budget: Annotated[Any, Meta(description="refused: thoughts are not told apart from answers")] = None
+    repetition_detection: Annotated[Any, Meta(description="refused: use the penalties")] = None
+    guided_whitespace_pattern: Annotated[
+        Any, Meta(description="refused: blanks between JSON tokens are bounded anyway")
+    ] = None
+    prompt_embeds: Annotated[Any, Meta(description="refused: send text or tokens")] = None
+    mm_processor_kwargs: Annotated[Any, Meta(description="refused: send `detail: low` for fewer tokens")] = None
+    media_io_kwargs: Annotated[Any, Meta(description="refused: the same")] = None
+    kv_transfer_params: Annotated[
+        Any, Meta(description="refused: would point workers at hosts of the client's choice")
+    ] = None
+    ec_transfer_params: Annotated[Any, Meta(description="refused: the same")] = None
+    vllm_xargs: Annotated[Any, Meta(description="refused: meant for code that is not here")] = None
+    return_prompt_text: Annotated[Any, Meta(description="refused: use `return_token_ids` and `/detokenize`")] = None
 
     def unsupported(self) -> dict[str, bool]:
         """Field → whether the request uses it in a way that can't be served."""
         used = {name: bool(getattr(self, name)) for name in Refused.__struct_fields__}
         return used | {"length_penalty": self.length_penalty not in (None, 1)}  # 1 changes nothing
+
+
+def _reasons() -> dict[str, str]:
+    found = {}
+    for name, schema in msgspec.json.schema(Refused)["$defs"]["Refused"]["properties"].items():
+        found[name] = str(schema["description"]).removeprefix("refused: ")
+    return found
+
+
+REFUSED = _reasons()
+"""Field → why it is refused, or what to use."""
 
 
 def table(further: Mapping[str, str]) -> str:

@@ -43,23 +43,23 @@ class ContentPart(msgspec.Struct):
     """Part of a message: text or a picture."""
 
     type: Annotated[str | None, Meta(description="text or image_url; guessed from the other keys when absent")] = None
-    text: str | None = None
+    text: Annotated[str | None, Meta(description="of a text part")] = None
     image_url: ImageURL | str | None = None
-    refusal: str | None = None
-    input_audio: Any = None
-    audio_url: Any = None
-    video_url: Any = None
-    file: Any = None
-    image_embeds: Any = None
-    audio_embeds: Any = None
-    image_pil: Any = None
+    refusal: Annotated[str | None, Meta(description="of a refusal part, which is read as text")] = None
+    input_audio: Annotated[Any, Meta(description="refused: no model here takes it")] = None
+    audio_url: Annotated[Any, Meta(description="refused: no model here takes it")] = None
+    video_url: Annotated[Any, Meta(description="refused: no model here takes it")] = None
+    file: Annotated[Any, Meta(description="refused: no model here takes it")] = None
+    image_embeds: Annotated[Any, Meta(description="refused: send the picture")] = None
+    audio_embeds: Annotated[Any, Meta(description="refused: no model here takes it")] = None
+    image_pil: Annotated[Any, Meta(description="refused: send image_url")] = None
     uuid: Annotated[str | None, Meta(description="no effect: pictures are known by their content")] = None
 
 
 class CalledFunction(msgspec.Struct):
     """What an earlier tool call called."""
 
-    name: str
+    name: Annotated[str, Meta(description="of the function")]
     arguments: Annotated[str | dict[str, Any] | None, Meta(description="JSON text, as the answer had it")] = None
 
 
@@ -67,20 +67,22 @@ class MessageCall(msgspec.Struct):
     """A tool call of an earlier answer."""
 
     function: CalledFunction
-    id: str | None = None
-    type: str | None = None
+    id: Annotated[str | None, Meta(description="which tool_call_id names")] = None
+    type: Annotated[str | None, Meta(description="function")] = None
 
 
 class ChatMessage(msgspec.Struct):
     """One turn of the conversation."""
 
     role: Annotated[str, Meta(description="system, developer (the same), user, assistant, tool or function")]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
+    content: Annotated[
+        str | list[ContentPart] | None, Meta(description="text, or parts of text and pictures; may be null")
+    ] = None
+    name: Annotated[str | None, Meta(description="of who speaks, for templates that show it")] = None
     tool_calls: Annotated[list[MessageCall] | None, Meta(description="of an assistant's turn")] = None
     tool_call_id: Annotated[str | None, Meta(description="the call that a tool's turn answers")] = None
     function_call: Annotated[CalledFunction | None, Meta(description="deprecated; the same as one tool call")] = None
-    refusal: str | None = None
+    refusal: Annotated[str | None, Meta(description="has no effect")] = None
 
 
 class PlainTurn(list[ChatMessage]):
@@ -96,8 +98,8 @@ else:  # a string is what LMDeploy's clients may send; there is none once a requ
 class FunctionDefinition(msgspec.Struct):
     """A function that the model may call."""
 
-    name: str
-    description: str | None = None
+    name: Annotated[str, Meta(description="that calls have")]
+    description: Annotated[str | None, Meta(description="for the model")] = None
     parameters: Annotated[dict[str, Any] | None, Meta(description="a JSON schema; absent: it takes none")] = None
     strict: Annotated[
         bool | None, Meta(description="arguments follow the schema also where the model decides whether to call")
@@ -125,8 +127,8 @@ class JSONSchemaFormat(msgspec.Struct):
     """The schema of a `response_format`."""
 
     schema: Annotated[dict[str, Any] | bool | None, Meta(description="a JSON schema")] = None
-    name: str | None = None
-    description: str | None = None
+    name: Annotated[str | None, Meta(description="has no effect")] = None
+    description: Annotated[str | None, Meta(description="has no effect")] = None
     strict: Annotated[bool | None, Meta(description="the schema is enforced either way")] = None
 
 
@@ -151,11 +153,11 @@ class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
     choice: Annotated[list[str] | None, Meta(description="the answer is one of them")] = None
     grammar: Annotated[str | None, Meta(description="a context-free grammar")] = None
     json_object: Annotated[bool | None, Meta(description="any JSON object")] = None
-    structural_tag: Any = None
+    structural_tag: Annotated[Any, Meta(description="refused")] = None
     disable_fallback: Annotated[Any, Meta(description="has no effect")] = None
-    whitespace_pattern: Any = None
-    disable_any_whitespace: Any = None
-    disable_additional_properties: Any = None
+    whitespace_pattern: Annotated[Any, Meta(description="refused: blanks are bounded anyway")] = None
+    disable_any_whitespace: Annotated[Any, Meta(description="refused: write a regex or grammar")] = None
+    disable_additional_properties: Annotated[Any, Meta(description="refused: write it into the schema")] = None
 
 
 class SamplingRequest(Refused, kw_only=True):
@@ -166,9 +168,15 @@ class SamplingRequest(Refused, kw_only=True):
     temperature: Annotated[
         Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="0 is greedy; default: the model's own, else 1")
     ] = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        Meta(description="only the likeliest tokens that have this probability together; 1: all"),
+    ] = None
     top_k: Annotated[Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None, Meta(description="0 or -1: all")] = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    min_p: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        Meta(description="only tokens at least so likely, as a share of the likeliest"),
+    ] = None
     seed: Annotated[_Int64 | None, Meta(description="the same seed and request give the same answer")] = None
     n: Annotated[_Samples | None, Meta(description="answers to one prompt")] = None
     stop: Annotated[
@@ -179,10 +187,14 @@ class SamplingRequest(Refused, kw_only=True):
         ),
     ] = None
     include_stop_str_in_output: Annotated[bool | None, Meta(description="show what ended the answer")] = None
-    stop_token_ids: list[_TokenId] | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    stream: bool | None = None
+    stop_token_ids: Annotated[
+        list[_TokenId] | None, Meta(description="tokens that end the answer beside the model's own")
+    ] = None
+    ignore_eos: Annotated[bool | None, Meta(description="go on behind the model's own end")] = None
+    skip_special_tokens: Annotated[
+        bool | None, Meta(description="leave control tokens out of the text; default: true")
+    ] = None
+    stream: Annotated[bool | None, Meta(description="answer as server-sent events")] = None
     stream_options: StreamOptions | None = None
     priority: Annotated[_Int64 | None, Meta(description="smaller goes first; default 0")] = None
     timings: Annotated[bool | None, Meta(description="tell in the answer where the time went, in ms")] = None
@@ -243,7 +255,7 @@ class ChatRequest(SamplingRequest, kw_only=True):
     top_logprobs: Annotated[_Logprobs | None, Meta(description="of so many most likely ones too; needs logprobs")] = (
         None
     )
-    best_of: int | None = None
+    best_of: Annotated[int | None, Meta(description="may be n alone; see /v1/completions")] = None
     tools: Annotated[list[Tool] | None, Meta(description="functions that the model may call")] = None
     tool_choice: Annotated[
         str | dict[str, Any] | None,
@@ -257,8 +269,10 @@ class ChatRequest(SamplingRequest, kw_only=True):
     functions: Annotated[list[FunctionDefinition] | None, Meta(description="deprecated: tools")] = None
     function_call: Annotated[str | dict[str, Any] | None, Meta(description="deprecated: tool_choice")] = None
     modalities: Annotated[list[str] | None, Meta(description="text only")] = None
-    chat_template: str | None = None
-    documents: list[Any] | None = None
+    chat_template: Annotated[
+        str | None, Meta(description="refused: templates are programs; see chat_template_kwargs")
+    ] = None
+    documents: Annotated[list[Any] | None, Meta(description="refused: no template here reads them")] = None
     echo: Annotated[
         bool | None, Meta(description="begin the answer with the last message, if that is the assistant's")
     ] = None
@@ -310,7 +324,7 @@ class CompletionRequest(SamplingRequest, kw_only=True):
     best_of: Annotated[
         _Samples | None, Meta(description="make so many samples, answer with the n likeliest per token; not streamed")
     ] = None
-    suffix: str | None = None
+    suffix: Annotated[str | None, Meta(description="refused: no model here fills gaps")] = None
     add_special_tokens: Annotated[
         bool | None, Meta(description="put the tokenizer's own tokens around each text; default: true")
     ] = None

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from epd.types import FinishReason, Grammar, GrammarKind
+from proxy.api import openai
 from proxy.api.openai_fields import IGNORED, REFUSED, Refused, table
 from proxy.cutting import Cut
 from proxy.tokenizer import Tokenizer
@@ -59,6 +60,19 @@ async def test_the_table_is_in_the_docs(cluster: Cluster) -> None:
     paths = (await cluster.http.get("/openapi.json")).json()["paths"]
     for path in (CHAT, TEXT):
         assert table({}).splitlines()[2] in paths[path]["post"]["description"]
+
+
+def test_every_field_says_what_it_is() -> None:
+    _, kinds = msgspec.json.schema_components(openai.DOCUMENTED, ref_template="#/{name}")
+    fields = {
+        f"{kind}.{name}": field
+        for kind, schema in kinds.items()
+        for name, field in schema.get("properties", {}).items()
+    }
+    structs = ("$ref", "anyOf")  # described by their own docstrings
+    silent = [name for name, field in fields.items() if "description" not in field and not any(map(field.get, structs))]
+    assert len(fields) > 100
+    assert silent == []
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
