@@ -45,6 +45,8 @@ class Tokenizer:
         """For byte-level tokenizers, the short way to text."""
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        self.added_ids = {token.content: index for index, token in added.items()}
+        """Tokens that stand for their literal in any text, special or not, by that literal."""
         self.around = self._find_around()
         """What the tokenizer itself puts before and behind a text."""
         self._literals = _Literals(token.content for token in added.values())
@@ -81,11 +83,6 @@ class Tokenizer:
         """The id of a token by its exact text."""
         index = self.backend.token_to_id(literal)
         return None if index is None else int(index)
-
-    @property
-    def added_ids(self) -> dict[str, int]:
-        """Tokens that stand for their literal in any text, special or not, by that literal."""
-        return {token.content: index for index, token in self.backend.get_added_tokens_decoder().items()}
 
     def find_added_tokens(self, text: str) -> list[tuple[int, int]]:
         """Half-open spans of all literals of added tokens in `text`, overlapping ones too."""

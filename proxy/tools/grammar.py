@@ -25,6 +25,10 @@ MAX_CALLS = 32
 """That are enforced in one answer: a weak model would go on for ever."""
 _ONE_BLANK = r"\x20?"
 """Between the JSON tokens of arguments: on one line, as models are trained to write them."""
+_ANNOTATIONS = frozenset(("title", "description", "default", "examples", "$comment", "deprecated"))
+_OF_SCHEMAS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+"""Keywords whose value has schemas as values, under any names."""
+_VALUES = frozenset(("enum", "const", "required"))
 _COMBINES = ("$ref", "allOf", "anyOf", "oneOf", "if", "not", "enum", "const")
 _OPENS = ("additionalProperties", "unevaluatedProperties", "patternProperties")
 
@@ -59,15 +63,30 @@ def arguments_schema(function: Function) -> dict[str, Any]:
     Raises:
         InvalidRequest: it asks for something else than an object.
     """
-    schema = function.parameters
-    if schema is None:
+    if function.parameters is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
+    schema: dict[str, Any] = _bare(function.parameters)
     if schema.get("type", "object") != "object":
         field = f"{function.field}.parameters"
         raise InvalidRequest(f"{field}: the schema of arguments must have type object.", param=field)
     is_closed = "properties" in schema and not any(word in schema for word in (*_COMBINES, *_OPENS))
     closed = {"additionalProperties": False} if is_closed else {}
     return {"type": "object"} | schema | closed
+
+
+def _bare(schema: Any) -> Any:
+    """A schema without what only explains, which is most of many: what a grammar may have of bytes is limited."""
+    if isinstance(schema, list):
+        return [_bare(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {}
+    for name, value in schema.items():
+        if name in _OF_SCHEMAS and isinstance(value, dict):
+            found[name] = {key: _bare(one) for key, one in value.items()}
+        elif name not in _ANNOTATIONS:
+            found[name] = value if name in _VALUES else _bare(value)
+    return found
 
 
 class _Maker:

@@ -75,7 +75,8 @@ def test_required(demo: Cluster, stream: bool, is_parallel: bool) -> None:
 
 def test_an_answer_that_may_be_a_call_follows_the_wanted_form(demo: Cluster) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "required": ["a"]}}}
-    choice = call(demo, response_format=form, temperature=1, seed=2)
+    tools = [tool | {"function": tool["function"] | {"strict": True}} for tool in (WEATHER, STOP)]
+    choice = call(demo, response_format=form, tools=tools, temperature=1, seed=2)
     if choice.message.tool_calls:
         check(choice.message.tool_calls[0])
     elif choice.finish_reason == "stop":

@@ -176,6 +176,25 @@ def test_schemas_may_say_anything() -> None:
         ({"properties": {}}, {"type": "object", "properties": {}, "additionalProperties": False}),
         (CITY | {"additionalProperties": True}, CITY | {"additionalProperties": True}),
         ({"anyOf": [CITY], "properties": {}}, {"type": "object", "anyOf": [CITY], "properties": {}}),
+        (
+            {
+                "description": "goes",
+                "$defs": {"title": {"title": "goes", "type": "string"}},
+                "properties": {
+                    "description": {"description": "goes", "$ref": "#/$defs/title"},
+                    "list": {"items": {"title": "goes", "enum": [{"title": "stays"}]}, "default": [1]},
+                },
+            },
+            {
+                "type": "object",
+                "$defs": {"title": {"type": "string"}},
+                "properties": {
+                    "description": {"$ref": "#/$defs/title"},
+                    "list": {"items": {"enum": [{"title": "stays"}]}},
+                },
+                "additionalProperties": False,
+            },
+        ),
     ],
 )
 def test_schemas_of_arguments(parameters: Any, wanted: Any) -> None:
