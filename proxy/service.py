@@ -205,8 +205,15 @@ class Service:
             InvalidRequest, NoWorker: there is no telling, or none to be had; see `model`.
         """
         models = self.models()
-        name = self.config.model_name
-        return self.model(name if any(model.name == name for model in models) else None)
+        ours = [model for model in models if model.ref.fingerprint == self.catalog.expected]
+        if ours:  # workers may call it by several names
+            return min(ours, key=lambda model: (len(model.missing_roles), model.name != self.config.model_name))
+        if len({model.name for model in models}) > 1:
+            raise InvalidRequest(
+                f"Requests of this kind can't name a model, and there are {self._listed()}; "
+                "start the proxy with --model to say which one answers them."
+            )
+        return self._only(models)
 
     def named_models(self) -> dict[str, ServedModel]:
         """All names that requests may give, aliases last, and the models that they mean."""

@@ -118,6 +118,25 @@ async def test_requests_go_to_workers_of_their_model(fleet: Fleet, models: Path)
     assert {one["model"] for one in view["workers"]} == {"red", "blue"}
 
 
+async def test_requests_that_can_name_no_model_go_to_that_of_the_flag(fleet: Fleet, models: Path) -> None:
+    await fleet.start(2, 0, models=(models,), model=models / "blue", served_model_name="ours")
+    await fleet.pd(models / "red")
+    blue = await fleet.pd(models / "blue", name="theirs")
+    assert (await fleet.http.post("/generate", json={"inputs": "x"})).status_code == 200
+    assert len(blue.requests) == 1
+    assert (await fleet.http.get("/get_model_name")).json() == {"model_name": "theirs"}
+
+
+async def test_without_that_flag_they_need_a_single_model(fleet: Fleet, models: Path) -> None:
+    await fleet.start(2, 0, models=(models,))
+    await fleet.pd(models / "red")
+    assert (await fleet.http.post("/generate", json={"inputs": "x"})).status_code == 200
+    await fleet.pd(models / "blue")
+    response = await fleet.http.post("/generate", json={"inputs": "x", "model": "red"})
+    assert response.status_code == 400
+    assert "--model" in response.json()["message"]
+
+
 async def test_a_request_must_say_which_of_several_models_it_means(fleet: Fleet, models: Path) -> None:
     await fleet.start(2, 0, models=(models,))
     nothing_yet = await fleet.chat(None, "x")
