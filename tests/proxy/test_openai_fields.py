@@ -69,8 +69,8 @@ def test_every_field_says_what_it_is() -> None:
         for kind, schema in kinds.items()
         for name, field in schema.get("properties", {}).items()
     }
-    structs = ("$ref", "anyOf")  # described by their own docstrings
-    silent = [name for name, field in fields.items() if "description" not in field and not any(map(field.get, structs))]
+    # Structs are described by their own docstrings.
+    silent = [name for name, field in fields.items() if "description" not in field and "$ref" not in str(field)]
     assert len(fields) > 100
     assert silent == []
 
