@@ -21,25 +21,50 @@ class _Native(msgspec.Struct, kw_only=True):
     """What both endpoints take. null is the same as nothing."""
 
     prompt: Annotated[
-        str | list[ChatMessage], Meta(description="what the user says next, which may be nothing; or messages")
+        str | Annotated[list[ChatMessage], Meta(min_length=1)],
+        Meta(description="what the user says next, which may be nothing; or messages", examples=["Hello!"]),
     ] = ""
     session_id: Annotated[
-        _SessionId | None, Meta(description="of the conversation; -1: the one of this client's host")
+        _SessionId | None,
+        Meta(description="of the conversation; -1, the default: the one of this client's host", examples=[7]),
     ] = None
-    instance_id: Annotated[_SessionId | None, Meta(description="the same as session_id")] = None
-    stream: bool | None = None
-    request_output_len: Annotated[_Positive | None, Meta(description="tokens to generate at most")] = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = 0.8
-    top_k: Annotated[Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None, Meta(description="0 or -1: all")] = 40
-    temperature: Annotated[Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="0 is greedy")] = 0.8
-    repetition_penalty: Annotated[Annotated[float, Meta(ge=0.01, le=100)] | None, Meta(description="1: none")] = 1.0
+    instance_id: Annotated[_SessionId | None, Meta(description="the same as session_id", examples=[7])] = None
+    stream: Annotated[bool | None, Meta(description="tell the answer as it comes, in frames", examples=[True])] = None
+    request_output_len: Annotated[
+        _Positive | None,
+        Meta(
+            description=f"tokens to generate at most; default: {DEFAULT_OUTPUT_LEN}, on /v1/chat/interactive what the "
+            "session has room for",
+            examples=[64],
+        ),
+    ] = None
+    top_p: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        Meta(description="the likeliest tokens with this probability together", examples=[0.8]),
+    ] = 0.8
+    top_k: Annotated[
+        Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None,
+        Meta(description="so many of the likeliest tokens; 0 or -1: all", examples=[40]),
+    ] = 40
+    temperature: Annotated[
+        Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="0 is greedy", examples=[0.8])
+    ] = 0.8
+    repetition_penalty: Annotated[
+        Annotated[float, Meta(ge=0.01, le=100)] | None, Meta(description="1: none", examples=[1.1])
+    ] = 1.0
     ignore_eos: Annotated[
-        bool | None, Meta(description="the model can't end the answer: it is as long as it may be")
+        bool | None,
+        Meta(description="the model can't end the answer: it is as long as it may be", examples=[False]),
     ] = None
-    skip_special_tokens: bool | None = None
-    renew_session: Annotated[bool | None, Meta(description="end the session first, then begin it anew")] = None
+    skip_special_tokens: Annotated[
+        bool | None, Meta(description="leave control tokens out of the text; default: true", examples=[True])
+    ] = None
+    renew_session: Annotated[
+        bool | None, Meta(description="end the session first, then begin it anew", examples=[True])
+    ] = None
     seed: Annotated[
-        Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None, Meta(description="default: drawn for each turn")
+        Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None,
+        Meta(description="default: drawn for each turn", examples=[1]),
     ] = None
 
     @property
@@ -71,24 +96,36 @@ class LMDeployRequest(_Native, kw_only=True):
     """`POST /generate`."""
 
     sequence_start: Annotated[
-        bool | None, Meta(description="true, the default: begin the session; false: go on with it")
+        bool | None,
+        Meta(description="true, the default: begin the session; false: go on with it", examples=[False]),
     ] = None
-    sequence_end: Annotated[bool | None, Meta(description="end the session with this answer")] = None
-    stop: Annotated[bool | None, Meta(description="stop the answer that the session is getting; answer nothing")] = None
+    sequence_end: Annotated[
+        bool | None, Meta(description="end the session with this answer; default: false", examples=[True])
+    ] = None
+    stop: Annotated[
+        bool | None,
+        Meta(description="stop the answer that the session is getting; answer nothing", examples=[False]),
+    ] = None
 
 
 class InteractiveRequest(_Native, kw_only=True):
     """`POST /v1/chat/interactive`."""
 
     image_url: Annotated[
-        str | ImageURL | list[str | ImageURL] | None, Meta(description="pictures before the prompt; not in sessions")
+        str | ImageURL | list[str | ImageURL] | None,
+        Meta(description="pictures before the prompt; not in sessions", examples=["https://example.com/a.png"]),
     ] = None
-    interactive_mode: Annotated[bool | None, Meta(description="keep the session for further turns")] = None
-    stop: Annotated[bool | str | list[str] | None, Meta(description="strings that end the answer; true: as cancel")] = (
-        None
-    )
-    cancel: Annotated[bool | None, Meta(description="stop the answer that the session is getting")] = None
-    adapter_name: Any = None
+    interactive_mode: Annotated[
+        bool | None, Meta(description="keep the session for further turns", examples=[True])
+    ] = None
+    stop: Annotated[
+        bool | str | list[str] | None,
+        Meta(description="strings that end the answer; true: as cancel", examples=[["\n"]]),
+    ] = None
+    cancel: Annotated[
+        bool | None, Meta(description="stop the answer that the session is getting; answer nothing", examples=[False])
+    ] = None
+    adapter_name: Annotated[Any, Meta(description="refused: there are no adapters", examples=[None])] = None
 
     @property
     def images(self) -> list[ContentPart]:
@@ -101,16 +138,22 @@ class InteractiveRequest(_Native, kw_only=True):
 class LMDeployAnswer(msgspec.Struct):
     """The answer, and each frame of a stream, where the text is what is new."""
 
-    text: str
-    tokens: Annotated[int, Meta(description="of the answer so far")]
-    finish_reason: Annotated[str | None, Meta(description="stop or length; null before the end")]
-    input_tokens: Annotated[int | UnsetType, Meta(description="that this turn added before its answer")] = UNSET
-    history_tokens: Annotated[int | UnsetType, Meta(description="that the session had before")] = UNSET
-    session_id: int | UnsetType = UNSET
+    text: Annotated[str, Meta(examples=["Hello!"])]
+    tokens: Annotated[int, Meta(description="of the answer so far", examples=[3])]
+    finish_reason: Annotated[
+        str | None, Meta(description="stop or length; error with `error`; null before the end", examples=["stop"])
+    ]
+    input_tokens: Annotated[
+        int | UnsetType, Meta(description="that this turn added before its answer", examples=[10])
+    ] = UNSET
+    history_tokens: Annotated[int | UnsetType, Meta(description="that the session had before", examples=[22])] = UNSET
+    session_id: Annotated[int | UnsetType, Meta(description="as it was asked for", examples=[7])] = UNSET
     session_exceeded: Annotated[
         bool | UnsetType, Meta(description="true: the session is full; begin a new one, or send renew_session: true")
     ] = UNSET
-    error: dict[str, Any] | UnsetType = UNSET
+    error: Annotated[dict[str, Any] | UnsetType, Meta(description="what went wrong, in the last frame of a stream")] = (
+        UNSET
+    )
 
 
 def _or(value: _T | None, default: _T) -> _T:

@@ -287,7 +287,10 @@ class ChatRequest(SamplingRequest, kw_only=True):
     ] = None
     session_id: Annotated[
         _SessionId | None,
-        Meta(description="with a plain string in messages: the server keeps the conversation under this number"),
+        Meta(
+            description="with a plain string in messages: the server keeps the conversation under this number",
+            examples=[7],
+        ),
     ] = None
     instance_id: Annotated[_SessionId | None, Meta(description="the same as session_id")] = None
     renew_session: Annotated[bool | None, Meta(description="end the session first")] = None

@@ -125,9 +125,21 @@ async def test_the_model_cannot_end_an_answer_that_ignores_eos(cluster: Cluster)
     assert (sampling.max_tokens, sampling.min_tokens, sampling.ignore_eos) == (5, 5, False)
 
 
-@pytest.mark.parametrize("field", ["top_p", "temperature", "request_output_len", "sequence_end", "instance_id"])
-async def test_a_field_of_the_wrong_type_is_named(cluster: Cluster, field: str) -> None:
-    reply = await generate(cluster, **{field: "much"})
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("top_p", "much"),
+        ("top_p", 0),
+        ("temperature", -1),
+        ("request_output_len", 0),
+        ("sequence_end", "yes"),
+        ("instance_id", "7"),
+        ("session_id", -2),
+        ("prompt", []),
+    ],
+)
+async def test_a_field_that_can_not_be_is_named(cluster: Cluster, field: str, value: Any) -> None:
+    reply = await cluster.http.post("/generate", json={"prompt": "hello", field: value})
     assert (reply.status_code, reply.json()["param"], reply.json()["object"]) == (400, field, "error")
 
 
