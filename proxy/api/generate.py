@@ -12,7 +12,6 @@ A field `model` has no meaning on this path, whoever is meant: what is asked is 
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from fastapi import APIRouter, Request
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -20,11 +19,12 @@ from starlette.responses import Response
 
 from epd.errors import InvalidRequest
 from proxy.api import lightllm, lmdeploy, token_native
-from proxy.api.lightllm_answer import NativeAnswer
+from proxy.api.lightllm_answer import NativeAnswer, TGIAnswer
+from proxy.api.lightllm_docs import native_documentation
 from proxy.api.lightllm_schema import NativeRequest
 from proxy.api.lmdeploy_schema import LMDeployAnswer, LMDeployRequest
 from proxy.api.openai_schema import decode_body
-from proxy.api.requests import REF, read_request
+from proxy.api.requests import read_request
 from proxy.api.token_native import TokenNativeAnswer
 from proxy.api.token_native_schema import NewLMDeployRequest, SGLangRequest
 
@@ -65,17 +65,12 @@ class _Keys(Struct):
         return [name for name, value in values.items() if value is not UNSET and bytes(value) != b"null"]
 
 
-def _any_of(*kinds: type[Any]) -> dict[str, Any]:
-    schemas = [{"$ref": REF.format(name=kind.__name__)} for kind in kinds]
-    return {"application/json": {"schema": {"anyOf": schemas}}}
-
-
-_BODIES = _any_of(NativeRequest, LMDeployRequest, NewLMDeployRequest, SGLangRequest)
-_ANSWERS = _any_of(NativeAnswer, LMDeployAnswer, TokenNativeAnswer)
-_OPENAPI = {
-    "requestBody": {"required": True, "content": _BODIES},
-    "responses": {"200": {"description": "The answer, or a stream, as the dialect has it", "content": _ANSWERS}},
-}
+_OPENAPI = native_documentation(
+    bodies=(NativeRequest, LMDeployRequest, NewLMDeployRequest, SGLangRequest),
+    answers=(NativeAnswer, TGIAnswer, LMDeployAnswer, TokenNativeAnswer),
+    lists_of=(TokenNativeAnswer,),
+    stream="text/event-stream",
+)
 
 
 @router.post("/generate", response_model=None, openapi_extra=_OPENAPI)

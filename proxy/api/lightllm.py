@@ -16,7 +16,8 @@ from epd.types import SamplingParams, WorkerRole
 from proxy.api.dialect import Head
 from proxy.api.health import health
 from proxy.api.http import Client, Exchange
-from proxy.api.lightllm_answer import NativeAnswer, NativeDialect, StreamFrame, TGIDialect
+from proxy.api.lightllm_answer import NativeAnswer, NativeDialect, StreamFrame, TGIAnswer, TGIDialect
+from proxy.api.lightllm_docs import native_documentation
 from proxy.api.lightllm_errors import naming_native_fields, use_native_errors
 from proxy.api.lightllm_media import count_image_tokens, sources_of
 from proxy.api.lightllm_sampling import grammar_of, sampling_of, text_options_of
@@ -37,20 +38,33 @@ class TokenCount(msgspec.Struct):
     ntokens: int
 
 
-DOCUMENTED = (NativeRequest, NativeAnswer, StreamFrame, CountRequest, TokenCount)
+DOCUMENTED = (NativeRequest, NativeAnswer, TGIAnswer, StreamFrame, CountRequest, TokenCount)
 
 # -- generation --------------------------------------------------------------------------------------------------------
 
 
-@router.post("/generate_stream", response_model=None, openapi_extra=documented(NativeRequest, StreamFrame))
+@router.post(
+    "/generate_stream",
+    response_model=None,
+    openapi_extra=native_documentation(bodies=(NativeRequest,), stream="text/event-stream"),
+)
 async def generate_stream(request: Request) -> Response:
-    """Continue a text, with an event `data:{…}` for each token; the last one is `finished`, and nothing follows it."""
+    """Continue a text, with an event `data:{…}` for each token; the last one is `finished`, and nothing follows it.
+
+    What is in the braces is the schema `StreamFrame`.
+    """
     arrived = time.perf_counter()
     body = await _native_body(request)
     return _answered(request, body, arrived, stream=True)
 
 
-@router.post("/", response_model=None, openapi_extra=documented(NativeRequest, NativeAnswer))
+@router.post(
+    "/",
+    response_model=None,
+    openapi_extra=native_documentation(
+        bodies=(NativeRequest,), answers=(NativeAnswer,), lists_of=(TGIAnswer,), stream="text/event-stream"
+    ),
+)
 async def generate_either(request: Request) -> Response:
     """`/generate`, or with `stream: true` `/generate_stream`.
 

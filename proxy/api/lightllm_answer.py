@@ -63,6 +63,13 @@ class NativeAnswer(Struct):
     tokens: list[Any] | UnsetType = UNSET
 
 
+class TGIAnswer(Struct):
+    """Answer of TGI's `POST /generate`; on `POST /` it is in a list."""
+
+    generated_text: str
+    details: dict[str, Any] | UnsetType = UNSET
+
+
 class NativeDialect:
     """`/generate` and `/generate_stream` of LightLLM.
 
@@ -181,11 +188,11 @@ class TGIDialect(NativeDialect):
         """The likeliest answer; the others are part of the details."""
         ranked = sorted(answers, key=lambda one: -one.mean_logprob)
         best, others = ranked[0], ranked[1:]
-        body: dict[str, Any] = {"generated_text": self._prefix + best.text}
+        body = TGIAnswer(self._prefix + best.text)
         if self._with_details:
-            body["details"] = self._told(best, usage.prompt_tokens)
+            body.details = self._told(best, usage.prompt_tokens)
             if others:
-                body["details"]["best_of_sequences"] = [
+                body.details["best_of_sequences"] = [
                     {"generated_text": self._prefix + one.text} | self._told(one, usage.prompt_tokens) for one in others
                 ]
         return [body] if self._in_list else body

@@ -39,8 +39,11 @@ _LIGHTLLM_ONLY = (
 class NativeMedium(msgspec.Struct):
     """A picture."""
 
-    type: Annotated[str, Meta(description="url or base64; for POST /tokens image_size too")]
-    data: Annotated[Any, Meta(description="an http(s) URL, bare base64, or [width, height]")] = None
+    type: Annotated[str, Meta(description="url or base64; for /tokens image_size too", examples=["url"])]
+    data: Annotated[
+        Any,
+        Meta(description="an http(s) URL, bare base64, or [width, height]", examples=["https://example.com/a.png"]),
+    ] = None
 
 
 class MultimodalParams(msgspec.Struct):
@@ -70,15 +73,22 @@ class NativeParameters(msgspec.Struct, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None, Meta(description="-1: all; never 0")] = None
     ignore_eos: bool | None = None
-    max_new_tokens: Annotated[_Positive | None, Meta(description="16 by default; must fit behind the prompt")] = None
+    max_new_tokens: Annotated[
+        _Positive | None, Meta(description="16 by default; must fit behind the prompt", examples=[64])
+    ] = None
     min_new_tokens: Annotated[_Positive | None, Meta(description="tokens at least, the one that ends it included")] = (
         None
     )
     stop_sequences: Annotated[
         str | list[str | list[_TokenId]] | None,
-        Meta(description=f"up to {MAX_STOP_SEQUENCES} texts or rows of tokens that end the answer, and stay in it"),
+        Meta(
+            description=f"up to {MAX_STOP_SEQUENCES} texts or rows of tokens that end the answer, and stay in it",
+            examples=[["\n\n"]],
+        ),
     ] = None
-    regular_constraint: Annotated[str | None, Meta(description="a regular expression of the whole answer")] = None
+    regular_constraint: Annotated[
+        str | None, Meta(description="a regular expression of the whole answer", examples=["yes|no"])
+    ] = None
     guided_grammar: Annotated[str | None, Meta(description="a context-free grammar")] = None
     guided_json: Annotated[str | dict[str, Any] | None, Meta(description="a JSON schema, as text or as it is")] = None
     allowed_token_ids: list[_TokenId] | None = None
@@ -95,12 +105,12 @@ class NativeParameters(msgspec.Struct, kw_only=True):
         Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None,
         Meta(description="the same seed gives the same answer; -1: draw one"),
     ] = None
-    exponential_decay_length_penalty: Any = None
-    input_penalty: Any = None
-    image_max_patch_num: Any = None
-    group_request_id: Any = None
-    suggested_dp_index: Any = None
-    move_kv_to_decode_node: Any = None
+    exponential_decay_length_penalty: Annotated[Any, Meta(description="refused, unless it changes nothing")] = None
+    input_penalty: Annotated[Any, Meta(description="refused, unless it changes nothing")] = None
+    image_max_patch_num: Annotated[Any, Meta(description="refused, unless it changes nothing")] = None
+    group_request_id: Annotated[Any, Meta(description="refused, unless it changes nothing")] = None
+    suggested_dp_index: Annotated[Any, Meta(description="refused, unless it changes nothing")] = None
+    move_kv_to_decode_node: Annotated[Any, Meta(description="refused, unless it changes nothing")] = None
     stop: Annotated[str | list[str] | None, Meta(description="TGI's name of stop_sequences")] = None
     details: bool | UnsetType | None = UNSET
     decoder_input_details: bool | UnsetType | None = UNSET
@@ -176,7 +186,10 @@ def _is_no_decay(value: Any) -> bool:
 class NativeRequest(msgspec.Struct):
     """`POST /generate` and `/generate_stream` of LightLLM."""
 
-    inputs: Annotated[str | list[_TokenId], Meta(description="the prompt as it is, markers for pictures included")]
+    inputs: Annotated[
+        str | list[_TokenId],
+        Meta(description="the prompt as it is, markers for pictures included", examples=["What is AI?"]),
+    ]
     parameters: NativeParameters | None = None
     multimodal_params: MultimodalParams | None = None
     stream: Annotated[bool | None, Meta(description="for POST /, which is both endpoints")] = None
