@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
+import uvloop
 
+from epd.bench.process_usage import cpu_s, resident_bytes
 from epd.bench.proxy import ProxyBench, ProxyFigures, RequestFigures, Side, format_proxy_figures, run_proxy_bench
 from epd.bench.proxy_streams import BodyFigures, StreamFigures
 from epd.bench.transfer import TransferFigures, format_transfer_figures, run_transfer_bench
@@ -34,29 +38,28 @@ async def test_sizes_are_whole_rows() -> None:
 
 
 def test_the_commands_print_their_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    """They run on uvloop, whose transports are not asyncio's."""
     assert main(["bench", "transfer", "--sizes", "4,64"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 6
-    small = ["--requests", "4", "--concurrency", "2", "--output-tokens", "3", "--streams", "3", "--seconds", "1"]
-    assert main(["bench", "proxy", *small, "--body-mib", "1"]) == 0
-    assert "| streamed " in capsys.readouterr().out
     assert main(["bench", "transfer", "--sizes", "much"]) == 2
     assert main(["bench", "proxy", "--requests", "0"]) == 2
 
 
-async def test_proxy_against_the_bare_server() -> None:
+def test_proxy_against_the_bare_server() -> None:
+    """On uvloop, as the command runs it: its transports are not asyncio's."""
     bench = ProxyBench(requests=8, concurrency=4, output_tokens=5, rounds=2, streams=3, seconds=1, body_mib=1)
-    figures = await run_proxy_bench(bench)
+    figures = uvloop.run(run_proxy_bench(bench))
     assert [one.tokens for one in figures.requests] == [1, 5]
     for one in figures.requests:
         assert one.requests == len(one.front.alone_ms) == len(one.bare.alone_ms) == 8
         assert min(*one.front.alone_ms, *one.bare.alone_ms, one.front.busy_s, one.bare.busy_s) > 0
+        assert min(one.front.cpu_s, one.bare.cpu_s, one.front.worker_cpu_s) > 0
     assert [(one.streams, one.tokens) for one in figures.streams] == [(3, 3 * 200), (3, 3 * 20)]
     for stream in figures.streams:
         assert 3 <= stream.events <= stream.tokens
         assert stream.duration_s >= 0.9  # the worker keeps its pace
     assert figures.body.mib == pytest.approx(1.0, rel=0.1)
     assert min(figures.body.answer_ms, figures.body.gap_ms, figures.body.quiet_gap_ms) > 0
+    assert "| streamed " in format_proxy_figures(figures)
 
 
 async def test_a_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -78,3 +81,19 @@ def test_tables() -> None:
     assert cells(open_ones, 2)[7:] == ["1.0", "2.0", "3.0", "–"]
     assert "60 MiB" in tables
     assert "was 40 ms; before, 6 ms" in tables
+
+
+def test_what_a_process_has_used() -> None:
+    before = cpu_s(os.getpid())
+    assert before is not None
+    until = time.process_time() + 0.02
+    while time.process_time() < until:
+        pass
+    after = cpu_s(os.getpid())
+    assert after is not None
+    assert 0.02 <= after - before < 1.0
+    resident = resident_bytes(os.getpid())
+    assert resident is not None
+    assert resident > 1 << 20
+    assert cpu_s(1 << 22) is None
+    assert resident_bytes(1 << 22) is None
