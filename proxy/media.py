@@ -13,7 +13,7 @@ import io
 import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,14 +195,17 @@ def parse_data_url(url: str, max_bytes: int) -> bytes:
     head = _DATA_URL.match(url)
     if head is None:
         raise InvalidImage("The data: URL has no comma; write data:image/png;base64,<data>.")
-    payload = url[head.end() :]
     is_base64 = head[1].rpartition(";")[2].strip().lower() == "base64"
     # Nine bytes can't make less than one, whichever way they are written.
-    if len(payload) > 9 * max_bytes:
+    if len(url) - head.end() > 9 * max_bytes:
         raise RequestTooLarge(f"The image is larger than {max_bytes} bytes.")
-    data = unquote_to_bytes(payload) if not is_base64 or "%" in payload else payload.encode("utf-8", "replace")
-    if is_base64:
-        data = _strict_base64(data)
+    if is_base64 and "%" not in url:
+        data = _strict_base64(url[at : at + _PIECE].encode("utf-8", "replace") for at in _places(url, head.end()))
+    elif is_base64:
+        text = unquote_to_bytes(url[head.end() :])
+        data = _strict_base64(text[at : at + _PIECE] for at in _places(text))
+    else:
+        data = unquote_to_bytes(url[head.end() :])
     if not data:
         raise InvalidImage("The data: URL is empty.")
     if len(data) > max_bytes:
@@ -210,24 +213,29 @@ def parse_data_url(url: str, max_bytes: int) -> bytes:
     return data
 
 
-def _strict_base64(text: bytes) -> bytes:
+def _places(text: str | bytes, start: int = 0) -> range:
+    """Where its pieces begin."""
+    return range(start, len(text), _PIECE)
+
+
+def _strict_base64(pieces: Iterable[bytes]) -> bytes:
     """Python's lenient decoder skips what it does not know and returns something else than was meant.
 
-    In pieces, between which other threads get their turn: as one call it would stop all streams while it runs.
+    Takes small pieces, after each of which other threads get their turn: as one call it would stop all streams.
     """
     decoded: list[bytes] = []
     left, is_over = b"", False
-    for start in range(0, len(text), _PIECE):
-        piece = left + text[start : start + _PIECE].translate(None, _BLANKS)
-        end = len(piece) - len(piece) % 4
-        piece, left = piece[:end], piece[end:]
-        if piece and is_over:
+    for piece in pieces:
+        text = left + piece.translate(None, _BLANKS)
+        end = len(text) - len(text) % 4
+        text, left = text[:end], text[end:]
+        if text and is_over:
             raise _no_base64()
         try:
-            decoded.append(binascii.a2b_base64(piece, strict_mode=True))
+            decoded.append(binascii.a2b_base64(text, strict_mode=True))
         except binascii.Error as error:
             raise _no_base64() from error
-        is_over = is_over or piece.endswith(b"=")
+        is_over = is_over or text.endswith(b"=")
         time.sleep(0)
     if left:
         raise _no_base64()

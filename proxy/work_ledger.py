@@ -37,7 +37,6 @@ class _Item:
     ahead: float
     """Units that the worker had at hand when it was sent."""
     content: str
-    begun: bool = False
 
 
 class WorkLedger:
@@ -58,8 +57,10 @@ class WorkLedger:
     def reset(self) -> None:
         """The worker is gone, and all that it had at hand."""
         self._items: dict[Hashable, _Item] = {}
-        self._mine: int | None = None
-        """What `reported_mine` was when it was counted last; None: it may have changed."""
+        self._waiting: dict[Hashable, _Item] = {}
+        """Those of them that have not begun: few, where many streams are open."""
+        self.reported_mine = 0
+        """Requests of this proxy that the report covers and that are not answered yet."""
         self._contents: Counter[str] = Counter()
         self._reported = Load()
         self._reported_sequence = 0
@@ -76,9 +77,10 @@ class WorkLedger:
             sequence: of the last ping that was sent before.
             content: content key, of a picture.
         """
-        ahead = self.foreign * units + sum(item.units for item in self._items.values() if not item.begun)
-        self._items[key] = _Item(units, sequence, self._clock(), ahead, content)
-        self._mine = None
+        self.ended(key)
+        ahead = self.foreign * units + sum(item.units for item in self._waiting.values())
+        self._items[key] = self._waiting[key] = item = _Item(units, sequence, self._clock(), ahead, content)
+        self.reported_mine += self._is_covered(item)
         if content:
             self._contents[content] += 1
 
@@ -89,10 +91,9 @@ class WorkLedger:
             key: of the request.
             units: what it was in truth, such as without tokens from the prefix cache; 0 teaches nothing.
         """
-        item = self._items.get(key)
-        if item is None or item.begun:
+        item = self._waiting.pop(key, None)
+        if item is None:
             return
-        item.begun = True
         done = item.units if units is None else units
         if done > 0 and (self._is_serial or not item.ahead):
             self._observed_ms = _MEMORY * self._observed_ms + (self._clock() - item.sent) * 1000
@@ -101,8 +102,11 @@ class WorkLedger:
     def ended(self, key: Hashable) -> None:
         """The request left the worker, one way or another."""
         item = self._items.pop(key, None)
-        self._mine = None
-        if item is not None and item.content:
+        if item is None:
+            return
+        self._waiting.pop(key, None)
+        self.reported_mine -= self._is_covered(item)
+        if item.content:
             self._contents[item.content] -= 1
             if not self._contents[item.content]:
                 del self._contents[item.content]
@@ -111,7 +115,11 @@ class WorkLedger:
         """The worker's answer to the ping of that sequence; 0 when no ping asked for it: the last order stands."""
         self._reported, self._reported_at = _usable(load), self._clock()
         self._reported_sequence = max(sequence, self._reported_sequence)
-        self._mine = None
+        self.reported_mine = sum(map(self._is_covered, self._items.values()))
+
+    def _is_covered(self, item: _Item) -> bool:
+        """Whether the report counts it."""
+        return item.after < self._reported_sequence
 
     # -- what follows ------------------------------------------------------------------------------------------------
 
@@ -123,13 +131,6 @@ class WorkLedger:
         """Content key of a request in hand; empty for prompts and requests that are not."""
         item = self._items.get(key)
         return item.content if item is not None else ""
-
-    @property
-    def reported_mine(self) -> int:
-        """Requests of this proxy that the report covers and that are not answered yet."""
-        if self._mine is None:
-            self._mine = sum(item.after < self._reported_sequence for item in self._items.values())
-        return self._mine
 
     @property
     def foreign(self) -> int:
@@ -157,8 +158,8 @@ class WorkLedger:
         """Predicted time until all work at hand is done; of use only when `rate` is known."""
         elapsed_ms = (self._clock() - self._reported_at) * 1000
         left = max(0.0, self._reported.work_ms * self._correction - elapsed_ms)
-        since = [i for i in self._items.values() if i.after >= self._reported_sequence and not i.begun]
-        return left + rivals * self.rate * sum(item.units for item in since)
+        since = sum(item.units for item in self._waiting.values() if not self._is_covered(item))
+        return left + rivals * self.rate * since
 
 
 def _usable(load: Load) -> Load:

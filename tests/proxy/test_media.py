@@ -7,6 +7,7 @@ import base64
 import contextlib
 import ipaddress
 import os
+import random
 import socket
 import struct
 import zlib
@@ -76,6 +77,24 @@ def test_malformed_data_urls(url: str) -> None:
 def test_data_urls_over_the_limit(url: str) -> None:
     with pytest.raises(RequestTooLarge):
         parse_data_url(url, 100)
+
+
+@pytest.mark.parametrize("blanks", ["", " ", "\n\t"])
+def test_large_data_urls_are_read_in_pieces(blanks: str) -> None:
+    data = random.Random(0).randbytes(400_001)
+    text = base64.b64encode(data).decode()
+    lines = blanks.join(text[start : start + 76] for start in range(0, len(text), 76))
+    assert parse_data_url(f"data:image/png;base64,{lines}", 1 << 20) == data
+    escaped = text.replace("+", "%2B").replace("=", "%3D")
+    assert parse_data_url(f"data:image/png;base64,{escaped}", 1 << 20) == data
+
+
+@pytest.mark.parametrize("place", [0, 131_070, 131_072, 200_001])
+@pytest.mark.parametrize("wrong", ["=", "-", "日"])
+def test_what_is_wrong_is_found_in_every_piece(place: int, wrong: str) -> None:
+    text = base64.b64encode(random.Random(0).randbytes(300_000)).decode()
+    with pytest.raises(InvalidImage, match="base64"):
+        parse_data_url(f"data:image/png;base64,{text[:place]}{wrong}{text[place + 1 :]}", 1 << 20)
 
 
 # -- headers -----------------------------------------------------------------------------------------------------------
