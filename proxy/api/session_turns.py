@@ -28,7 +28,7 @@ from proxy.answer import Answer, TextOptions
 from proxy.api.answering import tell, with_grammar
 from proxy.api.dialect import Dialect, Head, News
 from proxy.api.http import Client
-from proxy.api.openai_prompt import messages_of
+from proxy.api.openai_prompt import count_parts, messages_of
 from proxy.api.openai_responses import PromptTokensDetails, Usage
 from proxy.api.openai_sampling import check_supported, sampling_of, text_options_of
 from proxy.api.openai_schema import ChatRequest
@@ -111,6 +111,7 @@ async def answer_turn(client: Client, sessions: Sessions, model: ServedModel, as
     body = asked.body
     _check(body)
     options, sampling = text_options_of(body, model), sampling_of(body, model)
+    model.check_context(count_parts(body), None)
     messages, sources = messages_of(body)
     _check_pictures(sources, model, asked)
     model.require(images=bool(sources))
