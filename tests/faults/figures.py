@@ -41,6 +41,8 @@ class Row:
     problems: list[str] = field(default_factory=list)
     """Beside the traffic: a leak, an exit code, a cluster that did not become healthy."""
     note: str = ""
+    refusals: dict[str, int] = field(default_factory=dict)
+    """Reason → tries that were refused for it."""
     slowest: list[str] = field(default_factory=list)
     """The longest waits, to look for in the logs."""
 
@@ -89,6 +91,7 @@ def make_row(title: str, outcomes: Sequence[Outcome], at: Moments, problems: Seq
         recovery_s=recovery,
         problems=[*unwell, *problems],
         note=note,
+        refusals=dict(Counter(reason[:160] for one in after for _, reason in one.refusals).most_common()),
         slowest=_slowest(after, at),
     )
 

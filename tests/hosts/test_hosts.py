@@ -10,6 +10,7 @@ import asyncio
 import base64
 import dataclasses
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -130,15 +131,20 @@ def test_they_find_each_other_under_addresses_that_others_can_dial(site: Site) -
 
 
 def test_a_stranger_on_the_network_is_turned_away_and_counted(site: Site) -> None:
+    told = f"turned {site.hosts['client'].address} away"
+
     def knock() -> None:
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
             socket.linger = 0
             socket.connect(site.cluster.address("pd0"))
             socket.send_multipart(codec.encode(Ping(sequence=1)))
-            assert not socket.poll(300), "it was answered"
+            deadline = time.monotonic() + NOTICED_WITHIN_S
+            # It knocks again and again. A busy worker may look only when the stranger has gone, and then can't say who.
+            while told not in site.cluster.processes["pd0"].log_text():
+                assert not socket.poll(300), "it was answered"
+                assert time.monotonic() < deadline, site.cluster.processes["pd0"].log_text()
 
     site.hosts["client"].call(knock)
-    assert f"turned {site.hosts['client'].address} away" in site.cluster.processes["pd0"].log_text()
 
 
 @pytest.mark.parametrize("lost", ["pd0", "encoder0"])
