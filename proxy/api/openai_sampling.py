@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_ANSWERS = 2048
+MAX_STOP_CHARACTERS = 4096
+"""Of one stop string: an answer is compared with its beginnings at each token."""
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARACTERS = 256
@@ -122,7 +124,7 @@ def stop_strings(asked: str | Sequence[str] | None, model: ServedModel, field: s
     """The stop strings of a request, which has them in that field.
 
     Raises:
-        InvalidRequest: too many, or an empty one.
+        InvalidRequest: too many, an empty one, or one that is very long.
     """
     stops = (asked,) if isinstance(asked, str) else tuple(asked or ())
     limit = model.config.max_stop_strings
@@ -130,6 +132,8 @@ def stop_strings(asked: str | Sequence[str] | None, model: ServedModel, field: s
         raise InvalidRequest(f"{field}: {len(stops)} strings; at most {limit}.", param=field)
     if "" in stops:
         raise InvalidRequest(f"{field}: a string is empty; remove it.", param=field)
+    if any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
+        raise InvalidRequest(f"{field}: a string has more than {MAX_STOP_CHARACTERS} characters.", param=field)
     return stops
 
 

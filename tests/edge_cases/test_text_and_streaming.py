@@ -93,7 +93,7 @@ def test_e04_several_stop_strings(stops: list[str], said: str, told: str) -> Non
 
 
 async def test_e04_stop_strings_that_are_none(cluster: Cluster) -> None:
-    no_stops: list[Any] = ["", ["a", ""], ["x"] * 17, [5], {}]
+    no_stops: list[Any] = ["", ["a", ""], ["x"] * 17, "x" * 5000, [5], {}]
     for stop in no_stops:
         status, _, param = error_of(await cluster.chat("x", stop=stop))
         assert (status, (param or "").partition("[")[0]) == (400, "stop")
