@@ -162,8 +162,6 @@ async def tool_side_of(request: ChatRequest, model: ServedModel) -> ToolSide:
         )
     added_ids = model.tokenizer.added_ids
     marker_ids = {added_ids[marker] for marker in family.markers if marker in added_ids}
-    tokens = {literal: token for literal, token in added_ids.items() if token not in model.tokenizer.special_ids}
-    tokens |= {marker: added_ids[marker] for marker in family.markers if marker in added_ids}
     form = await _form_beside_calls(request, use, model)
     follows = use.choice is not Choice.AUTO or form is not None or any(one.strict for one in use.callable)
     return ToolSide(
@@ -173,7 +171,7 @@ async def tool_side_of(request: ChatRequest, model: ServedModel) -> ToolSide:
             shown_ids=model.tokenizer.special_ids & marker_ids,
             ends_with_calls=use.choice is not Choice.NAMED,
         ),
-        enforced=await _checked_grammar(enforced(use, family, tokens, form), use, model) if follows else None,
+        enforced=await _checked_grammar(enforced(use, family, added_ids, form), use, model) if follows else None,
         is_deprecated=use.is_deprecated,
     )
 
