@@ -242,7 +242,7 @@ class _Edge:
             if message["type"] == "http.response.start":
                 outcome.status = message["status"]
                 # Its body may have named it.
-                message.setdefault("headers", []).append((b"x-request-id", REQUEST_ID.get().encode()))
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", REQUEST_ID.get().encode())]
             await send(message)
 
         try:

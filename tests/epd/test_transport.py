@@ -74,6 +74,61 @@ async def test_question_and_answer(router: Router, address: str) -> None:
         assert await dealer.receive() == (Ping(sequence=2), [])
 
 
+async def test_what_comes_while_others_send_is_heard(router: Router, address: str) -> None:
+    """Sending takes libzmq's signals too: whoever waits to receive must hear of them all the same."""
+    router.bind()
+    count = 2000
+
+    async def answer() -> None:
+        for _ in range(count):
+            peer, message, _ = await router.receive()
+            await router.send(peer, message)
+
+    with contextlib.closing(await connect(address)) as dealer:
+
+        async def ask() -> None:
+            for sequence in range(count):
+                await dealer.send(Ping(sequence=sequence))
+                if sequence % 7 == 0:
+                    await asyncio.sleep(0)
+
+        async def hear() -> list[int]:
+            heard = []
+            for _ in range(count):
+                message, _ = await dealer.receive()
+                assert isinstance(message, Ping)
+                heard.append(message.sequence)
+            return heard
+
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            group.create_task(answer())
+            heard = group.create_task(hear())
+            group.create_task(ask())
+        assert heard.result() == list(range(count))
+
+
+async def test_one_who_never_waits_lets_others_have_their_turn(router: Router, address: str) -> None:
+    router.bind()
+    with contextlib.closing(await connect(address)) as dealer:
+        for sequence in range(500):
+            await dealer.send(Ping(sequence=sequence))
+        turns = 0
+
+        async def count_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count_turns())
+        await router.receive()  # all others are there, or follow without a pause
+        before = turns
+        for _ in range(499):
+            await router.receive()
+        counting.cancel()
+        assert turns > before + 5
+
+
 async def test_a_dealer_waits_for_a_router_that_comes_later(router: Router, address: str) -> None:
     with contextlib.closing(await connect(address)) as dealer:
         sending = asyncio.create_task(dealer.send(Ping(sequence=1)))
