@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from epd.errors import ErrorInfo
+from epd.errors import ErrorInfo, HandedOver
 from epd.messages import Load
 from epd.types import FinishReason, GrammarKind
 from tests.proxy.conftest import Cluster, ClusterFactory, eventually
@@ -340,6 +340,28 @@ async def test_a_stream_that_fails_ends_with_a_frame_that_says_so(cluster: Clust
     assert (last["finished"], last["finish_reason"]) == (True, "error")
     assert last["error"]["message"] == "It is broken."
     assert last["token"]["text"] == ""
+
+
+async def test_a_stream_that_another_worker_goes_on_with_has_each_token_once(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(pds=2, answer="hé🙂, ok")
+    answer = cluster.pd.answer
+
+    async def leave_in_a_character(received: Received) -> None:
+        others = received.request.resume_token_ids
+        if not others:
+            await received.send(*answer[:4])
+            await received.send(finish=FinishReason.ERROR, error=HandedOver("The worker leaves.").to_info())
+        else:
+            *tokens, last = answer[len(others) :]
+            await received.send(*tokens)
+            await received.send(last, finish=FinishReason.STOP)
+
+    for pd in cluster.pds:
+        pd.script = leave_in_a_character
+    found = frames(await post(cluster, "/generate_stream"))
+    assert [frame["token"]["id"] for frame in found] == list(answer)
+    assert "".join(frame["token"]["text"] for frame in found) == "hé🙂, ok"
+    assert [frame["token"]["count_output_tokens"] for frame in found] == list(range(1, len(answer) + 1))
 
 
 async def test_several_samples_are_not_streamed(cluster: Cluster) -> None:
