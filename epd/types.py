@@ -117,6 +117,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     max_tokens: int | None = None
     """Tokens to generate at most; None: what is left of the context."""
+    fits_context: bool = False
+    """Where so many do not fit, generate what is left of the context, instead of refusing the request."""
     min_tokens: int = 0
     """End-of-sequence and stop tokens are masked out until so many tokens were generated."""
     temperature: float = 1.0

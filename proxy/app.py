@@ -41,6 +41,7 @@ from proxy.api import (
     openai,
     operations,
     profiling,
+    responses,
     score,
     server_info,
     tokenize,
@@ -59,6 +60,7 @@ log = logging.getLogger(__name__)
 
 _DIALECTS = (
     openai,
+    responses,
     generate,
     lightllm,
     lmdeploy,

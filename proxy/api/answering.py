@@ -47,6 +47,7 @@ async def answer_chat(
     arrived: float,
     dialect_of: Callable[[Head, Wanted], Dialect] = ChatDialect,
     id_prefix: str = "chatcmpl",
+    fits_context: bool = False,
 ) -> Sequence[Answer]:
     """Answer a conversation.
 
@@ -57,6 +58,7 @@ async def answer_chat(
         arrived: `time.perf_counter()` when it came.
         dialect_of: makes what words the answer.
         id_prefix: of the answer's id.
+        fits_context: a limit of tokens that do not fit into the context is as good as none.
 
     Returns:
         The samples as they were told.
@@ -66,6 +68,8 @@ async def answer_chat(
     """
     check_supported(body)
     options, sampling = text_options_of(body, model), sampling_of(body, model)
+    if fits_context:
+        sampling = msgspec.structs.replace(sampling, fits_context=True)
     model.check_context(count_parts(body), None)
     messages, sources = messages_of(body, has_short_ids=model.has_short_call_ids)
     if sources and model.image_token_id is None:
@@ -77,7 +81,7 @@ async def answer_chat(
             side = await tool_side_of(body, model)
             sampling = await _with_form(model, body, side, sampling)
             prompt = await _chat_prompt(model, body, messages, side, sampling.max_tokens)
-            model.check_context(len(prompt.token_ids), sampling.max_tokens)
+            model.check_context(len(prompt.token_ids), None if fits_context else sampling.max_tokens)
             check_prompt_logprobs(sampling, len(prompt.token_ids))
             images = await model.load_images(sources)
         head, counts = Head.new(id_prefix, model.name, model.ref.fingerprint), UsageSoFar()
@@ -261,6 +265,8 @@ def _wanted(model: ServedModel, body: SamplingRequest, work: Work, logprobs: int
 
 def _within_context(model: ServedModel, sampling: SamplingParams, prompt_tokens: int) -> SamplingParams:
     """Bound an open-ended answer by the configured context; workers know only their own."""
-    if sampling.max_tokens is not None or model.config.max_model_len is None:
+    limit, asked = model.config.max_model_len, sampling.max_tokens
+    if limit is None or (asked is not None and not sampling.fits_context):
         return sampling
-    return msgspec.structs.replace(sampling, max_tokens=max(model.config.max_model_len - prompt_tokens, 1))
+    left = max(limit - prompt_tokens, 1)
+    return msgspec.structs.replace(sampling, max_tokens=left if asked is None else min(asked, left))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Protocol
 
 import msgspec
@@ -34,6 +35,11 @@ PING = b": ping\n\n"
 def server_sent(value: Any) -> bytes:
     """One server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events.html) with `value` as JSON."""
     return b"data: %b\n\n" % _encode(value)
+
+
+def named_event(name: str, value: Any) -> bytes:
+    """The same with a name, by which some readers tell events apart."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), _encode(value))
 
 
 class TextEvents:
@@ -69,7 +75,12 @@ class Head:
     def new(cls, prefix: str, model: str, checkpoint: str = "") -> Head:
         """A head with an unguessable id such as `chatcmpl-…`; `checkpoint`: the model's fingerprint."""
         system = f"fp_{checkpoint[:12]}" if checkpoint else None
-        return cls(f"{prefix}-{secrets.token_hex(16)}", int(time.time()), model, system)
+        return cls(unguessable(prefix), int(time.time()), model, system)
+
+
+def unguessable(prefix: str) -> str:
+    """A new id: `chatcmpl-…`, or `resp_…` where the prefix ends with its own `_`."""
+    return f"{prefix}{'' if prefix.endswith('_') else '-'}{secrets.token_hex(16)}"
 
 
 class News(msgspec.Struct, frozen=True):
@@ -93,6 +104,15 @@ class News(msgspec.Struct, frozen=True):
     def is_text_alone(self) -> bool:
         """Whether there is nothing but text, as in most."""
         return self.token_ids is UNSET and not self.shown and not self.calls
+
+    def in_order(self) -> Iterator[str | CallDelta]:
+        """Text and calls, for dialects that tell one after the other: what goes on with a call that was told before
+        stands first."""
+        goes_on = list(takewhile(lambda delta: delta.id is None, self.calls))
+        yield from goes_on
+        if self.text:
+            yield self.text
+        yield from self.calls[len(goes_on) :]
 
 
 class Dialect(Protocol):

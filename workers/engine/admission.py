@@ -55,10 +55,11 @@ def tokens_to_generate(limit: int, num_prompt_tokens: int, sampling: SamplingPar
         return 0
     if sampling.max_tokens is not None and sampling.max_tokens < 0:
         raise InvalidRequest("max_tokens must not be negative.", param="max_tokens")
-    wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
-    if num_prompt_tokens + wanted > limit:
-        raise ContextLengthExceeded.of(limit=limit, prompt=num_prompt_tokens, completion=sampling.max_tokens)
-    return limit - num_prompt_tokens if sampling.max_tokens is None else sampling.max_tokens
+    wanted = None if sampling.fits_context and sampling.max_tokens else sampling.max_tokens
+    if num_prompt_tokens + (1 if wanted is None else wanted) > limit:
+        raise ContextLengthExceeded.of(limit=limit, prompt=num_prompt_tokens, completion=wanted)
+    left = limit - num_prompt_tokens
+    return left if sampling.max_tokens is None else min(sampling.max_tokens, left)
 
 
 def ending_token_ids(info: ModelInfo, sampling: SamplingParams) -> frozenset[int]:

@@ -329,6 +329,16 @@ def test_a_request_that_cannot_be_is_refused_at_the_door(
     assert not engine.has_work()
 
 
+def test_a_limit_that_may_not_fit_is_what_is_left_of_the_context() -> None:
+    engine = fake_engine(FakeRunner())
+    engine.add_request("a", [1] * (CONTEXT - 3), SamplingParams(max_tokens=CONTEXT, fits_context=True, ignore_eos=True))
+    engine.add_request("b", [1], SamplingParams(max_tokens=2, fits_context=True, ignore_eos=True))
+    ended = run(engine)
+    assert {name: len(ended.tokens[name]) for name in "ab"} == {"a": 3, "b": 2}
+    with pytest.raises(ContextLengthExceeded):
+        engine.add_request("c", [1] * CONTEXT, SamplingParams(max_tokens=1, fits_context=True))
+
+
 def test_a_text_model_takes_no_pictures() -> None:
     engine = fake_engine(FakeRunner(), images=False)
     with pytest.raises(InvalidRequest, match="no images"):
