@@ -79,7 +79,7 @@ _DIALECTS = (
 _ERROR_WORDS = {unified.PATH: unified.error_words}
 """Endpoints whose errors have a shape of their own, whoever raises them."""
 
-_YOUNG_OBJECTS = 10_000
+_YOUNG_OBJECTS = 5000
 """A request makes several hundred, hardly any of them in cycles: to look after each one takes a tenth of its time."""
 _LAST_WORDS_S = 5
 """Clients have so long to take the ends of their answers when the time for draining is over."""

@@ -150,7 +150,8 @@ class Attempt:
         await self.pd.abort(*(sample.request_id for sample in samples))
 
     async def stop(self) -> None:
-        """Stop all that still runs."""
+        """Stop all that still runs. Nothing is heard of it afterwards."""
         await self.abort(*(sample for sample in self.samples if not sample.finished))
         if self.encoding is not None:
             await self.encoding.stop()
+            self.encoding.forget_listeners()

@@ -62,9 +62,10 @@ class Encoding:
         self._limits = limits
         self._timings = timings
         self._is_patient = is_patient
-        self.on_failure: Callable[[EPDError], None] = lambda _: None
-        self.on_retry: Callable[[Trouble], None] = lambda _: None
+        self.on_failure: Callable[[EPDError], None]
+        self.on_retry: Callable[[Trouble], None]
         """Called when a picture goes to another encoder, with the reason."""
+        self.forget_listeners()
         self.held = pd.pictures.use(picker.keys)
         """Content keys that the PD should hold, so that no encoder is asked."""
         self.is_moot = False
@@ -101,6 +102,10 @@ class Encoding:
         self.is_moot = True
         for key in self._picker.keys:
             self._pd.pictures.remember(key)
+
+    def forget_listeners(self) -> None:
+        """Nobody wants to hear any more: they hold this, and it must not hold them and the pictures with them."""
+        self.on_failure, self.on_retry = _ignore, _ignore
 
     async def stop(self) -> None:
         """Nobody needs the pictures any more."""
@@ -216,3 +221,7 @@ class Encoding:
 
     def _time_left(self) -> float:
         return self._work.arrived + self._work.timeout_s - time.perf_counter()
+
+
+def _ignore(_: object) -> None:
+    pass

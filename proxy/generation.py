@@ -160,6 +160,13 @@ class Generation:
             # What it lost a moment ago may still be in hand there.
             await attempt.abort(*(sample for sample in self._samples if not sample.finished))
             await attempt.stop()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of all that holds this in turn: pictures are not to wait in memory until Python looks for cycles."""
+        self._attempts.clear()
+        for sample in self._samples:
+            sample.attempt = None
 
     async def settle(self, timeout_s: float) -> None:
         """Wait a moment for what encoders report: their results may come after the tokens that they made possible."""

@@ -50,6 +50,10 @@ class TimeLimit:
             raise TimeoutError from error
 
 
+def _nothing() -> None:
+    pass
+
+
 class Alarm:
     """One timer for many waits of which nearly all end early: it is not moved until it goes off.
 
@@ -78,8 +82,8 @@ class Alarm:
         self._due = None
 
     def stop(self) -> None:
-        """No more waits."""
-        self._due = None
+        """No more waits. Lets go of who was called: often the one who holds the alarm."""
+        self._due, self._ring = None, _nothing
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

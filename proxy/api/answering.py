@@ -191,6 +191,8 @@ async def tell(
             counts.count = teller.usage
         return await teller.tell(client, stream=stream)
     finally:
+        if counts is not None:
+            counts.count = None
         await model.dispatcher.close(generation)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Any
 
@@ -9,8 +10,9 @@ import httpx
 import pytest
 
 from epd.types import FinishReason
+from proxy.media import LoadedImage
 from proxy.tokenizer import Tokenizer
-from tests.proxy.conftest import Cluster, ClusterFactory, ask, png
+from tests.proxy.conftest import Cluster, ClusterFactory, ask, eventually, png
 from tests.proxy.fakes import Received
 
 
@@ -230,3 +232,17 @@ async def test_low_detail_bounds_the_pixels(cluster: Cluster) -> None:
     bounds = {picture.request.max_pixels for picture in cluster.encoder.pictures}
     assert bounds == {512 * 512, None}
     assert len(cluster.encoder.pictures) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_pictures_are_let_go_with_the_answer(cluster: Cluster, stream: bool) -> None:
+    """They must not wait until Python looks for cycles, which it does by counting objects, not bytes."""
+    await cluster.chat("what is this?", png(), stream=stream)
+    gc.collect()
+    gc.disable()
+    try:
+        response = await cluster.chat("what is this?", png(), png("blue"), stream=stream)
+        assert response.status_code == 200
+        await eventually(lambda: not any(isinstance(one, LoadedImage) for one in gc.get_objects()))
+    finally:
+        gc.enable()
