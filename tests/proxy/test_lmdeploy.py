@@ -294,6 +294,7 @@ class Held:
         self.go_on = asyncio.Event()
         self._answer = answering(tokenizer, " world")
         self._begin = tokenizer.encode("hello")
+        self._begun = self._count_begun()
         cluster.pd.script = self._script
 
     async def _script(self, received: Received) -> None:
@@ -302,7 +303,12 @@ class Held:
         await self._answer(received)
 
     async def started(self) -> None:
-        await eventually(lambda: self.cluster.pd.received)
+        """Its first tokens are at the proxy."""
+        await eventually(lambda: self._count_begun() > self._begun)
+
+    def _count_begun(self) -> int:
+        models = self.cluster.service.metrics.models.values()
+        return sum(one.time_to_first_token.snapshot().count for one in models)
 
 
 async def test_two_turns_of_a_session_at_once(cluster: Cluster, tokenizer: Tokenizer) -> None:
