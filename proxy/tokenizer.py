@@ -17,6 +17,8 @@ from proxy.byte_level import REPLACEMENT, ByteDetokenizer, ByteTable
 
 _CONTEXT = 8
 """Tokens that decide how the next one is read: more than a character has bytes."""
+_LONG = 4096
+"""Characters, or tokens, from which the library's calls for many texts are used: they let other threads go on."""
 
 
 class Tokenizer:
@@ -61,8 +63,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; literals of added tokens in it become those tokens."""
-        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
-        return list(encoding.ids)
+        return self._encode(text, len(text), add_special_tokens)
 
     def _find_around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         probe = self.backend.encode("a", add_special_tokens=True)
@@ -73,11 +74,21 @@ class Tokenizer:
 
     def encode_pair(self, first: str, second: str) -> list[int]:
         """Token ids of two texts in one sequence, with what the tokenizer puts around and between them."""
-        return list(self.backend.encode(first, second).ids)
+        return self._encode((first, second), len(first) + len(second), True)
+
+    def _encode(self, text: str | tuple[str, str], size: int, add_special_tokens: bool) -> list[int]:
+        if size < _LONG:
+            first, second = text if isinstance(text, tuple) else (text, None)
+            return list(self.backend.encode(first, second, add_special_tokens=add_special_tokens).ids)
+        (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence."""
-        return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        if len(token_ids) < _LONG:
+            return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        (text,) = self.backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)
+        return str(text)
 
     def token_id(self, literal: str) -> int | None:
         """The id of a token by its exact text."""

@@ -103,7 +103,9 @@ async def _tokenize(client: Client, model: ServedModel, body: TokenizeRequest, a
                 tokens = await _of_text(
                     model, body.prompt or "", add_special_tokens=body.add_special_tokens is not False
                 )
-    names = _names(model, tokens) if body.return_token_strs else None
+            names = None
+            if body.return_token_strs:
+                names = await model.off_loop_if_large(len(tokens), lambda: _names(model, tokens))
     await client.reply(Tokens(len(tokens), model.max_model_len, tokens, names))
 
 

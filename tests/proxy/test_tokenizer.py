@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,53 @@ def test_bytes_give_what_the_library_gives(tokenizer: Tokenizer, skip: bool) -> 
         ]
         fresh = Detokenizer(tokenizer, skip_special_tokens=skip)
         assert fresh.push(token_ids) + fresh.flush() == tokenizer.decode(token_ids, skip_special_tokens=skip)
+
+
+@pytest.fixture
+def threads_change_where_they_let_go_alone() -> Iterator[None]:
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.usefixtures("threads_change_where_they_let_go_alone")
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda one, text: one.encode(text),
+        lambda one, text: one.encode_pair("Hello!", text),
+        lambda one, text: one.decode([5] * len(text)),
+    ],
+    ids=["encode", "encode_pair", "decode"],
+)
+def test_others_go_on_beside_long_texts(tokenizer: Tokenizer, work: Callable[[Tokenizer, str], object]) -> None:
+    """The event loop is one of them."""
+    go, has_run = threading.Event(), threading.Event()
+
+    def wait_and_run() -> None:
+        go.wait()
+        has_run.set()
+
+    other = threading.Thread(target=wait_and_run)
+    other.start()
+    text = "hello world " * 20_000
+    go.set()
+    for _ in range(20):  # a busy host may let it wait
+        work(tokenizer, text)
+        if has_run.is_set():
+            break
+    assert has_run.is_set()
+    other.join()
+
+
+def test_long_texts_have_the_tokens_of_their_pieces(tokenizer: Tokenizer) -> None:
+    lines = [f"{text}\n" for text in TEXTS] * 100
+    whole = tokenizer.encode("".join(lines), add_special_tokens=True)
+    assert whole == tokenizer.backend.encode("".join(lines), add_special_tokens=True).ids
+    assert tokenizer.decode(whole) == tokenizer.backend.decode(whole) == "".join(lines)
+    pair = tokenizer.backend.encode("a", "".join(lines)).ids
+    assert tokenizer.encode_pair("a", "".join(lines)) == pair
 
 
 def byte_fallback(folder: Path) -> Tokenizer:
