@@ -37,6 +37,8 @@ from proxy.api import (
     health,
     lightllm,
     lmdeploy,
+    messages,
+    messages_answer,
     models,
     openai,
     operations,
@@ -61,6 +63,7 @@ log = logging.getLogger(__name__)
 _DIALECTS = (
     openai,
     responses,
+    messages,
     generate,
     lightllm,
     lmdeploy,
@@ -76,7 +79,7 @@ _DIALECTS = (
 )
 """Modules with a `router`, and the structs that it is `DOCUMENTED` with."""
 
-_ERROR_WORDS = {unified.PATH: unified.error_words}
+_ERROR_WORDS = {unified.PATH: unified.error_words} | dict.fromkeys(messages.PATHS, messages_answer.error_words)
 """Endpoints whose errors have a shape of their own, whoever raises them."""
 
 _YOUNG_OBJECTS = 5000

@@ -5,6 +5,7 @@ Encoders know it for every family, from the pixels. This is for counting before 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from PIL import Image
 
 from epd.checkpoint import read_json
 
@@ -38,6 +40,12 @@ def image_tokens_of(model: Path) -> ImageTokens | None:
     except msgspec.ValidationError:
         pass  # settings that are not the family's usual ones
     return None
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Width and height of a picture whose header has been read before, within all limits."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.size
 
 
 def _fixed(tokens: int, _width: int, _height: int) -> int:

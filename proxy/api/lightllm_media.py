@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-
-from PIL import Image
-
 from epd.errors import InvalidRequest
 from proxy.api.lightllm_schema import MultimodalParams, NativeMedium
+from proxy.image_tokens import size_of
 from proxy.media import ImageSource
 from proxy.served_model import ServedModel
 
@@ -59,7 +56,7 @@ async def count_image_tokens(params: MultimodalParams, model: ServedModel) -> in
             "max_new_tokens: 1, whose prompt_tokens counts them.",
             param=f"{_FIELD}.images",
         )
-    sizes += [_size(image.data) for image in await model.load_images(sources)]
+    sizes += [size_of(image.data) for image in await model.load_images(sources)]
     return sum(model.image_tokens(*size) for size in sizes) if model.image_tokens is not None else 0
 
 
@@ -68,9 +65,3 @@ def _given_size(image: NativeMedium) -> tuple[int, int]:
         case [int(width), int(height)] if 0 < width < _LONGEST_SIDE and 0 < height < _LONGEST_SIDE:
             return width, height
     raise InvalidRequest("image_size: want [width, height] in pixels.", param=f"{_FIELD}.images")
-
-
-def _size(data: bytes) -> tuple[int, int]:
-    """Of a picture whose header has been read before, within all limits."""
-    with Image.open(io.BytesIO(data)) as image:
-        return image.size
