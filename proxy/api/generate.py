@@ -19,11 +19,11 @@ from starlette.responses import Response
 
 from epd.errors import InvalidRequest
 from proxy.api import lightllm, lmdeploy, token_native
+from proxy.api.json_body import decode_body
 from proxy.api.lightllm_answer import NativeAnswer, TGIAnswer
 from proxy.api.lightllm_docs import native_documentation
 from proxy.api.lightllm_schema import NativeRequest
 from proxy.api.lmdeploy_schema import LMDeployAnswer, LMDeployRequest
-from proxy.api.openai_schema import decode_body
 from proxy.api.requests import read_request
 from proxy.api.token_native import TokenNativeAnswer
 from proxy.api.token_native_schema import NewLMDeployRequest, SGLangRequest

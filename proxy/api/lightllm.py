@@ -16,13 +16,13 @@ from epd.types import SamplingParams, WorkerRole
 from proxy.api.dialect import Head
 from proxy.api.health import health
 from proxy.api.http import Client, Exchange
+from proxy.api.json_body import decode_body
 from proxy.api.lightllm_answer import NativeAnswer, NativeDialect, StreamFrame, TGIAnswer, TGIDialect
 from proxy.api.lightllm_docs import native_documentation
 from proxy.api.lightllm_errors import naming_native_fields, use_native_errors
 from proxy.api.lightllm_media import count_image_tokens, sources_of
 from proxy.api.lightllm_sampling import grammar_of, sampling_of, text_options_of
 from proxy.api.lightllm_schema import CountRequest, NativeParameters, NativeRequest
-from proxy.api.openai_schema import decode_body
 from proxy.api.raw_answer import RawRequest, answer_raw
 from proxy.api.raw_prompt import raw_prompt
 from proxy.api.requests import deadline, documented, read_request, service_of

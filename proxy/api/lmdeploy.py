@@ -11,9 +11,10 @@ from starlette.responses import Response
 from epd.errors import InvalidRequest
 from proxy.api.dialect import Head
 from proxy.api.http import Exchange
+from proxy.api.json_body import decode_body
 from proxy.api.lmdeploy_answer import INTERACTIVE, OLD, Framing, LMDeployDialect
 from proxy.api.lmdeploy_schema import DEFAULT_OUTPUT_LEN, InteractiveRequest, LMDeployAnswer, LMDeployRequest
-from proxy.api.openai_schema import ContentPart, decode_body
+from proxy.api.openai_schema import ContentPart
 from proxy.api.requests import decoded, documented, service_of
 from proxy.api.session_turns import Asked, Told, answer_turn, session_key, stop_turn
 

@@ -6,17 +6,13 @@ Unknown fields are accepted, as all clients of this dialect expect. What is know
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from epd.errors import InvalidJSON, InvalidRequest
 from proxy.api.openai_fields import Refused
 from proxy.request_context import REQUEST_ID_PATTERN
-
-T = TypeVar("T")
 
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 20
@@ -339,40 +335,3 @@ class CompletionRequest(SamplingRequest, kw_only=True):
             "logprobs": self.logprobs is True,  # a number here
             "stop": self.stop is True,  # there is no session to stop
         }
-
-
-# -- decoding --------------------------------------------------------------------------------------------------------
-
-_AT = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
-_MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
-_decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {}
-"""Kept, because making one takes longer than decoding."""
-
-
-def decode_body(body: bytes, kind: type[T]) -> T:
-    """The request in `body`. Of a key that comes twice the last one counts, as with most readers of JSON.
-
-    Raises:
-        InvalidJSON: not JSON, as which NaN, Infinity and lone surrogates do not count.
-        InvalidRequest: a field of the wrong type or range.
-    """
-    try:
-        if kind not in _decoders:
-            _decoders[kind] = msgspec.json.Decoder(kind)
-        return _decoders[kind].decode(body)  # type: ignore[no-any-return]
-    except msgspec.ValidationError as error:
-        raise _field_error(str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidJSON(
-            f"The body is not valid JSON in UTF-8 ({error}); NaN, Infinity and lone surrogates are not JSON."
-        ) from error
-
-
-def _field_error(text: str) -> InvalidRequest:
-    match = _AT.match(text)
-    what, path = (match["what"], match["path"] or "") if match else (text, "")
-    missing = _MISSING.search(what)
-    if missing:
-        path = f"{path}.{missing['name']}" if path else missing["name"]
-    where = f"{path}: " if path else "The body: "
-    return InvalidRequest(f"{where}{what[:1].lower()}{what[1:]}.", param=path or None)

@@ -13,7 +13,7 @@ from fastapi import Request
 
 from epd.errors import DeadlineExceeded, InvalidRequest
 from proxy.api.http import JSON, read_body
-from proxy.api.openai_schema import decode_body
+from proxy.api.json_body import decode_body
 from proxy.request_context import REQUEST_ID, REQUEST_ID_PATTERN
 from proxy.served_model import ServedModel
 from proxy.service import Service

@@ -226,6 +226,8 @@ async def _get_score(client: Client, model: ServedModel, body: RewardRequest, ar
 
 def _pairs(body: ScoreRequest) -> list[tuple[str, str]]:
     first, second = _listed(body.text_1), _listed(body.text_2)
+    if max(len(first), len(second)) > MAX_INPUTS:
+        raise InvalidRequest(f"{max(len(first), len(second))} pairs; at most {MAX_INPUTS}.", param="text_2")
     if len(first) == 1:
         first = first * len(second)
     if len(first) != len(second):
@@ -234,8 +236,6 @@ def _pairs(body: ScoreRequest) -> list[tuple[str, str]]:
     for field, texts in (("text_1", first), ("text_2", second)):
         if not texts or not all(texts):
             raise InvalidRequest(f"{field} is empty, or one of its texts is.", param=field)
-    if len(first) > MAX_INPUTS:
-        raise InvalidRequest(f"{len(first)} pairs; at most {MAX_INPUTS}.", param="text_2")
     return list(zip(first, second, strict=True))
 
 

@@ -20,10 +20,10 @@ from epd.types import SamplingParams
 from proxy.answer import Answer, Piece, TextOptions
 from proxy.api.dialect import DONE, Head, News, ServerSent, Timings, server_sent
 from proxy.api.http import Exchange
+from proxy.api.json_body import decode_body
 from proxy.api.lightllm_answer import finite
 from proxy.api.openai_responses import Usage
 from proxy.api.openai_sampling import check_token_ids, stop_strings
-from proxy.api.openai_schema import decode_body
 from proxy.api.raw_answer import RawRequest, answer_raw
 from proxy.api.requests import service_of
 from proxy.api.token_native_schema import (

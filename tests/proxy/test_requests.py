@@ -162,6 +162,22 @@ async def test_json_of_another_shape(cluster: Cluster, body: bytes) -> None:
     assert_error(response.json(), 400, code="invalid_request")
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate", "/tokenize", "/v1/score", "/v1/generate"])
+@pytest.mark.parametrize("parts", [b'"x",', b"[],", b"{},"])
+async def test_bodies_of_very_many_parts_are_not_decoded(cluster: Cluster, path: str, parts: bytes) -> None:
+    """Each part would be an object, and nothing else would happen while they are made."""
+    content = b'{"prompt": "x", "stop": [' + parts * (1 << 20) + b"0]}"
+    response = await cluster.http.post(path, content=content, headers=JSON)
+    assert response.status_code == 413
+    assert "parts" in response.json()["message"]
+
+
+@pytest.mark.parametrize("text", ['"' * 1000, "{}[],:" * 1000, "a, b, c" * 300_000])
+async def test_texts_may_have_what_json_is_made_of(cluster: Cluster, text: str) -> None:
+    response = await cluster.http.post("/tokenize", json={"prompt": text[: 1 << 20], "unknown": text})
+    assert response.status_code == 200, response.text
+
+
 GOOD_CHAT: list[dict[str, Any]] = [
     {"messages": [{"role": "system", "content": [{"type": "text", "text": "a"}]}, *HI]},
     {"messages": [{"role": "assistant", "content": None}, *HI]},
