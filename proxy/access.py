@@ -27,7 +27,7 @@ OPEN_PATHS = frozenset(
         *("/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"),
     }
 )
-CONTROL_PATHS = frozenset({"/abort", "/abort_request", "/start_profile", "/stop_profile"})
+CONTROL_PATHS = frozenset({"/abort", "/start_profile", "/stop_profile"})
 """A key that has as many requests in work as it may must still be able to stop some."""
 _ID_LENGTH = 16
 
@@ -56,13 +56,14 @@ class ApiKeys:
             elif name in (b"x-api-key", b"x-admin-key"):
                 given.append(_digest(value.strip()))
         found: str | None = None
+        is_admin = False
         for one in given[:4]:  # more are nobody's mistake
             for digest in self._digests:
                 if hmac.compare_digest(one, digest):
                     found = one.hex()[:_ID_LENGTH]
             if self._admin is not None and hmac.compare_digest(one, self._admin):
-                found = ""
-        return found
+                is_admin = True
+        return "" if is_admin else found
 
 
 def _digest(key: bytes) -> bytes:

@@ -14,7 +14,7 @@ from epd.types import WorkerRole
 from proxy.generation import Generation
 from proxy.metrics import Metrics
 from proxy.model_catalog import ModelRef
-from proxy.request_context import REQUEST_ID, note_model
+from proxy.request_context import KEY_ID, REQUEST_ID, note_model
 from proxy.retries import RetryLimits
 from proxy.timers import TimeLimit
 from proxy.work import Work
@@ -32,6 +32,8 @@ class Preparation:
     def __init__(self, timer: TimeLimit) -> None:
         self.http_id = REQUEST_ID.get()
         """What the client knows the request by."""
+        self.owner = KEY_ID.get()
+        """Whose it is."""
         self.error: EPDError | None = None
         self._timer = timer
 
@@ -108,15 +110,23 @@ class Dispatcher:
         if preparation.error is not None:  # it came too late to stop anything
             raise preparation.error
 
-    def abort(self, ids: Collection[str] | None) -> list[str]:
-        """Stop requests by the ids of their answers or by their X-Request-Id; None: all. Returns those stopped."""
+    def abort(self, ids: Collection[str] | None, owner: str = "") -> list[str]:
+        """Stop requests by the ids of their answers or by their X-Request-Id. Returns those stopped.
+
+        Args:
+            ids: None: all.
+            owner: only those of this API key, as in `KEY_ID`: clients choose names, and others may guess them. Empty:
+                anybody's.
+        """
         error = RequestAborted("The request was aborted by POST /abort.")
-        found = [(request_id, generation.http_id, generation.fail) for request_id, generation in self.active.items()]
-        found += [(one.http_id, one.http_id, one.fail) for one in self._preparing]
+        found: list[tuple[str, Generation | Preparation]] = [*self.active.items()]
+        found += [(one.http_id, one) for one in self._preparing]
         stopped = []
-        for request_id, http_id, fail in found:
-            named = request_id if ids is None or request_id in ids else http_id
-            if (ids is None or (named and named in ids)) and fail(error):
+        for request_id, request in found:
+            if owner not in ("", request.owner):
+                continue
+            named = request_id if ids is None or request_id in ids else request.http_id
+            if (ids is None or (named and named in ids)) and request.fail(error):
                 stopped.append(named)
         return stopped
 

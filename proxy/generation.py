@@ -30,7 +30,7 @@ from proxy.encoding import Encoding
 from proxy.metrics import ModelFigures
 from proxy.picker import Picker
 from proxy.placement import Plan
-from proxy.request_context import REQUEST_ID
+from proxy.request_context import KEY_ID, REQUEST_ID
 from proxy.retries import RetryLimits, Trouble, trouble_of
 from proxy.sample import Sample
 from proxy.timers import Alarm
@@ -50,6 +50,8 @@ class Generation:
         self._figures = figures
         self.http_id = REQUEST_ID.get()
         """What the client knows the request by before there is an answer."""
+        self.owner = KEY_ID.get()
+        """Whose it is."""
         self._pool = pool
         self._limits = limits
         self._picker = Picker(work, pool)

@@ -17,6 +17,7 @@ from epd.types import WorkerRole
 from proxy.api.http import read_body
 from proxy.api.requests import REF, is_admin, service_of
 from proxy.prometheus import expose, wants_prometheus
+from proxy.request_context import KEY_ID
 from proxy.roster_view import cluster_view
 from proxy.worker_connection import PROXY_TO_INSTANCE, PROXY_TTFT, WorkerConnection
 
@@ -43,8 +44,8 @@ async def abort(request: Request) -> JSONResponse:
 
     For all, the admin key is needed, as `Authorization: Bearer KEY` or `X-Admin-Key: KEY`. Only requests of this proxy:
     with several, ask each. They end with the error `aborted` and status 499; encoders and prefill-decode workers drop
-    them, and pictures are loaded no further. The reply names those that were stopped; ids that are not in work are left
-    out.
+    them, and pictures are loaded no further. The reply names those that were stopped; ids that are not in work, or that
+    another API key has, are left out.
     """
     service = service_of(request)
     body = await read_body(request, _MAX_SMALL_BODY_BYTES, service.config.request_timeout)
@@ -55,7 +56,7 @@ async def abort(request: Request) -> JSONResponse:
     if wanted.abort_all:
         _require_admin(request, service.config.admin_key)
     ids = {wanted.request_id} if isinstance(wanted.request_id, str) else set(wanted.request_id or ())
-    aborted = service.dispatcher.abort(None if wanted.abort_all else ids)
+    aborted = service.dispatcher.abort(None if wanted.abort_all else ids, KEY_ID.get())
     return JSONResponse({"status": "ok", "aborted": aborted})
 
 

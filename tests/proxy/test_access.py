@@ -97,13 +97,18 @@ async def test_a_key_has_its_share_of_requests(start_cluster: ClusterFactory) ->
     others = [chat("b"), chat("c"), chat("c")]  # the operators' has no limit
     await cluster.pd.until(lambda: len(cluster.pd.requests) == 4)
     assert (await get(cluster, "/v1/models", x_api_key="a")).status_code == 200
+    nothing = await cluster.http.post("/abort", json={"request_id": "of-a"}, headers={"x-api-key": "b"})
+    assert nothing.json()["aborted"] == []  # what others have is theirs
     aborted = await cluster.http.post("/abort", json={"request_id": "of-a"}, headers={"x-api-key": "a"})
     assert aborted.json()["aborted"] == ["of-a"]
     assert (await running).status_code == 499
     again = chat("a")
     await cluster.pd.until(lambda: len(cluster.pd.requests) == 5)
+    both = {"x-admin-key": "c", "x-api-key": "a"}
+    of_b = await cluster.http.post("/abort", json={"request_id": "of-b"}, headers=both)
+    assert of_b.json()["aborted"] == ["of-b"]
     both = {"authorization": "Bearer a", "x-admin-key": "c"}
-    assert len((await cluster.http.post("/abort", json={"abort_all": True}, headers=both)).json()["aborted"]) == 4
+    assert len((await cluster.http.post("/abort", json={"abort_all": True}, headers=both)).json()["aborted"]) == 3
     assert {(await one).status_code for one in (again, *others)} == {499}
     figures = (await cluster.http.get("/metrics?format=prometheus")).text
     labels = 'endpoint="/v1/chat/completions",model="",outcome="overloaded"'
