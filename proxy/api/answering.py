@@ -99,7 +99,7 @@ async def answer_chat(
             timeout_s=model.config.request_timeout,
         )
         wanted = _wanted(model, body, work, sampling.logprobs, counts)
-        wanted = replace(wanted, begun=echoed_text(body), function_call=side.is_deprecated)
+        wanted = replace(wanted, begun=echoed_text(body), function_call=side.is_deprecated, names_once=side.is_strict)
         dialect, options = dialect_of(head, wanted), replace(options, calls=side.calls)
         return await tell(
             client,

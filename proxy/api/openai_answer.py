@@ -65,6 +65,8 @@ class Wanted:
     """The same for the prompt."""
     function_call: bool = False
     """Tool calls in their deprecated form: one, without an id."""
+    names_once: bool = False
+    """Chunks that go on with a tool call have no name, not even null."""
     tokens_as_ids: bool = False
     """Call tokens by their ids in log probabilities."""
     prompt_token_ids: Sequence[Sequence[int]] = ()
@@ -130,7 +132,8 @@ class ChatDialect(ServerSent):
         return first + b"".join(self._chunk([ChunkChoice(index, delta)]) for delta in deltas[1:])
 
     def _call_delta(self, call: CallDelta) -> Delta:
-        function = FunctionDelta(call.name, call.arguments)
+        is_told = call.name is None and self._wanted.names_once
+        function = FunctionDelta(UNSET if is_told else call.name, call.arguments)
         if self._wanted.function_call:
             return Delta(function_call=function)
         if call.id is None:

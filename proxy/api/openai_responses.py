@@ -153,8 +153,9 @@ class ChatCompletion(msgspec.Struct):
 class FunctionDelta(msgspec.Struct):
     """What a chunk adds to a call."""
 
-    name: str | None
-    """Once, and whole. Then null, not absent: there are clients that read it in each chunk."""
+    name: str | UnsetType | None
+    """Once, and whole. Then null: there are clients that read it in each chunk. Then absent where a function of the
+    request is `strict`: openai-node takes whatever is there for another name in that case."""
     arguments: str
 
 

@@ -141,6 +141,8 @@ class ToolSide:
     enforced: Enforced | None = None
     """The form of the answer; None: none for the sake of tools."""
     is_deprecated: bool = False
+    is_strict: bool = False
+    """Whether a function of the request is."""
 
 
 async def tool_side_of(request: ChatRequest, model: ServedModel) -> ToolSide:
@@ -173,6 +175,7 @@ async def tool_side_of(request: ChatRequest, model: ServedModel) -> ToolSide:
         ),
         enforced=await _checked_grammar(enforced(use, family, added_ids, form), use, model) if follows else None,
         is_deprecated=use.is_deprecated,
+        is_strict=any(one.strict for one in use.shown),
     )
 
 

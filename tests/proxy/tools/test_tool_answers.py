@@ -270,6 +270,22 @@ async def test_openai_python_builds_the_calls(cluster: Cluster, tokenizer: Token
     assert last.choices[0].message.content == "hello"
 
 
+@pytest.mark.parametrize("is_strict", [True, False])
+async def test_names_in_chunks_that_go_on_with_a_call(cluster: Cluster, tokenizer: Tokenizer, is_strict: bool) -> None:
+    """Null for those who read them blindly; absent for openai-node, which compares them where a function is strict."""
+    cluster.pd.answer = tuple(tokenizer.encode(block()))
+    [tool, *others] = TOOLS
+    tools = [tool | {"function": tool["function"] | {"strict": is_strict}}, *others]
+    response = await cluster.chat("hi", tools=tools, stream=True)
+    deltas = [chunk["choices"][0]["delta"] for chunk in events(response)]
+    first, *rest = [delta["tool_calls"][0]["function"] for delta in deltas if "tool_calls" in delta]
+    assert first["name"] == "get_weather"
+    assert len(rest) > 1
+    assert all(
+        function == {"arguments": function["arguments"]} | ({} if is_strict else {"name": None}) for function in rest
+    )
+
+
 async def test_the_reading_loop_of_document_002(cluster: Cluster, tokenizer: Tokenizer) -> None:
     """As printed there: it reads the name in each delta, and only errors of JSON are forgiven."""
     cluster.pd.answer = tuple(tokenizer.encode(f"Look: {block()}"))
