@@ -87,7 +87,7 @@ PROVIDERS = ("openai", "hosted_vllm")
 def main(base_url: str) -> None:
     litellm.suppress_debug_info = True
     for provider in PROVIDERS:
-        options = {"model": f"{provider}/{MODEL}", "api_base": base_url, "api_key": "none"}
+        options: Options = {"model": f"{provider}/{MODEL}", "api_base": base_url, "api_key": "none"}
         options |= {"messages": ASK, "temperature": 0, "max_retries": 0, "timeout": 60}
         for check in CHECKS:
             check(options)

@@ -1,10 +1,9 @@
-"""LightLLM's native endpoints in front of the demo model: what its document prints, sent as printed, and pictures."""
+"""LightLLM's native endpoints in front of the demo model: pictures, frames, limits, and the client of TGI."""
 
 from __future__ import annotations
 
 import base64
 import json
-import subprocess
 from typing import Any
 
 from huggingface_hub import InferenceClient
@@ -18,42 +17,9 @@ QUESTION = "What shape is this?"
 RAW = f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 IMAGES = {"images": [{"type": "base64", "data": base64.b64encode(PICTURE).decode()}]}
 
-PRINTED_GENERATE = """
-curl http://localhost:8080/generate \\
--H "Content-Type: application/json" \\
--d '{
-     "inputs": "What is AI?",
-     "parameters":{
-       "max_new_tokens":17,
-       "frequency_penalty":1
-     },
-     "multimodal_params":{}
-    }'
-"""
-
-
-def run_printed(cluster: Cluster, command: str) -> str:
-    """What a printed command prints, with the address of the cluster in place of the document's."""
-    for address in ("localhost:8080", "0.0.0.0:8080"):
-        command = command.replace(address, f"127.0.0.1:{cluster.port}")
-    return subprocess.run(["bash", "-c", command], capture_output=True, check=True, timeout=60).stdout.decode()
-
 
 def frames(text: str) -> list[dict[str, Any]]:
     return [json.loads(event.removeprefix("data:")) for event in text.split("\n\n")[:-1]]
-
-
-def test_printed_commands(demo: Cluster) -> None:
-    assert json.loads(run_printed(demo, "curl http://0.0.0.0:8080/health"))["message"] == "Ok"
-    assert run_printed(demo, "curl -I http://0.0.0.0:8080/health").startswith("HTTP/1.1 200")
-    load = json.loads(run_printed(demo, "curl http://0.0.0.0:8080/token_load"))
-    assert list(load) == ["current_load", "logical_max_load", "dynamic_max_load"]
-    body = json.loads(run_printed(demo, PRINTED_GENERATE))
-    assert list(body) == ["generated_text", "count_output_tokens", "finish_reason", "prompt_tokens"]
-    streamed = frames(run_printed(demo, PRINTED_GENERATE.replace("/generate", "/generate_stream")))
-    assert ["".join(frame["token"]["text"] for frame in streamed)] == body["generated_text"]
-    assert len(streamed) == body["count_output_tokens"]
-    assert (streamed[-1]["finished"], streamed[-1]["finish_reason"]) == (True, body["finish_reason"])
 
 
 def test_a_raw_prompt_with_a_picture_is_answered_as_the_same_chat(demo: Cluster) -> None:

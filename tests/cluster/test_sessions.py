@@ -1,14 +1,8 @@
-"""Sessions in a real cluster: two proxies share them through Redis, and the KV of earlier turns is found again.
-
-The lines of LMDeploy's document run as they are printed, with a host and a port in their gaps.
-"""
+"""Sessions in a real cluster: two proxies share them through Redis, and the KV of earlier turns is found again."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -25,71 +19,6 @@ from tests.redis_server import RedisServer, redis_server
 
 MODEL = "internlm-chat-7b"
 QUESTION = "Tell me about the colours of the rainbow, please, and about the shapes that you know."
-
-PYTHON = """
-import json
-import requests
-from typing import Iterable, List
-
-
-def get_streaming_response(prompt: str,
-                           api_url: str,
-                           instance_id: int,
-                           request_output_len: int,
-                           stream: bool = True,
-                           sequence_start: bool = True,
-                           sequence_end: bool = True,
-                           ignore_eos: bool = False) -> Iterable[List[str]]:
-    headers = {'User-Agent': 'Test Client'}
-    pload = {
-        'prompt': prompt,
-        'stream': stream,
-        'instance_id': instance_id,
-        'request_output_len': request_output_len,
-        'sequence_start': sequence_start,
-        'sequence_end': sequence_end,
-        'ignore_eos': ignore_eos
-    }
-    response = requests.post(
-        api_url, headers=headers, json=pload, stream=stream)
-    for chunk in response.iter_lines(
-            chunk_size=8192, decode_unicode=False, delimiter=b'\\0'):
-        if chunk:
-            data = json.loads(chunk.decode('utf-8'))
-            output = data['text']
-            tokens = data['tokens']
-            yield output, tokens
-
-
-for output, tokens in get_streaming_response(
-        "Hi, how are you?", "http://{server_name}:{server_port}/generate", 0,
-        512):
-    print(output, end='')
-"""
-
-CURL = {
-    "models": "curl http://{server_name}:{server_port}/v1/models",
-    "generate": """curl http://{server_name}:{server_port}/generate \\
-  -H "Content-Type: application/json" \\
-  -d '{
-    "model": "internlm-chat-7b",
-    "prompt": "Hello! Ho are you?",
-    "sequence_start": true,
-    "sequence_end": true
-  }'""",
-    "chat": """curl http://{server_name}:{server_port}/v1/chat/completions \\
-  -H "Content-Type: application/json" \\
-  -d '{
-    "model": "internlm-chat-7b",
-    "messages": [{"role": "user", "content": "Hello! Ho are you?"}]
-  }'""",
-    "embeddings": """curl http://{server_name}:{server_port}/v1/embeddings \\
-  -H "Content-Type: application/json" \\
-  -d '{
-    "model": "internlm-chat-7b",
-    "input": "Hello world!"
-  }'""",
-}
 
 
 @pytest.fixture(scope="module")
@@ -195,30 +124,3 @@ def test_an_answer_is_stopped_from_another_proxy(proxies: tuple[str, str]) -> No
 def test_eos_never_ends_an_answer_that_ignores_it(proxies: tuple[str, str]) -> None:
     answer = ask(proxies[0], "Hi!", ignore_eos=True, request_output_len=100, sequence_end=True)
     assert (answer["tokens"], answer["finish_reason"]) == (100, "length")
-
-
-def test_the_python_client_of_the_document(cluster: Cluster, proxies: tuple[str, str]) -> None:
-    source = PYTHON.replace("{server_name}", "127.0.0.1").replace("{server_port}", str(cluster.port))
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=True)
-    assert (
-        done.stdout
-        == chat(proxies[0], "Hi, how are you?", max_tokens=512, top_k=40)["choices"][0]["message"]["content"]
-    )
-
-
-@pytest.mark.parametrize("name", CURL)
-def test_the_curl_lines_of_the_document(cluster: Cluster, proxies: tuple[str, str], name: str) -> None:
-    line = CURL[name].replace("{server_name}", "127.0.0.1").replace("{server_port}", str(cluster.port))
-    environment = {**os.environ, "no_proxy": "*"}
-    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60, check=True, env=environment)
-    answer = json.loads(done.stdout)
-    if name == "models":
-        assert answer["data"][0]["id"] == MODEL
-        assert answer["data"][0]["object"] == "model"
-    elif name == "generate":
-        assert answer["text"]
-        assert answer["finish_reason"] == "stop"
-    elif name == "chat":
-        assert answer["choices"][0]["message"]["content"]
-    else:
-        assert len(answer["data"][0]["embedding"]) > 10

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests import checkpoints_text
-from tests.cluster.harness import Cluster, running
+from tests.cluster.harness import ROOT, Cluster, running
 
 TEXTS = [
     "what is this?",
@@ -119,33 +119,12 @@ def test_tokens_beside_embeddings(generating: Cluster) -> None:
     assert len(vectors.data) == 8 * len(TEXTS)
 
 
-PRINTED_REWARD_CLIENT = """
-import json
-import requests
-
-query = "<|im_start|>user\\nHello! What's your name?<|im_end|>\\n<|im_start|>assistant\\nMy name is InternLM2! A helpful AI assistant. What can I do for you?<|im_end|>\\n<|reward|>"
-
-url = "http://127.0.0.1:8080/get_score"
-headers = {'Content-Type': 'application/json'}
-
-data = {
-    "chat": query,
-    "parameters": {
-        "frequency_penalty":1
-    }
-}
-response = requests.post(url, headers=headers, data=json.dumps(data))
-
-if response.status_code == 200:
-    print(f"Result: {response.json()}")
-else:
-    print(f"Error: {response.status_code}, {response.text}")
-"""  # noqa: E501
+PRINTED_REWARD_CLIENT = ROOT / "tests" / "clients" / "documents" / "lightllm_native" / "get_score.py"
 """As LightLLM's document prints it."""
 
 
 def test_the_printed_client_reads_a_score(reward: Cluster) -> None:
-    code = PRINTED_REWARD_CLIENT.replace("127.0.0.1:8080", f"127.0.0.1:{reward.port}")
+    code = PRINTED_REWARD_CLIENT.read_text().replace("127.0.0.1:8080", f"127.0.0.1:{reward.port}")
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60).stdout.decode()
     assert printed.startswith("Result: ")
     answer = ast.literal_eval(printed.removeprefix("Result: "))

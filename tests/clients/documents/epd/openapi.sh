@@ -1,0 +1,2 @@
+# As printed in the document of the EPD service.
+curl http://host:port/openapi.json
