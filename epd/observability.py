@@ -63,7 +63,8 @@ class Histogram:
 
     def snapshot(self) -> StageStats:
         """As of now."""
-        return StageStats(count=sum(self.buckets), total_ms=self.total_ms, buckets=tuple(self.buckets))
+        buckets = tuple(self.buckets)  # once: the writer may be another thread, and the count must be theirs
+        return StageStats(count=sum(buckets), total_ms=self.total_ms, buckets=buckets)
 
 
 class StageRecorder:
@@ -78,7 +79,7 @@ class StageRecorder:
 
     def snapshot(self) -> dict[str, StageStats]:
         """All stages seen so far."""
-        return {stage: histogram.snapshot() for stage, histogram in self._stages.items()}
+        return {stage: histogram.snapshot() for stage, histogram in list(self._stages.items())}
 
 
 class Stopwatch:

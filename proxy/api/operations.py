@@ -10,11 +10,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from epd.cluster_view import ClusterView
-from epd.errors import AdminOnly, InvalidRequest
+from epd.errors import AdminOnly
 from epd.messages import StageStats
 from epd.observability import Stage
 from epd.types import WorkerRole
 from proxy.api.http import read_body
+from proxy.api.json_body import decode_body
 from proxy.api.requests import REF, is_admin, service_of
 from proxy.prometheus import expose, wants_prometheus
 from proxy.request_context import KEY_ID
@@ -49,10 +50,7 @@ async def abort(request: Request) -> JSONResponse:
     """
     service = service_of(request)
     body = await read_body(request, _MAX_SMALL_BODY_BYTES, service.config.request_timeout)
-    try:
-        wanted = msgspec.json.decode(body or b"{}", type=AbortRequest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"Send {{'request_id': …}} or {{'abort_all': true}}: {error}.") from error
+    wanted = decode_body(body or b"{}", AbortRequest)
     if wanted.abort_all:
         _require_admin(request, service.config.admin_key)
     ids = {wanted.request_id} if isinstance(wanted.request_id, str) else set(wanted.request_id or ())

@@ -11,9 +11,10 @@ from fastapi import APIRouter, Request
 from msgspec import Meta
 from starlette.responses import Response
 
-from epd.errors import AdminOnly, InvalidRequest, NoWorker
+from epd.errors import AdminOnly, NoWorker
 from epd.messages import ProfileReply
 from proxy.api.http import JSON, read_body
+from proxy.api.json_body import decode_body
 from proxy.api.requests import documented, is_admin, service_of
 from proxy.worker_connection import WorkerConnection
 
@@ -89,10 +90,7 @@ async def _asked(request: Request) -> tuple[ProfileRequest, list[WorkerConnectio
     if admin_key is not None and not is_admin(request, admin_key):
         raise AdminOnly("This needs the admin key, as Authorization: Bearer KEY or X-Admin-Key: KEY.")
     body = await read_body(request, _MAX_BODY_BYTES, service.config.request_timeout)
-    try:
-        wanted = msgspec.json.decode(body or b"{}", type=ProfileRequest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"Send nothing, or {{'model': …, 'seconds': …, 'steps': …}}: {error}.") from error
+    wanted = decode_body(body or b"{}", ProfileRequest)
     workers = [one for one in service.pool.connections() if one.info is not None]
     if wanted.model is not None:
         fingerprint = service.model(wanted.model).ref.fingerprint

@@ -288,3 +288,5 @@ async def test_abort_of_nothing(cluster: Cluster, body: bytes, status: int) -> N
     assert response.status_code == status
     if status == 200:
         assert response.json() == {"status": "ok", "aborted": []}
+    elif b"request_id" in body:
+        assert response.json()["error"]["param"] == "request_id"
