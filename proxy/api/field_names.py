@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from epd.errors import EPDError
 
-_MESSAGE = re.compile(r"messages\[\d+\]")
+_MESSAGE = re.compile(r"messages\[(\d+)\]")
 _TOOL = re.compile(r"(tools\[\d+\])\.function(\.\w+)?")
 
 
@@ -52,6 +52,22 @@ class FieldNames:
             self.rename(error)
             raise
 
+    @contextmanager
+    def without(self, first: int, count: int) -> Iterator[None]:
+        """While so many messages, from the one at `first` on, are left out: the places of all behind them."""
+        if not count:
+            yield
+            return
+        whole = self._names
+        self._names = {_moved(ours, first, count): theirs for ours, theirs in whole.items()}
+        try:
+            yield
+        except EPDError as error:
+            self.rename(error)
+            raise
+        finally:
+            self._names = whole
+
     def _renamed(self, param: str) -> str:
         if tool := _TOOL.match(param):
             key = (tool[2] or "").removeprefix(".")
@@ -59,10 +75,19 @@ class FieldNames:
             return tool[1] + named + param[tool.end() :]
         for length in _ends(param):
             if (found := self._names.get(param[:length])) is not None:
-                return found + param[length:]
+                return found + param[length:].replace(".function.", ".")
         if message := _MESSAGE.match(param):
             return self._names.get(message[0], param)
         return param
+
+
+def _moved(place: str, first: int, count: int) -> str:
+    """Our name of a place once messages before it are left out; that of one that is left out names nothing."""
+    found = _MESSAGE.match(place)
+    if found is None or int(found[1]) < first:
+        return place
+    index = int(found[1]) - count
+    return f"messages[{index}]{place[found.end() :]}" if index >= first else ""
 
 
 def _ends(param: str) -> list[int]:

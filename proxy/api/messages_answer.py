@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from msgspec import Struct, UnsetType
+from msgspec import Raw, Struct, UnsetType
 
 from epd.errors import ClientError, EPDError
 from epd.types import FinishReason
@@ -139,7 +139,7 @@ class MessagesDialect(ServerSent):
         return told + _event(BlockDelta(self._index, TextPiece(text)))
 
     def _call(self, delta: CallDelta) -> bytes:
-        told = b"" if delta.id is None else self._begin(ToolUseBlock(delta.id, delta.name or "", {}))
+        told = b"" if delta.id is None else self._begin(ToolUseBlock(delta.id, delta.name or "", Raw(b"{}")))
         if delta.arguments:
             told += _event(BlockDelta(self._index, InputPiece(delta.arguments)))
         return told
@@ -161,7 +161,11 @@ def _event(event: Struct) -> bytes:
     return named_event(str(event.__struct_config__.tag), event)
 
 
-def _object(arguments: str) -> dict[str, Any]:
-    """A call's arguments as the object that they are; one that is none has no place in the answer."""
-    found = msgspec.json.decode(arguments or "{}")
-    return found if isinstance(found, dict) else {}
+def _object(arguments: str) -> Raw:
+    """A call's arguments as the object that they should be. What is none is shown in one, so that the tool, not this
+    proxy, finds out that the model wrote nonsense."""
+    try:
+        found = msgspec.json.decode(arguments)
+    except (msgspec.DecodeError, RecursionError):
+        found = None
+    return Raw(arguments if isinstance(found, dict) else msgspec.json.encode({"arguments": arguments}))

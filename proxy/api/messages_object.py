@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
 from proxy.api.openai_responses import Usage
 
@@ -21,7 +21,7 @@ class ToolUseBlock(Struct, tag_field="type", tag="tool_use"):
 
     id: Annotated[str, Meta(description="by which the tool_result names it")]
     name: str
-    input: dict[str, Any]
+    input: Annotated[Raw, Meta(extra_json_schema={"type": "object"})]
 
 
 AnswerBlock = TextBlock | ToolUseBlock

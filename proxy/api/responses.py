@@ -18,6 +18,7 @@ from proxy.api.responses_answer import ResponsesDialect, response_of
 from proxy.api.responses_input import chat_of
 from proxy.api.responses_object import ResponseObject
 from proxy.api.responses_schema import ResponsesRequest
+from proxy.api.responses_truncation import answer_what_fits
 from proxy.served_model import ServedModel
 
 router = APIRouter(tags=["OpenAI"])
@@ -45,5 +46,11 @@ async def _answer(
     def dialect(head: Head, wanted: Wanted) -> ResponsesDialect:
         return ResponsesDialect(response_of(body, model, head), wanted, names)
 
-    with names.naming():
+    async def answer(chat: ChatRequest) -> None:
         await answer_chat(client, model, chat, arrived, dialect, id_prefix="resp_")
+
+    with names.naming():
+        if body.truncation == "auto":
+            await answer_what_fits(client, model, chat, names, arrived, answer)
+        else:
+            await answer(chat)

@@ -115,6 +115,8 @@ class ResponsesDialect(ServerSent):
         """Those that were told; the last one may be going on."""
         self._is_open = False
         """Whether it does."""
+        self._pieces: list[str] = []
+        """Its text or arguments so far: joining them each time would take ever longer."""
         self._reason = FinishReason.STOP
 
     # -- whole -------------------------------------------------------------------------------------------------------
@@ -200,6 +202,7 @@ class ResponsesDialect(ServerSent):
         inner = error_body(self._names.rename(error))["error"]
         told = self._tell(ErrorEvent, code=error.code, message=error.message, param=error.param, error=inner)
         if self._is_open:
+            self._join()
             self._items[-1].status = "incomplete"
         response = replace(
             self._response,
@@ -218,7 +221,7 @@ class ResponsesDialect(ServerSent):
         message = self._items[-1]
         assert isinstance(message, OutputMessage)
         part = message.content[0]
-        part.text += text
+        self._pieces.append(text)
         part.logprobs += logprobs
         return told + self._tell(TextDelta, item_id=message.id, output_index=self._index, delta=text, logprobs=logprobs)
 
@@ -238,7 +241,7 @@ class ResponsesDialect(ServerSent):
         assert isinstance(last, OutputCall)
         if not delta.arguments:
             return told
-        last.arguments += delta.arguments
+        self._pieces.append(delta.arguments)
         return told + self._tell(ArgumentsDelta, item_id=last.id, output_index=self._index, delta=delta.arguments)
 
     def _begin(self, item: OutputItem) -> bytes:
@@ -250,6 +253,7 @@ class ResponsesDialect(ServerSent):
         """End the item that is going on, if there is one."""
         if not self._is_open:
             return b""
+        self._join()
         self._is_open = False
         item, index = self._items[-1], self._index
         if isinstance(item, OutputMessage):
@@ -264,6 +268,14 @@ class ResponsesDialect(ServerSent):
                 ArgumentsDone, item_id=item.id, output_index=index, name=item.name, arguments=item.arguments
             )
         return told + self._tell(ItemDone, output_index=index, item=item)
+
+    def _join(self) -> None:
+        item, joined = self._items[-1], "".join(self._pieces)
+        self._pieces = []
+        if isinstance(item, OutputMessage):
+            item.content[0].text = joined
+        else:
+            item.arguments = joined
 
     @property
     def _index(self) -> int:

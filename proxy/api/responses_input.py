@@ -73,9 +73,9 @@ def _check(request: ResponsesRequest) -> None:
     for field, reason in _REFUSED.items():
         if getattr(request, field):
             raise InvalidRequest(f"{field} is not supported: {reason}.", param=field)
-    if request.truncation not in (None, "disabled"):
+    if request.truncation not in (None, "auto", "disabled"):
         raise InvalidRequest(
-            f"truncation: {request.truncation[:100]!r} is not disabled; send what fits.", param="truncation"
+            f"truncation: {request.truncation[:100]!r} is neither auto nor disabled.", param="truncation"
         )
     if not request.input:
         raise InvalidRequest("input is empty; send a text or items.", param="input")

@@ -126,7 +126,9 @@ class ResponsesRequest(Struct, kw_only=True):
     reasoning: ReasoningConfig | None = None
     stream: Annotated[bool | None, Meta(description="answer with named events")] = None
     stream_options: ResponsesStreamOptions | None = None
-    truncation: Annotated[str | None, Meta(description="disabled")] = None
+    truncation: Annotated[
+        str | None, Meta(description="disabled, or auto: leave out the oldest turns of a conversation that is too long")
+    ] = None
     metadata: Annotated[dict[str, str] | None, Meta(description="given back in the answer")] = None
     user: Annotated[str | None, Meta(description="given back in the answer")] = None
     safety_identifier: Annotated[str | None, Meta(description="given back in the answer")] = None

@@ -256,6 +256,13 @@ async def test_text_and_uses(cluster: Cluster, tokenizer: Tokenizer, stream: boo
     assert found["stop_reason"] == "tool_use"
 
 
+@pytest.mark.parametrize("arguments", ['{"a": 1,}', "[1]", '{"a": ' + "[" * 1500 + "]" * 1500 + "}"])
+async def test_input_that_is_no_object_is_shown_in_one(cluster: Cluster, tokenizer: Tokenizer, arguments: str) -> None:
+    cluster.pd.answer = tuple(tokenizer.encode(block(arguments=arguments)))
+    [use] = message_of(await post(cluster, tools=FLAT, max_tokens=4000))["content"]
+    assert use["input"] == {"arguments": arguments}
+
+
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])
 async def test_a_choice_is_enforced(cluster: Cluster, tokenizer: Tokenizer, choice: dict[str, Any]) -> None:
     cluster.pd.answer = tuple(tokenizer.encode(block() + block()))

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from epd.errors import InternalError
+from epd.errors import ContextLengthExceeded, InternalError
 from epd.messages import GenerateRequest
 from epd.types import FinishReason
 from proxy.api.dialect import News
@@ -248,6 +248,71 @@ async def test_a_picture_that_a_function_gave_back_is_shown_behind_it(cluster: C
 async def test_no_effort_leaves_thoughts_out(cluster: Cluster) -> None:
     for effort in ("none", "low"):
         assert response_of(await post(cluster, reasoning={"effort": effort}))["reasoning"]["effort"] == effort
+
+
+# -- truncation --------------------------------------------------------------------------------------------------------
+
+
+def conversation(first: int, last: int = 20) -> list[Any]:
+    """Each turn: a question, a call, what it gave back, an answer."""
+    items: list[Any] = [{"role": "developer", "content": "be kind"}]
+    for i in range(first, last):
+        items += [
+            {"role": "user", "content": f"question {i}"},
+            {"type": "function_call", "call_id": f"call_{i}", "name": "get_time", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": f"call_{i}", "output": "noon"},
+            {"role": "assistant", "content": f"answer {i}"},
+        ]
+    return [*items, {"role": "user", "content": "last one"}]
+
+
+async def test_the_oldest_turns_of_a_conversation_that_is_too_long_are_left_out(
+    start_cluster: ClusterFactory, tokenizer: Tokenizer
+) -> None:
+    cluster = await start_cluster(max_model_len=300)
+    asked: dict[str, Any] = {"input": conversation(0), "truncation": "auto", "max_output_tokens": 30}
+    assert (await post(cluster, **asked | {"truncation": "disabled"})).status_code == 400
+    found = response_of(await post(cluster, **asked))
+    assert found["truncation"] == "auto"
+    [request] = cluster.pd.requests
+    prompt = prompt_of(request, tokenizer)
+    kept = [i for i in range(20) if f"question {i}<" in prompt]
+    assert kept == list(range(kept[0], 20))
+    # It is the conversation of those turns, and with one turn more it would not fit.
+    whole = asked | {"truncation": "disabled"}
+    assert (await post(cluster, **whole | {"input": conversation(kept[0] - 1)})).status_code == 400
+    assert (await post(cluster, **whole | {"input": conversation(kept[0])})).status_code == 200
+    assert cluster.pd.requests[1].prompt_token_ids == request.prompt_token_ids
+
+
+async def test_what_truncation_can_do_nothing_about(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(max_model_len=200)
+    too_long = {"role": "user", "content": "word " * 500}
+    response = await post(cluster, input=[*conversation(0), too_long], truncation="auto")
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+    picture = {
+        "role": "user",
+        "content": [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "x:y"}],
+    }
+    response = await post(cluster, input=[*conversation(0), picture], truncation="auto")
+    assert response.json()["error"]["param"] == f"input[{len(conversation(0))}].content[1]"
+
+
+async def test_pictures_that_turn_out_too_long_cost_a_turn(cluster: Cluster) -> None:
+    """Workers alone know what they expand to."""
+
+    async def script(received: Received) -> None:
+        if received.request.images:
+            error = ContextLengthExceeded.of(limit=100, prompt=200, completion=None)
+            await received.send(finish=FinishReason.ERROR, error=error.to_info())
+        else:
+            await received.worker.say_answer(received)
+
+    cluster.pd.script = script
+    picture = {"role": "user", "content": [{"type": "input_image", "image_url": data_url(png())}]}
+    found = response_of(await post(cluster, input=[picture, *conversation(0, 2)], truncation="auto"))
+    assert text_of(found) == "hello world"
+    assert [len(request.images) for request in cluster.pd.requests] == [1, 0]
 
 
 # -- tools -------------------------------------------------------------------------------------------------------------
