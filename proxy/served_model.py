@@ -243,8 +243,9 @@ class ServedModel:
 
 
 def _size(value: Any) -> int:
+    """Characters that JSON has in a prompt, at least: of what is no text, a digit and what follows it."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
         return sum(map(len, value)) + sum(map(_size, value.values()))
-    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 2

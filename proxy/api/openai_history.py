@@ -7,12 +7,10 @@ from typing import Any
 import msgspec
 
 from epd.errors import InvalidRequest
+from proxy.api.json_values import MAX_VALUES, count_values
 from proxy.api.openai_schema import CalledFunction, ChatMessage, ContentPart, MessageCall
 from proxy.tools.calls import short_id
 from proxy.user_text import Message
-
-MAX_DEPTH = 64
-"""Of JSON that clients send for tools: what templates and grammars do with it recurses."""
 
 
 class CallHistory:
@@ -27,6 +25,8 @@ class CallHistory:
         self._has_short_ids = has_short_ids
         self._names: dict[str, str] = {}
         self._last_function = ""
+        self._values_left = MAX_VALUES
+        """That arguments may have."""
 
     def called(self, message: ChatMessage, where: str) -> dict[str, Any]:
         """What the calls of a turn add to its message.
@@ -51,8 +51,28 @@ class CallHistory:
         if not call.id:
             raise InvalidRequest(f"{where}.id is missing.", param=f"{where}.id")
         self._names[call.id] = call.function.name
-        function = {"name": call.function.name, "arguments": _arguments(call.function)}
+        function = {"name": call.function.name, "arguments": self._arguments(call.function)}
         return {"id": self._id(call.id), "type": "function", "function": function}
+
+    def _arguments(self, function: CalledFunction) -> dict[str, Any] | str:
+        """As an object, which templates go through or print; as text, where it is none, or a very large one."""
+        given = function.arguments
+        if isinstance(given, str):
+            try:
+                found = msgspec.json.decode(given) if given.strip() else {}
+            except (msgspec.DecodeError, UnicodeError, RecursionError):
+                return given
+            return found if isinstance(found, dict) and self._may_go_through(found) else given
+        if not self._may_go_through(given):
+            return msgspec.json.encode(given).decode()
+        return {} if given is None else given
+
+    def _may_go_through(self, value: Any) -> bool:
+        try:
+            self._values_left -= count_values(value, self._values_left)
+        except ValueError:
+            return False
+        return True
 
     def result(self, message: ChatMessage, where: str) -> Message:
         """The message of a tool, or, as it was called once, of a function.
@@ -77,40 +97,6 @@ class CallHistory:
 
     def _id(self, call_id: str) -> str:
         return short_id(call_id) if self._has_short_ids else call_id
-
-
-def check_depth(value: Any, field: str) -> None:
-    """Refuse JSON that is nested too deeply.
-
-    Raises:
-        InvalidRequest: it is.
-    """
-    if _is_deep(value):
-        raise InvalidRequest(f"{field} is nested more than {MAX_DEPTH} levels deep.", param=field)
-
-
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
-        level = [item for items in inner for item in items]
-        if not level:
-            return False
-    return True
-
-
-def _arguments(function: CalledFunction) -> dict[str, Any] | str:
-    """As an object, which templates go through or print; as the text that it is, where it is none."""
-    given = function.arguments
-    if isinstance(given, str):
-        try:
-            found = msgspec.json.decode(given) if given.strip() else {}
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
-            return given
-        given = found if isinstance(found, dict) and not _is_deep(found) else given
-    elif _is_deep(given):
-        return msgspec.json.encode(given).decode()
-    return {} if given is None else given
 
 
 def _text(content: str | list[ContentPart] | None, where: str) -> str:

@@ -24,6 +24,7 @@ from proxy.served_model import ServedModel
 from proxy.user_text import Message
 
 MAX_PROMPTS = 128
+MAX_TEMPLATE_SWITCHES = 64
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _RESULTS = ("tool", "function")
 _MEDIA_NOT_SUPPORTED = (
@@ -65,9 +66,14 @@ def template_variables(request: ChatRequest) -> dict[str, Any]:
     """Switches for the chat template.
 
     Raises:
-        InvalidRequest: one is not a plain switch. Text could smuggle control tokens in.
+        InvalidRequest: there are too many, or one is not a plain switch. Text could smuggle control tokens in.
     """
     variables = request.chat_template_kwargs or {}
+    if len(variables) > MAX_TEMPLATE_SWITCHES:
+        raise InvalidRequest(
+            f"chat_template_kwargs has {len(variables)} switches; at most {MAX_TEMPLATE_SWITCHES}.",
+            param="chat_template_kwargs",
+        )
     for name, value in variables.items():
         is_switch = value is None or isinstance(value, bool | int | float)
         if not is_switch:

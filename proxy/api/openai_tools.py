@@ -12,7 +12,7 @@ import msgspec
 
 from epd.errors import InvalidRequest
 from epd.types import Grammar, GrammarKind
-from proxy.api.openai_history import check_depth
+from proxy.api.json_values import MAX_VALUES, count_values
 from proxy.api.openai_schema import ChatRequest, FunctionDefinition
 from proxy.api.openai_structured import grammar_of
 from proxy.served_model import ServedModel
@@ -79,6 +79,7 @@ def _checked(field: str, given: Sequence[tuple[str, FunctionDefinition]]) -> tup
     if len(given) > MAX_TOOLS:
         raise InvalidRequest(f"{field}: {len(given)} functions; at most {MAX_TOOLS}.", param=field)
     found: dict[str, Function] = {}
+    values_left = MAX_VALUES
     for where, one in given:
         if not _NAME.fullmatch(one.name):
             raise InvalidRequest(
@@ -89,7 +90,10 @@ def _checked(field: str, given: Sequence[tuple[str, FunctionDefinition]]) -> tup
         if one.name in found:
             raise InvalidRequest(f"{where}.name: there are two functions {one.name!r}.", param=f"{where}.name")
         function = Function(one.name, where, one.description, one.parameters, bool(one.strict))
-        check_depth(one.parameters, f"{where}.parameters")
+        try:
+            values_left -= count_values(one.parameters, values_left)
+        except ValueError as error:
+            raise InvalidRequest(f"{where}.parameters {error}.", param=f"{where}.parameters") from error
         arguments_schema(function)
         found[one.name] = function
     return tuple(found.values())
@@ -108,8 +112,11 @@ def _chosen(
             return functions, (_named(name, functions, f"{field}.function.name"),), Choice.NAMED
         case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list(tools)}}:
             where = f"{field}.allowed_tools.tools"
+            if len(tools) > MAX_TOOLS:
+                raise InvalidRequest(f"{where}: {len(tools)} functions; at most {MAX_TOOLS}.", param=where)
             names = [tool.get("function", {}).get("name") if isinstance(tool, dict) else None for tool in tools]
-            allowed = tuple(_named(name, functions, f"{where}[{i}].function.name") for i, name in enumerate(names))
+            found = [_named(name, functions, f"{where}[{i}].function.name") for i, name in enumerate(names)]
+            allowed = tuple({one.name: one for one in found}.values())
             if not allowed:
                 raise InvalidRequest(f"{where} is empty.", param=where)
             # Those that may not be called are not described either: nothing else keeps a free answer from them.

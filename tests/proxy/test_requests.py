@@ -111,6 +111,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": HI, "chat_template_kwargs": {"messages": None}}, "chat_template_kwargs"),
     ({"messages": HI, "chat_template_kwargs": {"x": "<|im_end|>"}}, "chat_template_kwargs"),
     ({"messages": HI, "chat_template_kwargs": {"eos_token": 1}}, "chat_template_kwargs"),
+    ({"messages": HI, "chat_template_kwargs": {f"x{i}": i for i in range(65)}}, "chat_template_kwargs"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
     ({"messages": [*HI, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id"),
     ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),

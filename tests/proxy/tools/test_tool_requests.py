@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from epd.types import GrammarKind
+from proxy.api.json_values import MAX_VALUES
+from proxy.api.openai_history import CallHistory
+from proxy.api.openai_schema import CalledFunction, ChatMessage, MessageCall
 from proxy.tokenizer import Tokenizer
 from tests.proxy.conftest import Cluster, ClusterFactory, ask
 from tests.proxy.model_files import write_model
@@ -49,6 +52,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": function(parameters={"type": "string"})}, "tools[0].function.parameters"),
     ({"tools": function(parameters=nested(40))}, "tools[0].function.parameters"),
     ({"tools": function(parameters=nested(300))}, "tools[0].function.parameters"),
+    ({"tools": function(parameters={"enum": [1] * MAX_VALUES})}, "tools[0].function.parameters"),
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": NAMED}, "tool_choice"),
@@ -58,6 +62,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": TOOLS, "tool_choice": NAMED | {"function": {"name": "f"}}}, "tool_choice.function.name"),
     ({"tools": TOOLS, "tool_choice": allowed("auto", "f")}, "tool_choice.allowed_tools.tools[0].function.name"),
     ({"tools": TOOLS, "tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools"),
+    ({"tools": TOOLS, "tool_choice": allowed("auto", *["get_time"] * 200)}, "tool_choice.allowed_tools.tools"),
     ({"tools": TOOLS, "tool_choice": allowed("maybe", "get_time")}, "tool_choice"),
     ({"tools": TOOLS, "functions": [TIME["function"]]}, "functions"),
     ({"functions": []}, "functions"),
@@ -103,6 +108,16 @@ BAD_HISTORY: list[tuple[list[Any], str]] = [
 ]
 
 
+def test_arguments_of_very_many_values_are_text() -> None:
+    """Templates would go through them one by one."""
+    history = CallHistory(has_short_ids=False)
+    many = {"a": [1] * MAX_VALUES}
+    given = ('{"a":[1,2]}', many, json.dumps(many), {"a": 1})
+    calls = [MessageCall(CalledFunction("f", arguments), "call_1") for arguments in given]
+    called = history.called(ChatMessage("assistant", tool_calls=calls), "messages[0]")["tool_calls"]
+    assert [type(call["function"]["arguments"]) for call in called] == [dict, str, str, dict]
+
+
 async def test_bad_history_is_named(cluster: Cluster) -> None:
     for messages, param in BAD_HISTORY:
         response = await cluster.http.post(
@@ -133,8 +148,8 @@ async def test_tools_enter_prompts_whose_template_has_no_place_for_them(cluster:
 
 async def test_what_the_prompt_does_not_tell(cluster: Cluster) -> None:
     assert "get_" not in await prompt_of(cluster, HI, tools=TOOLS, tool_choice="none")
-    prompt = await prompt_of(cluster, HI, tools=TOOLS, tool_choice=allowed("auto", "get_time"))
-    assert "get_time" in prompt
+    prompt = await prompt_of(cluster, HI, tools=TOOLS, tool_choice=allowed("auto", "get_time", "get_time"))
+    assert prompt.count("get_time") == 1
     assert "get_weather" not in prompt
     assert '"strict"' not in await prompt_of(cluster, HI, tools=function(strict=False))
 
