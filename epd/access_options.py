@@ -5,6 +5,7 @@ One set of fields for `epd proxy` and `epd up`, which passes them on.
 
 from __future__ import annotations
 
+import re
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from epd.options import option, secret_option
 
 _GROUP = "access"
 EVERYBODY = "*"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
+"""As browsers send it, so that another spelling would never be met."""
 API_KEY_VARIABLE = "EPD_API_KEY"
 """Keys separated by commas, for the proxy; of several, clients send the first."""
 
@@ -67,6 +70,11 @@ class AccessOptions:
         self.api_keys()
         if self.max_requests_per_key is not None and not (self.api_key or self.api_key_file):
             raise ConfigError("--max-requests-per-key needs keys to count by: give --api-key or --api-key-file")
+        for origin in self.allowed_origins:
+            if origin not in (EVERYBODY, "null") and _ORIGIN.fullmatch(origin) is None:
+                raise ConfigError(
+                    f"--allowed-origins {origin}: want https://host or https://host:port, small letters"
+                )
         if self.allow_credentials and EVERYBODY in self.allowed_origins:
             raise ConfigError("--allow-credentials: name the trusted pages with --allowed-origins, * would be all")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):

@@ -10,7 +10,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from epd import collector
 from epd.config import ProxyConfig
 from epd.errors import ClientError, ConfigError, EPDError, InternalError, InvalidRequest, ModelNotFound
 from metastore.roster import Roster
-from proxy.access import ApiKeys, Cors, Guard, document_keys
+from proxy.access import OPEN_PATHS, ApiKeys, Cors, Guard, document_keys
 from proxy.api import (
     embeddings,
     generate,
@@ -137,6 +137,7 @@ def create_app(config: ProxyConfig, roster: Roster | None = None) -> FastAPI:
 def _add_layers(app: FastAPI, config: ProxyConfig, service: Service) -> None:
     """What every request passes, from the outside: CORS, so that pages may read errors too; the edge; the keys."""
     routes = [route for dialect in _DIALECTS for route in dialect.router.routes]
+    _check_root(config.root_path, [*OPEN_PATHS, *(route.path for route in routes if isinstance(route, APIRoute))])
     service.metrics.paths = {route.path for route in routes if isinstance(route, APIRoute)}
     app.add_middleware(ShortCuts, routes=routes, handlers=app.exception_handlers)  # innermost comes first
     keys = ApiKeys(config.api_keys(), config.admin_key)
@@ -152,6 +153,13 @@ def _add_layers(app: FastAPI, config: ProxyConfig, service: Service) -> None:
             allow_headers=config.allowed_headers,
             expose_headers=_EXPOSED_HEADERS,
         )
+
+
+def _check_root(root: str, paths: Sequence[str]) -> None:
+    """Whether a gateway has cut the root off can be told only where no path of ours begins like it."""
+    taken = next((path for path in paths if root and f"{path}/".startswith(f"{root}/")), None)
+    if taken is not None:
+        raise ConfigError(f"--root-path {root}: {taken} begins like that itself; have the gateway show another path")
 
 
 def _document_bodies(app: FastAPI, *, needs_key: bool) -> None:

@@ -14,6 +14,7 @@ import pytest
 from epd.config import ProxyConfig
 from epd.errors import ConfigError
 from proxy.access import OPEN_PATHS
+from proxy.app import create_app
 from tests.proxy.conftest import Cluster, ClusterFactory, ask
 from tests.proxy.test_requests import assert_error
 
@@ -181,6 +182,11 @@ async def test_a_gateway_may_cut_its_path_off_or_not(start_cluster: ClusterFacto
         ({"allow_credentials": True}, "--allowed-origins"),
         ({"root_path": "epd"}, "--root-path"),
         ({"root_path": "/"}, "--root-path"),
+        ({"root_path": "/v1"}, "--root-path /v1: /v1/"),
+        ({"root_path": "/docs"}, "--root-path /docs: /docs"),
+        ({"allowed_origins": ("app.example",)}, "--allowed-origins app.example"),
+        ({"allowed_origins": ("https://app.example/",)}, "--allowed-origins https://app.example/"),
+        ({"allowed_origins": ("https://App.example",)}, "--allowed-origins https://App.example"),
         ({"ssl_keyfile": Path("/dev/null")}, "--ssl-certfile"),
         ({"ssl_certfile": Path("/dev/null")}, "--ssl-certfile"),
         ({"ssl_certfile": Path("/nowhere")}, "--ssl-certfile"),
@@ -188,5 +194,5 @@ async def test_a_gateway_may_cut_its_path_off_or_not(start_cluster: ClusterFacto
 )
 def test_values_that_make_no_sense_are_refused_by_name(model: Path, fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named) as error:
-        ProxyConfig(model=model, **fields)
+        create_app(ProxyConfig(model=model, **fields))
     assert "two words" not in str(error.value)
