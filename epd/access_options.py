@@ -72,9 +72,7 @@ class AccessOptions:
             raise ConfigError("--max-requests-per-key needs keys to count by: give --api-key or --api-key-file")
         for origin in self.allowed_origins:
             if origin not in (EVERYBODY, "null") and _ORIGIN.fullmatch(origin) is None:
-                raise ConfigError(
-                    f"--allowed-origins {origin}: want https://host or https://host:port, small letters"
-                )
+                raise ConfigError(f"--allowed-origins {origin}: want https://host or https://host:port, small letters")
         if self.allow_credentials and EVERYBODY in self.allowed_origins:
             raise ConfigError("--allow-credentials: name the trusted pages with --allowed-origins, * would be all")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
