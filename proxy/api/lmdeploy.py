@@ -10,13 +10,16 @@ from starlette.responses import Response
 
 from epd.errors import InvalidRequest
 from proxy.api.dialect import Head
-from proxy.api.http import Exchange
+from proxy.api.http import Client, Exchange
 from proxy.api.json_body import decode_body
 from proxy.api.lmdeploy_answer import INTERACTIVE, OLD, Framing, LMDeployDialect
 from proxy.api.lmdeploy_schema import DEFAULT_OUTPUT_LEN, InteractiveRequest, LMDeployAnswer, LMDeployRequest
+from proxy.api.openai_prompt import naming
 from proxy.api.openai_schema import ContentPart
 from proxy.api.requests import decoded, documented, service_of
 from proxy.api.session_turns import Asked, Told, answer_turn, session_key, stop_turn
+from proxy.served_model import ServedModel
+from proxy.service import Service
 
 router = APIRouter(tags=["LMDeploy"])
 
@@ -48,7 +51,7 @@ async def answer(request: Request, body: bytes, arrived: float) -> Response:
     )
     if wanted.stop:
         return Exchange(lambda client: stop_turn(client, service.sessions, model, asked))
-    return Exchange(lambda client: answer_turn(client, service.sessions, model, asked, arrived))
+    return _turn(service, model, asked, arrived)
 
 
 @router.post("/v1/chat/interactive", response_model=None, openapi_extra=documented(InteractiveRequest, LMDeployAnswer))
@@ -74,7 +77,15 @@ async def interactive(request: Request) -> Response:
             raise InvalidRequest(f"{field} needs the session_id of what is to be stopped.", param="session_id")
         return Exchange(lambda client: stop_turn(client, service.sessions, model, asked))
     _show(wanted, asked)
-    return Exchange(lambda client: answer_turn(client, service.sessions, model, asked, arrived))
+    return _turn(service, model, asked, arrived)
+
+
+def _turn(service: Service, model: ServedModel, asked: Asked, arrived: float) -> Exchange:
+    async def answer(client: Client) -> None:
+        with naming("prompt"):
+            await answer_turn(client, service.sessions, model, asked, arrived)
+
+    return Exchange(answer)
 
 
 def _dialect(framing: Framing, _: Head, told: Told) -> LMDeployDialect:

@@ -30,6 +30,7 @@ from proxy.answer import Answer, TextOptions
 from proxy.api.answering import tell
 from proxy.api.dialect import Head, News, ServerSent, Timings
 from proxy.api.http import Client, Exchange, error_body
+from proxy.api.openai_prompt import naming
 from proxy.api.openai_responses import Usage
 from proxy.api.openai_sampling import stop_strings
 from proxy.api.requests import REF, deadline, decoded, documented, service_of
@@ -181,8 +182,9 @@ async def _generate(
     model.require_task(None)
     with model.dispatcher.admit():
         async with deadline(model, arrived, limit_s):
-            prompt = await _prompt(model, scenario, body.inputs)
-            model.check_context(len(prompt.token_ids), sampling.max_tokens)
+            with naming("inputs"):
+                prompt = await _prompt(model, scenario, body.inputs)
+                model.check_context(len(prompt.token_ids), sampling.max_tokens)
         head = Head.new("gen", model.name)
         work = Work(
             request_id=head.id,

@@ -158,7 +158,9 @@ def assert_error(response: httpx.Response, status: int, code: str) -> None:
     ],
 )
 async def test_what_is_wrong_with_a_request(cluster: Cluster, fields: dict[str, Any], status: int, code: str) -> None:
-    assert_error(await generate(cluster, **fields), status, code)
+    response = await generate(cluster, **fields)
+    assert_error(response, status, code)
+    assert response.json()["param"].partition(".")[0] in unified.GenerateRequest.__struct_fields__
     assert not cluster.pd.requests
 
 

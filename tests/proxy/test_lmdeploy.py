@@ -136,6 +136,7 @@ async def test_the_model_cannot_end_an_answer_that_ignores_eos(cluster: Cluster)
         ("instance_id", "7"),
         ("session_id", -2),
         ("prompt", []),
+        ("prompt", [{"role": "user", "content": "more than there are tokens"}] * 5000),
     ],
 )
 async def test_a_field_that_can_not_be_is_named(cluster: Cluster, field: str, value: Any) -> None:
