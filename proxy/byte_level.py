@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import utf_8_decode
 from typing import Any
 
 import tokenizers
@@ -90,11 +91,10 @@ class ByteDetokenizer:
             text = self._texts.get(token_id)
             if text is not None:
                 return text
-        self._held += self._table.raw(token_id)
-        text = self._held.decode(errors="replace")
-        if text.endswith(REPLACEMENT):
-            return ""
-        self._held = b""
+        raw = self._held + self._table.raw(token_id)
+        # Only what may yet become a character is held: a model can go on with broken bytes for ever.
+        text, length = utf_8_decode(raw, "replace")
+        self._held = raw[length:]
         return text
 
     def flush(self) -> str:

@@ -17,6 +17,8 @@ from proxy.byte_level import REPLACEMENT, ByteDetokenizer, ByteTable
 
 _CONTEXT = 8
 """Tokens that decide how the next one is read: more than a character has bytes."""
+_MOST_HELD = 32
+"""Tokens that wait for the end of a character: so many have none."""
 _LONG = 4096
 """Characters, or tokens, from which the library's calls for many texts are used: they let other threads go on."""
 
@@ -195,15 +197,16 @@ class _StreamDetokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int], context: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        # The library leaves out all special tokens or none.
-        self._skip = bool(hidden) and hidden == tokenizer.special_ids
-        self._hidden = frozenset() if self._skip else hidden
-        known = list(context[-_CONTEXT:])
-        if tokenizer.decode(known, skip_special_tokens=self._skip).endswith(REPLACEMENT):
+        self._backend = tokenizer.backend
+        self._hidden = hidden
+        known = [token_id for token_id in context[-_CONTEXT:] if token_id not in hidden]
+        if self._decode(known).endswith(REPLACEMENT):
             known = []  # a character that the answer may complete: its text would come twice
-        self._stream = DecodeStream(ids=known, skip_special_tokens=self._skip)
+        # Special tokens are left out here: the library would go through a row of them again for each one.
+        self._stream = DecodeStream(ids=known, skip_special_tokens=False)
         self._held: list[int] = []
+        self._last = known[-1:]
+        """The last token that ended in a whole character."""
 
     def push(self, token_id: int) -> str:
         if token_id in self._hidden:
@@ -211,22 +214,35 @@ class _StreamDetokenizer:
         self._held.append(token_id)
         piece = self._step(token_id)
         if piece is None:
-            return ""
+            return self._without_end() if len(self._held) >= _MOST_HELD else ""
         self._held.clear()
+        self._last = [token_id]
         return piece
 
     def _step(self, token_id: int) -> str | None:
         try:
-            return self._stream.step(self._tokenizer.backend, token_id)
+            return self._stream.step(self._backend, token_id)
         except Exception:  # the library raises bare Exception
             # Broken bytes can change how a byte-fallback decoder reads the text before them, which was sent already.
             # So take what is new for itself, and go on from the last token, which ends in a whole character.
-            self._stream = DecodeStream(skip_special_tokens=self._skip)
-            self._stream.step(self._tokenizer.backend, token_id)
-            return self._tokenizer.decode(self._held, skip_special_tokens=self._skip)
+            self._stream = DecodeStream(skip_special_tokens=False)
+            self._stream.step(self._backend, token_id)
+            return self._decode(self._held)
+
+    def _without_end(self) -> str:
+        """The text of a row of broken bytes, which a model can make as long as it likes."""
+        text = self._decode(self._held)
+        if not text.endswith(REPLACEMENT):
+            return ""
+        self._held.clear()
+        self._stream = DecodeStream(ids=self._last, skip_special_tokens=False)
+        return text
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=False))
 
     def flush(self) -> str:
-        text = self._tokenizer.decode(self._held, skip_special_tokens=self._skip)
+        text = self._decode(self._held)
         self._held.clear()
         return text if REPLACEMENT in text else ""
 

@@ -44,11 +44,14 @@ def test_bytes_give_what_the_library_gives(tokenizer: Tokenizer, skip: bool) -> 
         token_ids = source.choices(whole, k=20) + source.choices(range(tokenizer.vocab_size), k=10)
         source.shuffle(token_ids)
         ours, library = Detokenizer(tokenizer, skip_special_tokens=skip), DecodeStream(skip_special_tokens=skip)
-        assert [ours.push([token]) for token in token_ids] == [
-            library.step(tokenizer.backend, token) or "" for token in token_ids
-        ]
+        sent, known = "", ""
+        for token in token_ids:
+            sent, known = sent + ours.push([token]), known + (library.step(tokenizer.backend, token) or "")
+            assert sent.startswith(known)  # the library waits for a whole character behind broken ones, too
+        whole_text = tokenizer.decode(token_ids, skip_special_tokens=skip)
+        assert sent + ours.flush() == whole_text
         fresh = Detokenizer(tokenizer, skip_special_tokens=skip)
-        assert fresh.push(token_ids) + fresh.flush() == tokenizer.decode(token_ids, skip_special_tokens=skip)
+        assert fresh.push(token_ids) + fresh.flush() == whole_text
 
 
 @pytest.fixture
@@ -112,6 +115,23 @@ def test_broken_bytes_after_sent_ones_end_no_answer(tmp_path: Path) -> None:
     """A decoder of that kind shows a newline before a broken byte as broken, too; it was sent already."""
     stream = Detokenizer(byte_fallback(tmp_path))
     assert [stream.push([token]) for token in (258, 0x0A, 0x81, 258, 257)] == ["a", "\n", "", "\ufffd a", "a"]
+
+
+def test_broken_bytes_do_not_wait_for_the_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A model can write them as long as it likes."""
+    assert tokenizer.bytes is not None
+    broken = next(token for token in range(tokenizer.vocab_size) if tokenizer.bytes.raw(token) == b"\xff")
+    stream = Detokenizer(tokenizer)
+    assert [stream.push([token]) for token in (broken, broken, *tokenizer.encode("\ufffd"))] == [
+        *"\ufffd\ufffd",
+        "",
+        "",
+        "\ufffd",
+    ]
+    stream = Detokenizer(byte_fallback(tmp_path))
+    assert stream.push([257] + [0xFF] * 40 + [258]) + stream.flush() == "a" + 40 * "\ufffd" + " a"
+    assert "\ufffd" in stream.push([0xFF] * 40)
+    assert stream.push([258]) == (40 - 32) * "\ufffd" + " a"
 
 
 def test_no_order_of_tokens_is_an_error(tmp_path: Path) -> None:
