@@ -16,6 +16,11 @@ from proxy.tools.json_scan import BLANKS, BareArguments, CallObject, CallText
 
 _State = Callable[[], bool]
 
+_MOST_BLANKS = 256
+"""In front of a call, that are held back: weak models can write them for ever."""
+_LONGEST_ID = 64
+"""That a model gives a call, in characters."""
+
 
 class CallParser(ABC):
     """Reads one answer.
@@ -74,8 +79,9 @@ class CallParser(ABC):
         at = self._text.find(self.opener)
         if at >= 0:
             content = self._text[:at]
-            self._say(content.rstrip())
-            self._raw = [content[len(content.rstrip()) :]]
+            end = _end_of_text(content)
+            self._say(content[:end])
+            self._raw = [content[end:]]
             self._take(len(self.opener), at)
             self._state = self._after_opener
             return True
@@ -122,7 +128,7 @@ class CallParser(ABC):
 
     def _undecided_from(self) -> int:
         """Where an opener may begin that is not all there, with the blanks before it."""
-        return len(self._text[: len(self._text) - overlap(self._text, self.opener)].rstrip())
+        return _end_of_text(self._text[: len(self._text) - overlap(self._text, self.opener)])
 
     def _start_call(self, call: CallText) -> None:
         self._call, self._is_told, self._state = call, False, self._in_call
@@ -180,10 +186,10 @@ class QwenParser(CallParser):
         return bool(letter)
 
     def _after_call(self) -> bool:
-        rest = self._text.lstrip(BLANKS + "}")  # small models close a brace too many
-        if rest.startswith(self._closer):
-            self._text = rest[len(self._closer) :]
-        elif self._closer.startswith(rest):
+        self._text = self._text.lstrip(BLANKS + "}")  # small models close a brace too many
+        if self._text.startswith(self._closer):
+            self._text = self._text[len(self._closer) :]
+        elif self._closer.startswith(self._text):
             if not self._is_final:
                 return False
             self._text = ""
@@ -198,11 +204,12 @@ class LlamaParser(CallParser):
     opener = "<|python_tag|>"
 
     def _begin(self) -> bool:
-        letter = self._text.lstrip(BLANKS)[:1]
-        if letter == "{":
+        text = self._text.lstrip(BLANKS)
+        letter, has_many_blanks = text[:1], len(self._text) - len(text) > _MOST_BLANKS
+        if letter == "{" and not has_many_blanks:
             self._skip_blanks()
             self._start_call(CallObject(needs_arguments=True))
-        elif letter or self._is_final:
+        elif letter or has_many_blanks or self._is_final:
             self._state = self._in_text
         else:
             return False
@@ -220,6 +227,9 @@ class LlamaParser(CallParser):
     def _after_call(self) -> bool:
         rest = self._text.lstrip(BLANKS)
         rest = rest.removeprefix(";").lstrip(BLANKS)
+        if len(self._text) - len(rest) > _MOST_BLANKS:
+            self._go_on(self._in_text)
+            return True
         if rest.startswith("{"):
             self._go_on(self._in_call)
             self._take(len(self._text) - len(rest))
@@ -292,6 +302,9 @@ class MistralParser(CallParser):
         rest = self._text[found.end() :]
         if rest.startswith(self._CALL_ID):
             call_id, mark, _ = rest[len(self._CALL_ID) :].partition("[")
+            if len(call_id) > _LONGEST_ID:
+                self._give_up()
+                return True
             self._id = call_id.strip()
             rest = rest[len(self._CALL_ID) + len(call_id) :] if mark else ""
         rest = rest.removeprefix(self._ARGS).lstrip(BLANKS)
@@ -312,6 +325,11 @@ class MistralParser(CallParser):
     def _new_id(self) -> str:
         is_usable = self._id is not None and len(self._id) == 9 and self._id.isascii() and self._id.isalnum()
         return self._id if is_usable and self._id is not None else new_short_id()
+
+
+def _end_of_text(text: str) -> int:
+    """Where the blanks at its end begin, or the last of very many."""
+    return max(len(text.rstrip()), len(text) - _MOST_BLANKS)
 
 
 def overlap(text: str, literal: str) -> int:

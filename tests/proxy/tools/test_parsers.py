@@ -111,6 +111,12 @@ SAMPLES: list[tuple[type[CallParser], str, str, Calls]] = [
     (M, "[TOOL_CALLS]f[AR", "[TOOL_CALLS]f[AR", []),
     (M, "[TOOL_CALLS]f[ARGS] none", "[TOOL_CALLS]f[ARGS] none", []),
     (M, "[TOOL_CALLS] (", "[TOOL_CALLS] (", []),
+    (M, "[TOOL_CALLS]f[CALL_ID]" + 20 * "no id ", "[TOOL_CALLS]f[CALL_ID]" + 20 * "no id ", []),
+    # blanks that do not end
+    (Q, f"Look.{400 * ' '}{qwen(F)}{400 * ' '}", f"Look.{144 * ' '}{144 * ' '}", ONE),
+    (Q, f"<tool_call>{F}{400 * ' '}</tool_call>", "", ONE),
+    (L, 400 * " " + LF, 400 * " " + LF, []),
+    (L, f"{LF};{400 * ' '}{LF}", f";{400 * ' '}{LF}", ONE),
 ]  # fmt: skip
 
 
@@ -160,6 +166,18 @@ def test_what_is_known_is_told_at_once(text: str) -> None:
     assert "".join(delta.arguments for delta in deltas) == '{"a": 1}'
     assert len(deltas) > len('{"a": 1}')
     assert (deltas[0].name, deltas[0].arguments) == ("f", "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "begin"), [(Q, ""), (Q, f"<tool_call>{F}</tool_call>"), (L, ""), (L, LF), (M, ""), (M, "[TOOL_CALLS]f{}")]
+)
+def test_blanks_without_end_are_told_as_they_come(kind: type[CallParser], begin: str) -> None:
+    """What is held back is looked at again with each token."""
+    parser = kind()
+    parser.push(begin)
+    assert not parser.push(200 * "\n")
+    told = "".join(piece for piece in parser.push(2000 * "\n") if isinstance(piece, str))
+    assert len(told) >= 1900
 
 
 def test_ids_differ_and_look_as_they_should() -> None:
