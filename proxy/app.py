@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -166,6 +167,7 @@ def _document_bodies(app: FastAPI, *, needs_key: bool) -> None:
     """Put the schemas of our structs, which FastAPI can't see, into /openapi.json, and where a key is needed."""
     generate = app.openapi
 
+    @cache  # anybody may ask, and it takes a tenth of a second
     def openapi() -> dict[str, Any]:
         document = generate()
         kinds = [kind for dialect in _DIALECTS for kind in dialect.DOCUMENTED]

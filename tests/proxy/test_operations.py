@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -271,6 +272,14 @@ async def test_openapi_documents_the_fields(cluster: Cluster) -> None:
     assert "prompt" in schemas["CompletionRequest"]["properties"]
     for name in re.findall(r'"#/components/schemas/([^"]+)"', str(document).replace("'", '"')):
         assert name in schemas
+
+
+async def test_openapi_is_made_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody may ask for it, and to make it takes a tenth of a second."""
+    make = Mock(wraps=msgspec.json.schema_components)
+    monkeypatch.setattr("msgspec.json.schema_components", make)
+    documents = {(await cluster.http.get("/openapi.json")).content for _ in range(3)}
+    assert len(documents) == make.call_count == 1
 
 
 @pytest.mark.parametrize(
