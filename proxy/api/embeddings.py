@@ -7,10 +7,12 @@ import math
 import struct
 import time
 from collections.abc import Sequence
+from itertools import starmap
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Request
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 from starlette.responses import Response
 
 from epd.errors import InvalidRequest
@@ -22,7 +24,7 @@ from proxy.api.openai_length import cut_of
 from proxy.api.openai_prompt import token_prompts
 from proxy.api.openai_schema import ChatMessage, ChatRequest
 from proxy.api.requests import deadline, decoded, documented, service_of
-from proxy.api.vectors import MAX_INPUTS, Vectors, VectorUsage, pooled
+from proxy.api.vectors import MAX_INPUTS, Vectors, VectorUsage, one_by_one, pooled
 from proxy.served_model import ServedModel
 
 router = APIRouter(tags=["OpenAI"])
@@ -134,7 +136,8 @@ async def pooling(request: Request) -> Response:
 
 async def _embed(client: Client, model: ServedModel, body: EmbeddingRequest, arrived: float) -> None:
     found = await _vectors(model, body, _pooling(model, body), Head.new("embd", "").id, arrived)
-    answers = [Embedding(index, _encoded(vector, body.encoding_format)) for index, vector in enumerate(found.values)]
+    words = await one_by_one(found.values, lambda vector: _encoded(vector, body.encoding_format))
+    answers = list(starmap(Embedding, enumerate(words)))
     await client.reply(EmbeddingList(answers, model.name, VectorUsage.of(found.prompt_tokens)))
 
 
@@ -144,7 +147,8 @@ async def _pool(client: Client, model: ServedModel, body: EmbeddingRequest, arri
     found = await _vectors(
         model, body, Pooling(PoolingKind.SCORE) if is_score else _pooling(model, body), head.id, arrived
     )
-    data = [Pooled(index, _encoded(vector, body.encoding_format)) for index, vector in enumerate(found.values)]
+    words = await one_by_one(found.values, lambda vector: _encoded(vector, body.encoding_format))
+    data = list(starmap(Pooled, enumerate(words)))
     await client.reply(PooledList(head.id, head.created, head.model, data, VectorUsage.of(found.prompt_tokens)))
 
 
@@ -167,7 +171,7 @@ async def _vectors(
         async with deadline(model, arrived):
             prompts = await _prompts(model, body)
         found = await pooled(model, request_id, prompts, pooling, arrived, body.priority or 0)
-    return Vectors([tuple(_cut(vector, body)) for vector in found.values], found.prompt_tokens)
+    return Vectors(await one_by_one(found.values, lambda vector: tuple(_cut(vector, body))), found.prompt_tokens)
 
 
 async def _prompts(model: ServedModel, body: EmbeddingRequest) -> list[tuple[int, ...]]:
@@ -238,7 +242,8 @@ def _cut(vector: Sequence[float], body: EmbeddingRequest) -> Sequence[float]:
     return [value / length for value in short] if length and body.normalize is not False else short
 
 
-def _encoded(vector: Sequence[float], encoding: str | None) -> list[float] | str:
+def _encoded(vector: Sequence[float], encoding: str | None) -> Any:
+    """As it stands in the answer: text, or JSON already."""
     if encoding == "base64":
         return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
-    return list(vector)
+    return Raw(msgspec.json.encode(vector))

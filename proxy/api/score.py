@@ -23,7 +23,7 @@ from proxy.api.lightllm_errors import use_native_errors
 from proxy.api.openai_length import cut_of
 from proxy.api.openai_prompt import naming, token_prompts
 from proxy.api.requests import deadline, decoded, documented, service_of
-from proxy.api.vectors import MAX_INPUTS, Vectors, VectorUsage, pooled
+from proxy.api.vectors import MAX_INPUTS, Vectors, VectorUsage, one_by_one, pooled
 from proxy.cutting import Cut
 from proxy.served_model import ServedModel
 
@@ -273,5 +273,8 @@ async def _cosines(job: _Job, pairs: Sequence[tuple[str, str]]) -> Vectors:
         prompts = await token_prompts(list(texts), model, field=job.field, limit=len(texts), completion=0, cut=job.cut)
     found = await job.pooled(prompts, Pooling(default_pooling(model)))
     vectors = dict(zip(texts, found.values, strict=True))
-    cosines = [sum(a * b for a, b in zip(vectors[one], vectors[two], strict=True)) for one, two in pairs]
-    return Vectors([(cosine,) for cosine in cosines], found.prompt_tokens)
+
+    def cosine(pair: tuple[str, str]) -> tuple[float]:
+        return (sum(a * b for a, b in zip(vectors[pair[0]], vectors[pair[1]], strict=True)),)
+
+    return Vectors(list(await one_by_one(pairs, cosine)), found.prompt_tokens)

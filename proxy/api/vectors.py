@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
@@ -13,9 +15,14 @@ from epd.types import FinishReason, Pooling, SamplingParams
 from proxy.served_model import ServedModel
 from proxy.work import Work
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 MAX_INPUTS = 2048
 AT_ONCE = 64
 """Texts of one request that workers have in hand; thousands would fill their queues for everybody else."""
+_IN_ONE_GO = 16
+"""Vectors of several thousand numbers each: milliseconds to write down."""
 
 
 class VectorUsage(msgspec.Struct):
@@ -36,6 +43,16 @@ class Vectors:
 
     values: list[tuple[float, ...]]
     prompt_tokens: int
+
+
+async def one_by_one(items: Iterable[T], make: Callable[[T], R]) -> list[R]:
+    """What `make` makes of each. Thousands of vectors take a good part of a second, so others have turns in between."""
+    made = []
+    for index, item in enumerate(items):
+        if index % _IN_ONE_GO == _IN_ONE_GO - 1:
+            await asyncio.sleep(0)
+        made.append(make(item))
+    return made
 
 
 async def pooled(

@@ -15,7 +15,7 @@ import pytest
 
 from epd.errors import ErrorInfo
 from epd.types import FinishReason, Pooling, PoolingKind, WorkerTask
-from proxy.api.vectors import AT_ONCE
+from proxy.api.vectors import AT_ONCE, one_by_one
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, png
 from tests.proxy.fakes import Received
 from tests.proxy.model_files import write_model
@@ -264,6 +264,21 @@ async def test_many_small_texts_leave_the_event_loop_too(
         assert (await post(cluster, path, **body))["status"] == 200
     assert threads
     assert threading.get_ident() not in threads
+
+
+async def test_others_have_turns_while_vectors_are_made() -> None:
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    assert await one_by_one(range(1000), str) == [str(number) for number in range(1000)]
+    assert turns > 10
+    task.cancel()
 
 
 async def test_one_failure_fails_the_request_and_aborts_the_rest(cluster: Cluster) -> None:
