@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct, UnsetType
 
-from epd.errors import ClientError, EPDError
+from epd.errors import ClientError, ContextLengthExceeded, EPDError
 from epd.types import FinishReason
 from proxy.answer import Answer
-from proxy.api.dialect import Head, News, ServerSent, Timings, named_event
+from proxy.api.dialect import Head, News, ServerSent, TextEvents, Timings, named_event
 from proxy.api.field_names import FieldNames
 from proxy.api.messages_object import (
     AnswerBlock,
@@ -57,7 +57,11 @@ _TYPES = {
 def error_of(error: EPDError) -> MessagesError:
     """An error as clients of this API read it."""
     kind = _TYPES.get(error.status, "invalid_request_error" if isinstance(error, ClientError) else "api_error")
-    return MessagesError(MessagesErrorObject(kind, error.message, error.param, error.code), REQUEST_ID.get() or None)
+    # By these words clients of this API tell it from other errors, and shorten the conversation.
+    prefix = "prompt is too long: " if isinstance(error, ContextLengthExceeded) else ""
+    return MessagesError(
+        MessagesErrorObject(kind, prefix + error.message, error.param, error.code), REQUEST_ID.get() or None
+    )
 
 
 def error_words(error: EPDError) -> tuple[int, dict[str, Any]]:
@@ -86,6 +90,8 @@ class MessagesDialect(ServerSent):
         """Of the last block that was told."""
         self._open: type[AnswerBlock] | None = None
         """What is going on."""
+        self._texts: TextEvents
+        """Of the block, if it is text."""
         self._ending = Ending("end_turn", None)
 
     def whole(self, answers: Sequence[Answer], usage: Usage, timings: Timings | UnsetType) -> MessageObject:
@@ -135,8 +141,13 @@ class MessagesDialect(ServerSent):
         return _event(error_of(self._names.rename(error)))
 
     def _text(self, text: str) -> bytes:
-        told = b"" if self._open is TextBlock else self._begin(TextBlock(""))
-        return told + _event(BlockDelta(self._index, TextPiece(text)))
+        told = b"" if self._open is TextBlock else self._begin_text()
+        return told + self._texts.event(text)
+
+    def _begin_text(self) -> bytes:
+        told = self._begin(TextBlock(""))
+        self._texts = TextEvents(lambda text: _event(BlockDelta(self._index, TextPiece(text))))
+        return told
 
     def _call(self, delta: CallDelta) -> bytes:
         told = b"" if delta.id is None else self._begin(ToolUseBlock(delta.id, delta.name or "", Raw(b"{}")))

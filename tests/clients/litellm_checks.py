@@ -1,4 +1,5 @@
-"""LiteLLM at a running server, under both of its names for servers like this one: `python -m … BASE_URL`.
+"""LiteLLM at a running server, under both of its names for servers like this one, and as if it were Anthropic's:
+`python -m … BASE_URL`.
 
 Not within pytest: it leaves coroutines, sockets and event loops behind, which count as errors there. It tells errors
 apart by status and by words, and so is a good judge of ours.
@@ -72,6 +73,11 @@ def classes_of_errors(options: Options) -> None:
         assert type(error) is kind, (kind, type(error), error)
 
 
+def too_long_for_anthropic(options: Options) -> None:
+    error = raised(options | {"messages": [{"role": "user", "content": "word " * 20_000}]})
+    assert type(error) is exceptions.ContextWindowExceededError, error
+
+
 def raised(options: Options) -> Exception | None:
     try:
         litellm.completion(**options)
@@ -92,6 +98,11 @@ def main(base_url: str) -> None:
         for check in CHECKS:
             check(options)
             print(provider, check.__name__)
+    options = {"model": f"anthropic/{MODEL}", "api_base": base_url.removesuffix("/v1"), "api_key": "none"}
+    options |= {"messages": ASK, "temperature": 0, "max_retries": 0, "timeout": 60}
+    for check in (*CHECKS[:-1], too_long_for_anthropic):
+        check(options)
+        print("anthropic", check.__name__)
     print("all checks passed")
 
 

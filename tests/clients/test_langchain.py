@@ -89,6 +89,25 @@ def test_json_mode(chat: ChatOpenAI) -> None:
     assert answer["raw"].content.lstrip().startswith("{")
 
 
+def test_responses(demo: Cluster) -> None:
+    """The same by `/v1/responses`."""
+    chat = ChatOpenAI(
+        model=MODEL, base_url=demo.base_url, api_key=SecretStr("none"), temperature=0, use_responses_api=True
+    )
+    answer = chat.invoke(WHO)
+    assert answer.text == "".join(chunk.text for chunk in chat.stream(WHO)) == SELF
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata["output_tokens"] > 0
+    assert chat.invoke([HumanMessage(content=ASK_PICTURE[0]["content"])]).text == CIRCLE
+    called = chat.bind_tools([Trip], tool_choice="required", parallel_tool_calls=False).invoke("Plan a trip.")
+    assert isinstance(called, AIMessage)
+    [call] = called.tool_calls
+    Trip.model_validate(call["args"])
+    result = ToolMessage(content="done", tool_call_id=call["id"])
+    assert chat.bind_tools([Trip]).invoke([HumanMessage(content="Plan a trip."), called, result], max_tokens=20)
+    assert isinstance(chat.with_structured_output(Trip).invoke("Plan a trip."), Trip)
+
+
 def test_completions_and_embeddings(demo: Cluster) -> None:
     key = SecretStr("none")
     text = OpenAI(model=MODEL, base_url=demo.base_url, api_key=key, temperature=0, max_tokens=40, max_retries=0)

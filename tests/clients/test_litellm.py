@@ -21,4 +21,4 @@ def test_litellm(demo: Cluster) -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     lines = done.stdout.splitlines()
     assert lines[-1] == "all checks passed", done.stdout
-    assert len(lines) == 2 * 6 + 1
+    assert len(lines) == 3 * 6 + 1
