@@ -15,7 +15,6 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from typing import Any
 
-import msgspec
 import uvicorn
 import uvloop
 from fastapi import FastAPI, Request
@@ -50,8 +49,8 @@ from proxy.api import (
     tokenize,
     unified,
 )
+from proxy.api.documentation import complete
 from proxy.api.http import error_response
-from proxy.api.requests import REF
 from proxy.byte_budget import ByteBudget
 from proxy.certificate import Renewals
 from proxy.metrics import CLIENT_CLOSED_REQUEST, Metrics
@@ -131,7 +130,7 @@ def create_app(config: ProxyConfig, roster: Roster | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(ClientDisconnect, _on_client_disconnect)
-    _document_bodies(app, needs_key=bool(config.api_keys()))
+    _document_bodies(app, service, needs_key=bool(config.api_keys()))
     return app
 
 
@@ -163,7 +162,7 @@ def _check_root(root: str, paths: Sequence[str]) -> None:
         raise ConfigError(f"--root-path {root}: {taken} begins like that itself; have the gateway show another path")
 
 
-def _document_bodies(app: FastAPI, *, needs_key: bool) -> None:
+def _document_bodies(app: FastAPI, service: Service, *, needs_key: bool) -> None:
     """Put the schemas of our structs, which FastAPI can't see, into /openapi.json, and where a key is needed."""
     generate = app.openapi
 
@@ -171,8 +170,7 @@ def _document_bodies(app: FastAPI, *, needs_key: bool) -> None:
     def openapi() -> dict[str, Any]:
         document = generate()
         kinds = [kind for dialect in _DIALECTS for kind in dialect.DOCUMENTED]
-        _, components = msgspec.json.schema_components(kinds, ref_template=REF)
-        document.setdefault("components", {}).setdefault("schemas", {}).update(components)
+        complete(document, kinds, next(iter(service.named_models()), "model"))
         if needs_key:
             document_keys(document)
         return document

@@ -122,9 +122,9 @@ def _missing(models: Sequence[ServedModel]) -> dict[str, list[str]]:
 
 @router.head("/livez", include_in_schema=False)
 @router.head("/ping", include_in_schema=False)
-@router.get("/livez")
-@router.get("/ping")
-@router.post("/ping")
+@router.get("/livez", response_class=Response)
+@router.get("/ping", response_class=Response)
+@router.post("/ping", response_class=Response)
 async def ping() -> Response:
     """Liveness: the HTTP server answers. Says nothing of the workers."""
     return Response()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from proxy.api.requests import REF
+from proxy.api.documentation import EVENT, REF
 
 
 def native_documentation(
@@ -26,7 +26,7 @@ def native_documentation(
     shapes = [_ref(kind) for kind in answers] + [{"type": "array", "items": _ref(kind)} for kind in lists_of]
     content: dict[str, Any] = {"application/json": {"schema": _any_of(shapes)}} if shapes else {}
     if stream is not None:
-        content[stream] = {"schema": {"type": "string"}}
+        content[stream] = {"schema": EVENT}
     return {
         "requestBody": {
             "required": True,

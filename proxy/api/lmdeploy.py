@@ -16,7 +16,7 @@ from proxy.api.lmdeploy_answer import INTERACTIVE, OLD, Framing, LMDeployDialect
 from proxy.api.lmdeploy_schema import DEFAULT_OUTPUT_LEN, InteractiveRequest, LMDeployAnswer, LMDeployRequest
 from proxy.api.openai_prompt import naming
 from proxy.api.openai_schema import ContentPart
-from proxy.api.requests import decoded, documented, service_of
+from proxy.api.requests import EVENTS, decoded, documented, service_of
 from proxy.api.session_turns import Asked, Told, answer_turn, session_key, stop_turn
 from proxy.served_model import ServedModel
 from proxy.service import Service
@@ -54,7 +54,11 @@ async def answer(request: Request, body: bytes, arrived: float) -> Response:
     return _turn(service, model, asked, arrived)
 
 
-@router.post("/v1/chat/interactive", response_model=None, openapi_extra=documented(InteractiveRequest, LMDeployAnswer))
+@router.post(
+    "/v1/chat/interactive",
+    response_model=None,
+    openapi_extra=documented(InteractiveRequest, LMDeployAnswer, stream=EVENTS),
+)
 async def interactive(request: Request) -> Response:
     """Go on with a conversation that the server keeps, or begin one; without interactive_mode it is over then."""
     arrived, service = time.perf_counter(), service_of(request)

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from epd.errors import InvalidRequest
 from proxy.api.answering import answer_chat, prompt_alone
 from proxy.api.dialect import Head
+from proxy.api.documentation import REF
 from proxy.api.http import Client, Exchange
 from proxy.api.messages_answer import MessagesDialect
 from proxy.api.messages_input import chat_of
@@ -18,7 +19,7 @@ from proxy.api.messages_object import MessageObject, MessagesError, TokensCount
 from proxy.api.messages_schema import CountTokensRequest, MessagesRequest
 from proxy.api.openai_answer import Wanted
 from proxy.api.openai_prompt import messages_of
-from proxy.api.requests import REF, deadline, decoded, documented, service_of
+from proxy.api.requests import EVENTS, deadline, decoded, documented, service_of
 from proxy.image_tokens import size_of
 from proxy.request_context import REQUEST_ID
 from proxy.served_model import ServedModel
@@ -29,15 +30,15 @@ PATHS = ("/v1/messages", "/v1/messages/count_tokens")
 DOCUMENTED = (MessagesRequest, MessageObject, CountTokensRequest, TokensCount, MessagesError)
 
 
-def _documented(body: type[Any], answer: type[Any]) -> dict[str, Any]:
-    found = documented(body, answer)
+def _documented(body: type[Any], answer: type[Any], stream: str | None = None) -> dict[str, Any]:
+    found = documented(body, answer, stream=stream)
     schema = {"schema": {"$ref": REF.format(name=MessagesError.__name__)}}
     error = {"description": "An error", "content": {"application/json": schema}}
     found["responses"] |= {str(status): error for status in (400, 401, 404, 413, 429, 500, 503, 504)}
     return found
 
 
-@router.post(PATHS[0], response_model=None, openapi_extra=_documented(MessagesRequest, MessageObject))
+@router.post(PATHS[0], response_model=None, openapi_extra=_documented(MessagesRequest, MessageObject, EVENTS))
 async def messages(request: Request) -> Response:
     """Answer a conversation, which may show pictures and use tools."""
     arrived, service = time.perf_counter(), service_of(request)

@@ -13,7 +13,7 @@ from proxy.api.http import Exchange
 from proxy.api.openai_fields import CHAT_REFUSED, TEXT_REFUSED, table
 from proxy.api.openai_responses import ChatCompletion, TextCompletion
 from proxy.api.openai_schema import ChatRequest, CompletionRequest
-from proxy.api.requests import decoded, documented, name_request, service_of
+from proxy.api.requests import EVENTS, decoded, documented, name_request, service_of
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -24,7 +24,7 @@ DOCUMENTED = (ChatRequest, CompletionRequest, ChatCompletion, TextCompletion)
 @router.post(
     "/v1/chat/completions",
     response_model=None,
-    openapi_extra=documented(ChatRequest, ChatCompletion),
+    openapi_extra=documented(ChatRequest, ChatCompletion, stream=EVENTS),
     description=f"Answer a conversation, which may show pictures.\n\n{table(CHAT_REFUSED)}",
 )
 async def chat_completions(request: Request) -> Response:
@@ -40,7 +40,7 @@ async def chat_completions(request: Request) -> Response:
 @router.post(
     "/v1/completions",
     response_model=None,
-    openapi_extra=documented(CompletionRequest, TextCompletion),
+    openapi_extra=documented(CompletionRequest, TextCompletion, stream=EVENTS),
     description=f"Continue a text.\n\n{table(TEXT_REFUSED)}",
 )
 async def completions(request: Request) -> Response:

@@ -14,9 +14,10 @@ from epd.errors import AdminOnly
 from epd.messages import StageStats
 from epd.observability import Stage
 from epd.types import WorkerRole
+from proxy.api.documentation import REF
 from proxy.api.http import read_body
 from proxy.api.json_body import decode_body
-from proxy.api.requests import REF, is_admin, service_of
+from proxy.api.requests import documented, is_admin, service_of
 from proxy.prometheus import expose, wants_prometheus
 from proxy.request_context import KEY_ID
 from proxy.roster_view import cluster_view
@@ -24,7 +25,6 @@ from proxy.worker_connection import PROXY_TO_INSTANCE, PROXY_TTFT, WorkerConnect
 
 router = APIRouter()
 
-DOCUMENTED = (ClusterView,)
 _MAX_SMALL_BODY_BYTES = 64 << 10
 _NOTHING = StageStats()
 
@@ -39,7 +39,19 @@ class AbortRequest(msgspec.Struct):
     abort_all: bool = False
 
 
-@router.post("/abort", tags=["operations"])
+class Aborted(msgspec.Struct):
+    """Answer of `POST /abort`."""
+
+    aborted: list[str]
+    status: str = "ok"
+
+
+DOCUMENTED = (ClusterView, AbortRequest, Aborted)
+_ABORT = documented(AbortRequest, Aborted)
+_ABORT["requestBody"]["required"] = False
+
+
+@router.post("/abort", tags=["operations"], response_model=None, openapi_extra=_ABORT)
 async def abort(request: Request) -> JSONResponse:
     """Stop requests by the ids of their answers or by their X-Request-Id, or all of them.
 
@@ -86,7 +98,7 @@ async def get_cluster(request: Request) -> Response:
 # -- figures ---------------------------------------------------------------------------------------------------------
 
 
-@router.get("/metrics", tags=["operations"])
+@router.get("/metrics", tags=["operations"], response_class=PlainTextResponse)
 async def metrics(request: Request, format: Literal["text", "prometheus"] | None = None) -> Response:
     """Averages since start of each worker, and what it counted, as text; or all of it in Prometheus' form.
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from epd.errors import DeadlineExceeded, InvalidRequest
+from proxy.api.documentation import EVENT, REF
 from proxy.api.http import JSON, read_body
 from proxy.api.json_body import decode_body
 from proxy.request_context import REQUEST_ID, REQUEST_ID_PATTERN
@@ -21,7 +22,8 @@ from proxy.timers import TimeLimit
 
 T = TypeVar("T")
 
-REF = "#/components/schemas/{name}"
+EVENTS = "text/event-stream"
+"""Media type of server-sent events."""
 
 
 def service_of(request: Request) -> Service:
@@ -108,13 +110,22 @@ async def deadline(model: ServedModel, arrived: float, limit_s: float | None = N
         raise DeadlineExceeded(f"The request was not ready for the workers within {limit:g} s.") from None
 
 
-def documented(body: type[Any], answer: type[Any]) -> dict[str, Any]:
-    """What FastAPI can't see of an endpoint whose bodies are our structs."""
+def documented(body: type[Any], answer: type[Any], *, stream: str | None = None) -> dict[str, Any]:
+    """What FastAPI can't see of an endpoint whose bodies are our structs.
+
+    Args:
+        body: of requests.
+        answer: in one piece.
+        stream: media type of answers in pieces; None: there are none.
+    """
 
     def content(kind: type[Any]) -> dict[str, Any]:
         return {"application/json": {"schema": {"$ref": REF.format(name=kind.__name__)}}}
 
+    answers = content(answer) | ({stream: {"schema": EVENT}} if stream else {})
     return {
         "requestBody": {"required": True, "content": content(body)},
-        "responses": {"200": {"description": "The answer, or a stream of events", "content": content(answer)}},
+        "responses": {
+            "200": {"description": "The answer, or a stream of events" if stream else "The answer", "content": answers}
+        },
     }

@@ -13,7 +13,7 @@ from proxy.api.field_names import FieldNames
 from proxy.api.http import Client, Exchange
 from proxy.api.openai_answer import Wanted
 from proxy.api.openai_schema import ChatRequest
-from proxy.api.requests import decoded, documented, name_request, service_of
+from proxy.api.requests import EVENTS, decoded, documented, name_request, service_of
 from proxy.api.responses_answer import ResponsesDialect, response_of
 from proxy.api.responses_input import chat_of
 from proxy.api.responses_object import ResponseObject
@@ -26,7 +26,9 @@ router = APIRouter(tags=["OpenAI"])
 DOCUMENTED = (ResponsesRequest, ResponseObject)
 
 
-@router.post("/v1/responses", response_model=None, openapi_extra=documented(ResponsesRequest, ResponseObject))
+@router.post(
+    "/v1/responses", response_model=None, openapi_extra=documented(ResponsesRequest, ResponseObject, stream=EVENTS)
+)
 async def responses(request: Request) -> Response:
     """Answer a conversation, which may show pictures and call functions.
 

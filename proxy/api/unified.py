@@ -29,11 +29,12 @@ from epd.types import SamplingParams
 from proxy.answer import Answer, TextOptions
 from proxy.api.answering import tell
 from proxy.api.dialect import Head, News, ServerSent, Timings
+from proxy.api.documentation import REF
 from proxy.api.http import Client, Exchange, error_body
 from proxy.api.openai_prompt import naming
 from proxy.api.openai_responses import Usage
 from proxy.api.openai_sampling import stop_strings
-from proxy.api.requests import REF, deadline, decoded, documented, service_of
+from proxy.api.requests import deadline, decoded, documented, service_of
 from proxy.chat_template import Prompt
 from proxy.gateway_config import BASE, DEFAULTS, GenerateParameters, Scenario
 from proxy.in_hand import WorkerGone
