@@ -171,7 +171,7 @@ _ONE: Final[dict[str, str]] = {
     "ResponseObject.service_tier": "As the request had it",
     "ResponseObject.text": "The form of the answer",
     "ResponseObject.top_logprobs": "How many of the most likely tokens are told at each place",
-    "ResponseObject.truncation": "disabled: a prompt that is too long is an error",
+    "ResponseObject.truncation": "disabled, or auto: the oldest turns of a prompt that is too long are left out",
     "ResponseObject.user": "As the request had it",
     "ResponsesRequest.text": "The form that the answer must have, in format",
     "TextBlock.citations": "Always null",
