@@ -295,7 +295,9 @@ def _history(client: Client, model: ServedModel, asked: Asked, turn: Turn) -> tu
 
 
 def _within_context(model: ServedModel, sampling: SamplingParams, prompt_tokens: int) -> SamplingParams:
-    """The answer is cut at the end of the context; where the model can't end it, it is exactly so long."""
+    """The answer is cut at the end of the context, which workers know when pictures are in it: they have more tokens
+    than their placeholders. Where the model can't end the answer, it is exactly so long."""
+    sampling = msgspec.structs.replace(sampling, fits_context=True)
     most, limit = sampling.max_tokens, model.max_model_len
     if limit:
         left = max(limit - prompt_tokens, 1)

@@ -1,4 +1,4 @@
-"""LightLLM's native endpoints in front of the demo model: pictures, frames, limits, and the client of TGI."""
+"""Native endpoints before the demo model, LightLLM's above all: pictures, frames, limits, and the client of TGI."""
 
 from __future__ import annotations
 
@@ -35,6 +35,18 @@ def test_a_raw_prompt_with_a_picture_is_answered_as_the_same_chat(demo: Cluster)
     assert [token["id"] for token in body["tokens"]] == choice["token_ids"]
     assert body["prompt_tokens"] == chatted["usage"]["prompt_tokens"]
     assert demo.post("/tokens", {"text": RAW, "multimodal_params": IMAGES}) == (200, {"ntokens": body["prompt_tokens"]})
+
+
+def test_lmdeploys_answer_may_fill_the_context_behind_a_picture(demo: Cluster) -> None:
+    """Without a limit it may, and the proxy does not know how many tokens the picture has."""
+    parts = [{"type": "image_url", "image_url": {"url": data_url(PICTURE)}}, {"type": "text", "text": QUESTION}]
+    chat = {"messages": [{"role": "user", "content": parts}], "temperature": 0}
+    _, chatted = demo.post("/v1/chat/completions", chat)
+    asked = {"prompt": QUESTION, "image_url": data_url(PICTURE), "temperature": 0}
+    for limit in ({}, {"request_output_len": 1_000_000}):
+        status, body = demo.post("/v1/chat/interactive", asked | limit)
+        assert (status, "session_exceeded" in body) == (200, False)
+        assert body["text"] == chatted["choices"][0]["message"]["content"]
 
 
 def test_every_token_has_a_frame_also_within_characters(demo: Cluster) -> None:

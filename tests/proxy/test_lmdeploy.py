@@ -596,6 +596,7 @@ async def test_interactive_pictures(cluster: Cluster) -> None:
     reply = await interact(cluster, "what is in this picture", image_url=data_url(png()))
     assert reply.json()["text"] == "hello world"
     assert len(cluster.pd.requests[0].images) == 1
+    assert cluster.pd.requests[0].sampling.fits_context  # pictures have more tokens than the proxy has counted
     kept = await interact(cluster, image_url=[data_url(png())], session_id=7, interactive_mode=True)
     assert (kept.status_code, "text only" in kept.json()["message"]) == (400, True)
 
