@@ -13,7 +13,6 @@ Pictures fill markers in order, and there must be as many of one as of the other
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 from epd.checkpoint import ImagePlaceholder
 from epd.errors import InvalidRequest
@@ -63,6 +62,7 @@ async def raw_prompt(
         raise InvalidRequest(f"{field} is empty; send at least one character or token.", param=field)
     with naming(field):
         if isinstance(inputs, str):
+            model.check_size(inputs)  # markers may make it longer by far
             text = _with_placeholders(inputs, model, images, adds_markers=adds_markers)
             token_ids = await model.encode_text(text, add_special_tokens=add_special_tokens)
         else:
@@ -95,11 +95,12 @@ def _with_pads(token_ids: Sequence[int], tokenizer: Tokenizer, image: ImagePlace
     """As for texts: a placeholder between Qwen-VL's borders where it was left out."""
     if image is None or tokenizer.token_id(_QWEN_VL) != image.token_id:
         return list(token_ids)
-    borders = (tokenizer.token_id(_BEFORE), tokenizer.token_id(_BEHIND))
-    missing = [index for index, pair in enumerate(pairwise(token_ids)) if pair == borders]
-    result = list(token_ids)
-    for index in reversed(missing):
-        result.insert(index + 1, image.token_id)
+    before, behind = tokenizer.token_id(_BEFORE), tokenizer.token_id(_BEHIND)
+    result: list[int] = []
+    for token in token_ids:
+        if token == behind and result and result[-1] == before:
+            result.append(image.token_id)
+        result.append(token)
     return result
 
 
