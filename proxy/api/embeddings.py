@@ -27,7 +27,7 @@ from proxy.api.requests import deadline, decoded, documented, service_of
 from proxy.api.vectors import MAX_INPUTS, Vectors, VectorUsage, one_by_one, pooled
 from proxy.served_model import ServedModel
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter()
 
 _Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 _TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -116,7 +116,9 @@ class PooledList(Struct):
 DOCUMENTED = (EmbeddingRequest, EmbeddingList, PooledList)
 
 
-@router.post("/v1/embeddings", response_model=None, openapi_extra=documented(EmbeddingRequest, EmbeddingList))
+@router.post(
+    "/v1/embeddings", tags=["OpenAI"], response_model=None, openapi_extra=documented(EmbeddingRequest, EmbeddingList)
+)
 async def embeddings(request: Request) -> Response:
     """Vectors of texts, by an embedding model or from the last layer of a generating one."""
     arrived, service = time.perf_counter(), service_of(request)
@@ -125,7 +127,7 @@ async def embeddings(request: Request) -> Response:
     return Exchange(lambda client: _embed(client, model, body, arrived))
 
 
-@router.post("/pooling", response_model=None, openapi_extra=documented(EmbeddingRequest, PooledList))
+@router.post("/pooling", tags=["vLLM"], response_model=None, openapi_extra=documented(EmbeddingRequest, PooledList))
 async def pooling(request: Request) -> Response:
     """What `/v1/embeddings` gives, or a reward model's score of each text, in a list of one number."""
     arrived, service = time.perf_counter(), service_of(request)

@@ -28,7 +28,7 @@ from proxy.api.requests import read_request
 from proxy.api.token_native import TokenNativeAnswer
 from proxy.api.token_native_schema import NewLMDeployRequest, SGLangRequest
 
-router = APIRouter(tags=["Native"])
+router = APIRouter(tags=["LightLLM", "TGI", "LMDeploy", "SGLang"])
 
 DOCUMENTED = (SGLangRequest, NewLMDeployRequest, TokenNativeAnswer)  # the others are documented where they are served
 

@@ -27,7 +27,7 @@ from proxy.api.vectors import MAX_INPUTS, Vectors, VectorUsage, one_by_one, pool
 from proxy.cutting import Cut
 from proxy.served_model import ServedModel
 
-router = APIRouter(tags=["Scores"])
+router = APIRouter()
 
 _SCORE = Pooling(PoolingKind.SCORE)
 _Texts = str | list[str]
@@ -125,8 +125,8 @@ class Reward(Struct):
 DOCUMENTED = (ScoreRequest, ScoreList, RerankRequest, Ranking, RewardRequest, Reward)
 
 
-@router.post("/score", response_model=None, include_in_schema=False)
-@router.post("/v1/score", response_model=None, openapi_extra=documented(ScoreRequest, ScoreList))
+@router.post("/score", tags=["vLLM"], response_model=None, include_in_schema=False)
+@router.post("/v1/score", tags=["vLLM"], response_model=None, openapi_extra=documented(ScoreRequest, ScoreList))
 async def score(request: Request) -> Response:
     """How well pairs of texts go together, as the model sees it."""
     arrived, service = time.perf_counter(), service_of(request)
@@ -135,9 +135,9 @@ async def score(request: Request) -> Response:
     return Exchange(lambda client: _score(client, model, body, arrived))
 
 
-@router.post("/rerank", response_model=None, include_in_schema=False)
-@router.post("/v2/rerank", response_model=None, include_in_schema=False)
-@router.post("/v1/rerank", response_model=None, openapi_extra=documented(RerankRequest, Ranking))
+@router.post("/rerank", tags=["vLLM"], response_model=None, include_in_schema=False)
+@router.post("/v2/rerank", tags=["vLLM"], response_model=None, include_in_schema=False)
+@router.post("/v1/rerank", tags=["vLLM"], response_model=None, openapi_extra=documented(RerankRequest, Ranking))
 async def rerank(request: Request) -> Response:
     """Documents in the order of their scores with a query."""
     arrived, service = time.perf_counter(), service_of(request)
@@ -146,7 +146,7 @@ async def rerank(request: Request) -> Response:
     return Exchange(lambda client: _rerank(client, model, body, arrived))
 
 
-@router.post("/get_score", response_model=None, openapi_extra=documented(RewardRequest, Reward))
+@router.post("/get_score", tags=["LightLLM"], response_model=None, openapi_extra=documented(RewardRequest, Reward))
 async def get_score(request: Request) -> Response:
     """The reward of one conversation."""
     arrived, service = time.perf_counter(), service_of(request)

@@ -18,7 +18,7 @@ from proxy.api.openai_schema import ChatMessage, ChatRequest, Tool
 from proxy.api.requests import deadline, decoded, documented, service_of
 from proxy.served_model import ServedModel
 
-router = APIRouter(tags=["Tokens"])
+router = APIRouter(tags=["vLLM"])
 
 T = TypeVar("T")
 
