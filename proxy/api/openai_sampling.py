@@ -184,6 +184,8 @@ def check_token_ids(token_ids: Iterable[int], tokenizer: Tokenizer, field: str) 
 
 
 def _token_ids(token_ids: Sequence[int] | None, tokenizer: Tokenizer, field: str) -> tuple[int, ...]:
+    if len(token_ids or ()) > tokenizer.vocab_size:
+        raise InvalidRequest(f"{field}: more tokens than the model has.", param=field)
     known = tuple(dict.fromkeys(token_ids or ()))
     check_token_ids(known, tokenizer, field)
     return known

@@ -70,6 +70,8 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": HI, "bad_words": [5]}, "bad_words[0]"),
     ({"messages": HI, "allowed_token_ids": []}, "allowed_token_ids"),
     ({"messages": HI, "allowed_token_ids": [10**6]}, "allowed_token_ids"),
+    ({"messages": HI, "allowed_token_ids": [5] * 400}, "allowed_token_ids"),  # there are fewer
+    ({"messages": HI, "stop_token_ids": [5] * 400}, "stop_token_ids"),
     ({"messages": HI, "logprobs": 3}, "logprobs"),
     ({"messages": HI, "top_logprobs": 3}, "top_logprobs"),
     ({"messages": HI, "logprobs": False, "top_logprobs": 3}, "top_logprobs"),
