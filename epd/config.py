@@ -310,6 +310,12 @@ class PrefillDecodeConfig(WorkerConfig):
     enable_cuda_graphs: bool = option(
         True, "on a GPU, replay decode steps as CUDA graphs; without, a start is faster and a step slower"
     )
+    pipelining: str = option(
+        "auto",
+        "launch a step before the tokens of the one before it are read, so that the device need not wait; "
+        "auto: on a GPU; on: on a CPU too, where it gains nothing",
+        choices=("auto", "on", "off"),
+    )
     embedding_store_bytes: int = option(256 << 20, "memory for embeddings that arrived, in bytes", minimum=0)
     max_waiting: int = option(1024, "requests waiting at most; more are refused as overloaded")
 

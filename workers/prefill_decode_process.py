@@ -89,6 +89,7 @@ def _engine_config(config: PrefillDecodeConfig) -> EngineConfig:
         block_size=config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
         enable_cuda_graphs=config.enable_cuda_graphs,
+        pipelining=config.pipelining,
         compile=config.compile,
         quantization=config.quantization,
         gpu_memory_utilization=config.gpu_memory_utilization,

@@ -40,6 +40,7 @@ def check(report: Report, folder: Path, device: str) -> None:
     _teacher_forced(report, text_oracle, device)
     if device == "cuda":
         _graphs(report, text_oracle)
+        _pipelining(report, text_oracle)
     if importlib.util.find_spec("accelerate") is None or torch.cuda.device_count() < RANKS:
         report.add(SECTION, "two ranks share a model", f"not tried: needs {RANKS} GPUs and the accelerate package")
     else:
@@ -171,6 +172,17 @@ def _graphs(report: Report, oracle: Oracle) -> None:
         f"{AGREEMENT:.0%}",
         same >= AGREEMENT * total,
     )
+
+
+def _pipelining(report: Report, oracle: Oracle) -> None:
+    """Steps that are launched before the ones before them are read give the tokens that they give one by one."""
+    engines = [make_engine(oracle.path, device="cuda", dtype="float32", pipelining=mode) for mode in ("on", "off")]
+    pipelined, plain = (_decode(engine, oracle)[1] for engine in engines)
+    same = sum(a == b for a, b in zip(pipelined, plain, strict=True))
+    report.add(
+        SECTION, "answers equal with pipelining and without, float32", f"{same} of {len(plain)}", "all",
+        same == len(plain),
+    )  # fmt: skip
 
 
 def _decode(engine: Engine, oracle: Oracle) -> tuple[str, list[list[int]]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 
+import torch
+
 from workers.engine import model_loader
 from workers.engine.compiled_forward import CompiledForward
 from workers.engine.config import EngineConfig
@@ -45,9 +47,16 @@ def load_engine(config: EngineConfig, *, group: ParallelGroup | None = None, clo
         tokens, loaded.block_size, tokens / loaded.info.max_model_len, loaded.info.max_model_len,
     )  # fmt: skip
     engine = Engine(
-        loaded.runner, loaded.info, kv_cache, scheduler, store, grammars=loaded.runner.grammars, clock=clock
-    )
+        loaded.runner, loaded.info, kv_cache, scheduler, store, grammars=loaded.runner.grammars, clock=clock,
+        pipelined=_is_pipelined(config, loaded.runner.device, group),
+    )  # fmt: skip
     if isinstance(loaded.forward, CompiledForward):
         ended = loaded.forward.ended
         engine.is_disturbed = lambda: not ended.is_set()
     return engine
+
+
+def _is_pipelined(config: EngineConfig, device: torch.device, group: ParallelGroup | None) -> bool:
+    if group is not None:  # the other ranks are told each step's tokens by the host
+        return False
+    return config.pipelining == "on" or (config.pipelining == "auto" and device.type == "cuda")

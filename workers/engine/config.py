@@ -48,6 +48,9 @@ class EngineConfig:
     model is large enough to gain; "on": in float32 and for small models too; "off"."""
     enable_cuda_graphs: bool = True
     """On a GPU, replay decode steps as CUDA graphs. Capturing them takes some seconds and some memory at start."""
+    pipelining: str = "auto"
+    """Whether a step is launched before the tokens of the one before it are read. "auto": on a GPU; "on": on a CPU too,
+    where it gains nothing; "off". Never with tensor parallelism."""
     embedding_store_bytes: int = 1 << 30
     """For image embeddings in main memory: those in use, those early, and a cache of the rest."""
     embedding_unclaimed_ttl_s: float = 120.0
@@ -65,6 +68,8 @@ class EngineConfig:
             raise ConfigError(f"quantization must be none or int8, got {self.quantization!r}")
         if self.compile not in ("auto", "on", "off"):
             raise ConfigError(f"compile must be auto, on or off, got {self.compile!r}")
+        if self.pipelining not in ("auto", "on", "off"):
+            raise ConfigError(f"pipelining must be auto, on or off, got {self.pipelining!r}")
         if self.target_step_ms is not None and not 0 <= self.target_step_ms < math.inf:
             raise ConfigError(f"target_step_ms must be a finite number of at least 0, got {self.target_step_ms}")
         if not 0 < self.gpu_memory_utilization <= 1:

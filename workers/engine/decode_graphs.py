@@ -66,30 +66,47 @@ class StaticInputs:
     def __init__(self, size: int, layout: Layout, device: torch.device) -> None:
         """Allocate them and fill all rows with padding."""
         self._layout = layout
-        # One buffer for each type, so that a step takes two copies. Pinned, so that it does not wait for them; the
-        # tokens of a step are read back before the next one is written here.
-        wide, narrow = (2 + layout.num_axes) * size, (1 + layout.table_width) * size
-        on_gpu = device.type == "cuda"
-        self._host = (
-            torch.zeros(wide, dtype=torch.int64, pin_memory=on_gpu),
-            torch.zeros(narrow, dtype=torch.int32, pin_memory=on_gpu),
-        )
-        self._device = (torch.zeros_like(self._host[0], device=device), torch.zeros_like(self._host[1], device=device))
-        self._rows = _Rows.over(*self._host, size, layout)
+        # Two, by turns: at most two steps are under way, so the last copy from the one that is written is done.
+        self._hosts = [_HostInputs(size, layout, is_pinned=device.type == "cuda") for _ in range(2)]
+        wide, narrow = self._hosts[0].buffers
+        self._device = (torch.zeros_like(wide, device=device), torch.zeros_like(narrow, device=device))
         self.rows = _Rows.over(*self._device, size, layout)
         """On the device."""
-        self._tables: list[tuple[int, ...] | None] = [None] * size
-        """What `_rows.block_table` holds: most tables are those of the step before."""
-        self._write([], torch.zeros(0), torch.zeros(layout.num_axes, 0), [], [])
+        for target, source in zip(self._device, self._hosts[0].buffers, strict=True):
+            target.copy_(source)
 
     def load(self, inputs: StepInputs) -> None:
         """Write a step's rows, and padding behind them. Does not wait for the copies."""
+        host = self._hosts[0]
+        self._hosts.reverse()
         slots = slot_mapping(inputs.chunks, self._layout.block_size)
         ends = [chunk.end for chunk in inputs.chunks]
         tables = [chunk.block_table[: self._layout.table_width] for chunk in inputs.chunks]
-        self._write(tables, inputs.token_ids, inputs.positions, slots, ends)
+        token_ids = torch.zeros(len(tables), dtype=torch.int64) if inputs.is_unread else inputs.token_ids
+        host.write(tables, token_ids, inputs.positions, slots, ends)
+        for target, source in zip(self._device, host.buffers, strict=True):
+            target.copy_(source, non_blocking=True)
+        if inputs.is_unread:
+            self.rows.token_ids[: len(tables)] = inputs.token_ids
 
-    def _write(
+
+class _HostInputs:
+    """What is copied to the static tensors."""
+
+    def __init__(self, size: int, layout: Layout, *, is_pinned: bool) -> None:
+        self._layout = layout
+        # One buffer for each type, so that a step takes two copies. Pinned, so that it does not wait for them.
+        wide, narrow = (2 + layout.num_axes) * size, (1 + layout.table_width) * size
+        self.buffers = (
+            torch.zeros(wide, dtype=torch.int64, pin_memory=is_pinned),
+            torch.zeros(narrow, dtype=torch.int32, pin_memory=is_pinned),
+        )
+        self._rows = _Rows.over(*self.buffers, size, layout)
+        self._tables: list[tuple[int, ...] | None] = [None] * size
+        """What `_rows.block_table` holds: most tables are those of the step before."""
+        self.write([], torch.zeros(0), torch.zeros(layout.num_axes, 0), [], [])
+
+    def write(
         self,
         tables: Sequence[tuple[int, ...]],
         token_ids: torch.Tensor,
@@ -97,6 +114,7 @@ class StaticInputs:
         slots: list[int],
         ends: list[int],
     ) -> None:
+        """Write so many rows, and padding behind them."""
         count, rows = len(tables), self._rows
         size = len(self._tables)
         padding = size - count
@@ -113,8 +131,6 @@ class StaticInputs:
                 rows.block_table[index] = scratch
                 rows.block_table[index, : len(table)] = torch.tensor(table, dtype=torch.int32)
                 self._tables[index] = table
-        for target, source in zip(self._device, self._host, strict=True):
-            target.copy_(source, non_blocking=True)
 
 
 @dataclass(frozen=True)

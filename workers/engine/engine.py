@@ -31,9 +31,10 @@ from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.model_loader import ModelInfo
 from workers.engine.model_runner import Runner
 from workers.engine.outputs import EngineLoad, StepOutput, terminal_output, token_output
+from workers.engine.pipeline import StepPipeline
 from workers.engine.placement import Placement
 from workers.engine.request import Clock, EngineRequest, ImagePlaceholder, RequestStatus
-from workers.engine.sampler import NOTHING, Sampled, SamplingRow
+from workers.engine.sampler import NOTHING, Sampled
 from workers.engine.scheduler import ScheduledChunk, Scheduler
 from workers.engine.warm_up import warm_up
 from workers.engine.work_estimate import WorkEstimate
@@ -54,6 +55,7 @@ class Engine:
         *,
         grammars: GrammarCompiler | None = None,
         clock: Clock = time.monotonic,
+        pipelined: bool = False,
     ) -> None:
         """Put parts together; `workers.engine.assembly.load_engine` is the usual way.
 
@@ -65,6 +67,7 @@ class Engine:
             store: for image embeddings.
             grammars: for the vocabulary of the model; None: requests with a grammar are refused.
             clock: monotonic seconds, for deadlines and stage durations.
+            pipelined: launch steps before those before them are read. `runner` is a `LaunchingRunner` then.
         """
         self.info = info
         self.grammars = grammars
@@ -82,6 +85,7 @@ class Engine:
         self._estimate = WorkEstimate(
             clock, max_num_seqs=scheduler.max_num_seqs, max_num_batched_tokens=scheduler.max_num_batched_tokens
         )
+        self._steps = StepPipeline(runner, scheduler, kv_cache, self._estimate, clock, ahead=pipelined)
         self.is_disturbed: Callable[[], bool] = lambda: False
         """Whether something is under way that may hold up steps for long, such as compiling."""
 
@@ -199,7 +203,7 @@ class Engine:
     # -- output ----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[StepOutput]:
-        """Compute one step of all requests that it has room for.
+        """Compute one step of all requests that it has room for; see `pipeline` for when it is launched.
 
         Returns:
             What happened since the last call, at most one output per request that is not its end and one that is.
@@ -209,11 +213,15 @@ class Engine:
             Exception: the model fails on everything. The engine can't go on.
         """
         self._expire()
-        chunks = self._scheduler.schedule()
-        if chunks:
-            for request, sampled in self._compute(chunks):
-                self._accept(request, sampled)
-            self._finish_pooled(chunks)
+        result = self._steps.step()
+        for request in result.failed:
+            self._finish(request, RequestStatus.FINISHED_ERROR, error=_model_failed())
+        if result.failed:
+            # A device can fail for good, and this engine would then attract requests by failing fast.
+            self.warm_up()
+        for request, sampled in result.sampled:
+            self._accept(request, sampled)
+        self._finish_pooled(result.chunks)
         if self._is_leaving:
             for request in self._scheduler.not_begun():
                 self._hand_over(request)
@@ -223,7 +231,8 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` would do or return something."""
         wait_s = self.seconds_to_deadline()
-        return bool(self._outputs) or self._scheduler.can_step() or (wait_s is not None and wait_s <= 0)
+        is_late = wait_s is not None and wait_s <= 0
+        return bool(self._outputs) or self._steps.is_busy or self._scheduler.can_step() or is_late
 
     def seconds_to_deadline(self) -> float | None:
         """How long an idle engine may be left alone; None: for ever. Negative when a deadline has passed."""
@@ -294,39 +303,6 @@ class Engine:
         error = HandedOver("The prefill-decode worker is shutting down; another one can go on.")
         self._finish(request, RequestStatus.FINISHED_ERROR, error=error)
 
-    def _compute(self, chunks: list[ScheduledChunk]) -> list[tuple[EngineRequest, Sampled]]:
-        """Run the step. Returns new tokens by request, without those that the model fails on, which end."""
-        try:
-            return self._run(chunks)
-        except Exception:  # the step's edge: whatever the model throws, memory included
-            log.exception("a step of %d requests failed; trying them one by one", len(chunks))
-        pairs: list[tuple[EngineRequest, Sampled]] = []
-        is_well = True
-        for chunk in chunks:
-            try:
-                pairs += self._run([chunk])
-            except Exception as error:  # costs this request and not its neighbours
-                is_well = False
-                log.error("request %s fails also alone: %r", chunk.request.request_id, error)
-                self._kv_cache.distrust(chunk.request.request_id)
-                self._finish(chunk.request, RequestStatus.FINISHED_ERROR, error=_model_failed())
-        if not is_well:
-            # A device can fail for good, and this engine would then attract requests by failing fast.
-            self.warm_up()
-        return pairs
-
-    def _run(self, chunks: list[ScheduledChunk]) -> list[tuple[EngineRequest, Sampled]]:
-        sampled = [chunk.request for chunk in chunks if chunk.samples]
-        started_at = self._clock()
-        tokens = self._runner.run(chunks, [_sampling_row(request) for request in sampled])
-        duration_s = self._clock() - started_at
-        self._scheduler.note_duration(chunks, duration_s)
-        self._estimate.observe_step(chunks, duration_s)
-        pairs = list(zip(sampled, tokens, strict=True))
-        for chunk in chunks:
-            self._scheduler.advance(chunk)
-        return pairs
-
     def _finish_pooled(self, chunks: list[ScheduledChunk]) -> None:
         for chunk in chunks:
             request = chunk.request
@@ -396,7 +372,3 @@ class Engine:
 
 def _model_failed() -> InternalError:
     return InternalError("The model failed while it worked on this request.")
-
-
-def _sampling_row(request: EngineRequest) -> SamplingRow:
-    return SamplingRow(request.sampling, request.num_tokens, request.logits_state)

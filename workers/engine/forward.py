@@ -19,7 +19,7 @@ class Forward(Protocol):
         """Store a step's keys and values and compute its final hidden states.
 
         Args:
-            inputs: on the CPU.
+            inputs: on the CPU, but for tokens that are unread.
 
         Returns:
             [tokens, hidden size], on the device. The next call may overwrite it.

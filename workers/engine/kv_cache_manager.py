@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from workers.engine.block_pool import BlockPool
 from workers.engine.prefix_cache import BlockHasher
 from workers.engine.request import EngineRequest
@@ -23,6 +25,9 @@ class KVCacheManager:
         self._pool = BlockPool(num_blocks)
         self._hasher = BlockHasher(block_size) if prefix_caching else None
         self._tables: dict[str, list[int]] = {}
+        self._held: frozenset[str] = frozenset()
+        self._leaving: list[list[int]] = []
+        """Tables that were given back while they were held."""
 
     @property
     def prefix_caching(self) -> bool:
@@ -62,13 +67,18 @@ class KVCacheManager:
         Returns:
             False, with nothing changed, when too few blocks are free.
         """
-        missing = self.blocks_for(num_tokens) - len(prefix)
-        revived = sum(self._pool.references(block) == 0 for block in prefix)
-        if missing + revived + spare > self._pool.num_free:
+        if not self.has_room(num_tokens, prefix, spare=spare):
             return False
         self._pool.share(prefix)  # before any is allocated, which may take free blocks of the prefix
+        missing = self.blocks_for(num_tokens) - len(prefix)
         self._tables[request.request_id] = prefix + self._pool.allocate(missing)
         return True
+
+    def has_room(self, num_tokens: int, prefix: list[int], *, spare: int = 0) -> bool:
+        """Whether `admit` would succeed."""
+        missing = self.blocks_for(num_tokens) - len(prefix)
+        revived = sum(self._pool.references(block) == 0 for block in prefix)
+        return missing + revived + spare <= self._pool.num_free
 
     def grow(self, request_id: str, num_tokens: int, *, spare: int = 0) -> bool:
         """Make the request's table cover its first `num_tokens` tokens.
@@ -97,9 +107,19 @@ class KVCacheManager:
         return request_id in self._tables
 
     def free(self, request_id: str) -> None:
-        """Give the request's blocks back; a request without any is fine."""
+        """Give the request's blocks back; a request without any is fine. They are free at once, unless held."""
         table = self._tables.pop(request_id, None)
-        if table is not None:
+        if table is not None and request_id in self._held:
+            self._leaving.append(table)
+        elif table is not None:
+            self._pool.free(table)
+
+    def hold(self, request_ids: Collection[str]) -> None:
+        """Until the next call, nobody else gets blocks of these requests, also when they are given back: a step that is
+        being computed writes to them. What the call before held, and was given back, is free now."""
+        self._held = frozenset(request_ids)
+        leaving, self._leaving = self._leaving, []
+        for table in leaving:
             self._pool.free(table)
 
     def owners(self) -> set[str]:
@@ -153,7 +173,7 @@ class KVCacheManager:
 
     def check_integrity(self) -> None:
         """Recount blocks against tables; raises AssertionError on a leak or double use."""
-        self._pool.check_integrity(list(self._tables.values()))
+        self._pool.check_integrity([*self._tables.values(), *self._leaving])
 
     def check_contents(self, request: EngineRequest) -> None:
         """Look at the names of a running request's blocks; raises AssertionError on a wrong one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ from workers.engine.forward import Forward
 from workers.engine.grammar import GrammarCompiler
 from workers.engine.logprobs import PromptLogprobs
 from workers.engine.pooling import Pooler
-from workers.engine.sampler import Sampled, SamplingRow, sample
+from workers.engine.sampler import Draw, Sampled, SamplingRow
 from workers.engine.scheduler import ScheduledChunk
 from workers.engine.step_inputs import PlacedPrompt
 from workers.engine.transfer import to_device
@@ -47,6 +47,61 @@ class Runner(Protocol):
         """The vector of a request with pooling, after the step that computed the last token of its prompt."""
 
 
+class LaunchedStep(Protocol):
+    """A step that is being computed."""
+
+    @property
+    def was_revised(self) -> bool:
+        """Whether `read` gave other tokens than a step launched behind this one was computed from."""
+
+    def read(self) -> list[Sampled]:
+        """Wait for the tokens; what they are is what `Runner.run` returns. Once. May raise anything."""
+
+
+class LaunchingRunner(Runner, Protocol):
+    """A runner for which launching a step and reading its tokens are two things."""
+
+    def launch(
+        self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow], before: LaunchedStep | None = None
+    ) -> LaunchedStep:
+        """Begin what `run` does, behind whatever was launched before, and wait for nothing.
+
+        Args:
+            chunks: as for `run`. With `before`, each is one token that `before` samples for its request.
+            rows: as for `run`.
+            before: a step whose tokens were not read yet.
+        """
+
+
+class _Launched:
+    """Implements `LaunchedStep`."""
+
+    def __init__(self, draw: Draw | None, request_ids: Sequence[str], keep: Callable[[], None]) -> None:
+        """`draw` is of these requests; `keep` is called when all is well, for a step that fails is run again."""
+        self._draw = draw
+        self._request_ids = request_ids
+        self._keep = keep
+
+    @property
+    def unread(self) -> step_inputs.UnreadTokens:
+        """What is sampled, for the step behind this one. Some request samples."""
+        assert self._draw is not None
+        rows = {request_id: row for row, request_id in enumerate(self._request_ids)}
+        return step_inputs.UnreadTokens(self._draw.tokens, rows)
+
+    @property
+    def was_revised(self) -> bool:
+        """See `LaunchedStep`."""
+        return self._draw is not None and self._draw.was_revised
+
+    @torch.inference_mode()
+    def read(self) -> list[Sampled]:
+        """See `LaunchedStep`."""
+        tokens = [] if self._draw is None else self._draw.read()
+        self._keep()
+        return tokens
+
+
 class ModelRunner:
     """Turns what the scheduler decided into steps of a model, and their logits into tokens."""
 
@@ -60,7 +115,7 @@ class ModelRunner:
         """Run steps by `forward`, on `device`; `adapter` and `grammars` are those of the model."""
         self._forward = forward
         self._adapter = adapter
-        self._device = device
+        self.device = device
         self._prompts: dict[str, PlacedPrompt] = {}
         self.grammars = grammars
         self._prompt_logprobs = PromptLogprobs(forward.logits)
@@ -81,20 +136,36 @@ class ModelRunner:
         self._pooler.remove(request_id)
         self._prompt_logprobs.remove(request_id)
 
-    @torch.inference_mode()
     def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[Sampled]:
         """See `Runner`."""
-        inputs = step_inputs.build(chunks, self._prompts, self._adapter.num_axes)
+        return self._launch(chunks, rows, None, waits=True).read()
+
+    def launch(
+        self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow], before: LaunchedStep | None = None
+    ) -> LaunchedStep:
+        """See `LaunchingRunner`."""
+        return self._launch(chunks, rows, before, waits=False)
+
+    @torch.inference_mode()
+    def _launch(
+        self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow], before: LaunchedStep | None, *, waits: bool
+    ) -> _Launched:
+        unread = before.unread if isinstance(before, _Launched) else None
+        inputs = step_inputs.build(chunks, self._prompts, self._adapter.num_axes, unread)
         hidden = self._forward.hidden(inputs)
         pools = self._pooler.compute(chunks, hidden)
         prompts = self._prompt_logprobs.compute(chunks, hidden)
-        tokens: list[Sampled] = []
+        draw = None
         if rows:
-            (wanted,) = to_device([inputs.wanted], self._device)
-            tokens = sample(self._forward.logits(hidden.index_select(0, wanted)), rows, self.grammars)
-        self._prompt_logprobs.keep(prompts)
-        self._pooler.keep(pools)  # last: a step that fails is run again
-        return tokens
+            (wanted,) = to_device([inputs.wanted], self.device)
+            logits = self._forward.logits(hidden.index_select(0, wanted))
+            draw = Draw(logits, rows, self.grammars, waits=waits)
+
+        def keep() -> None:
+            self._prompt_logprobs.keep(prompts)
+            self._pooler.keep(pools)
+
+        return _Launched(draw, [chunk.request.request_id for chunk in chunks if chunk.samples], keep)
 
     def prompt_logprobs(self, request_id: str) -> tuple[TokenLogprobs, ...] | None:
         """See `Runner`."""

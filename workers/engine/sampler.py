@@ -24,7 +24,7 @@ from workers.engine.grammar import GrammarCompiler
 from workers.engine.logits import process
 from workers.engine.logits_state import LogitsState
 from workers.engine.logprobs import best_tokens, logprobs_of
-from workers.engine.transfer import to_device
+from workers.engine.transfer import HostCopy, to_device
 
 _MASK64 = (1 << 64) - 1
 _GREEDY_BELOW = 1e-5
@@ -59,63 +59,101 @@ class Sampled(NamedTuple):
     """When asked for, and there is a token."""
 
 
+class Draw:
+    """One token a row, chosen on the device and on its way to the host."""
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[SamplingRow],
+        grammars: GrammarCompiler | None = None,
+        *,
+        waits: bool = True,
+    ) -> None:
+        """Queue the work that chooses.
+
+        Args:
+            logits: [rows, vocabulary], any float type; modified when a row has a state.
+            rows: one per row of `logits`.
+            grammars: made the matchers of the states; may be None when there are none.
+            waits: rows with top-k or top-p may wait for the device, to see whether the tokens looked at suffice. Else
+                `read` sees to that, and chooses anew if need be.
+        """
+        self._rows = rows
+        self._asking = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+        self._raw = logits[self._asking] if self._asking else logits
+        self._states = [(index, row.state) for index, row in enumerate(rows) if row.state is not None]
+        if self._states:
+            logits = logits.float().contiguous()
+            process(logits, self._states, grammars)
+        self._logits = logits
+        guesses: list[torch.Tensor] | None = None if waits else []
+        self.tokens = _choose(logits, rows, guesses)
+        """int64 [rows], on the device. Rows that `NOTHING` is left for have some token here."""
+        self._copy = HostCopy(_to_read(logits, self.tokens, guesses or ()))
+        self.was_revised = False
+        """Whether `read` found other tokens than `tokens` had before."""
+
+    def read(self) -> list[Sampled]:
+        """The tokens, and what else was asked for.
+
+        This is where the host waits for the step. Log probabilities are computed and waited for here too.
+
+        Raises:
+            ArithmeticError: the model's values overflowed. Better than to answer nonsense.
+        """
+        tokens = self._read()
+        if not self._asking:
+            return [Sampled(token) for token in tokens]
+        return _with_logprobs(self._raw, tokens, self._rows, self._asking)
+
+    def _read(self) -> list[int]:
+        found: list[list[float]] = self._copy.read().tolist()
+        if any(map(any, found[2:])):
+            self.was_revised = True
+            self.tokens = _choose(self._logits, self._rows, None)
+            found = HostCopy(_to_read(self._logits, self.tokens, ())).read().tolist()
+        token_ids, values = [int(token) for token in found[0]], found[1]
+        if any(map(math.isnan, values)):
+            raise ArithmeticError("the model computed NaN; another --dtype may help, such as bfloat16")
+        for index, _ in self._states:
+            if values[index] == -math.inf:
+                token_ids[index] = NOTHING
+        return token_ids
+
+
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], grammars: GrammarCompiler | None = None) -> list[Sampled]:
-    """Choose a token for each row.
+    """Choose a token for each row; see `Draw`."""
+    return Draw(logits, rows, grammars).read()
 
-    Args:
-        logits: [rows, vocabulary], any float type; modified when a row has a state.
-        rows: one per row of `logits`.
-        grammars: made the matchers of the states; may be None when there are none.
 
-    Raises:
-        ArithmeticError: the model's values overflowed. Better than to answer nonsense.
+def _to_read(logits: torch.Tensor, tokens: torch.Tensor, guesses: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What the host looks at, in one copy: float64 [2 or 3, rows], which holds token ids exactly.
+
+    Tokens, their logits (NaN compares as the largest, so looking at the chosen ones finds it), and for `guesses`,
+    bools, whether any of them is true.
     """
-    asking = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
-    raw = logits[asking] if asking else logits
-    states = [(index, row.state) for index, row in enumerate(rows) if row.state is not None]
-    if states:
-        logits = logits.float().contiguous()
-        process(logits, states, grammars)
-    tokens = _read(logits, _choose(logits, rows), states)
-    if not asking:
-        return [Sampled(token) for token in tokens]
-    return _with_logprobs(raw, tokens, rows, asking)
+    parts = [tokens.double(), logits.gather(1, tokens[:, None]).squeeze(1).double()]
+    if guesses:
+        parts.append(torch.stack(list(guesses)).any().double().expand_as(parts[0]))
+    return torch.stack(parts)
 
 
-def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow], guesses: list[torch.Tensor] | None) -> torch.Tensor:
+    """Tokens, int64 [rows]. With a list of `guesses`, does not wait for the device, but adds to it whether a row's
+    token may be wrong."""
     random = [index for index, row in enumerate(rows) if row.params.temperature >= _GREEDY_BELOW]
     if not random:
         return _greedy(logits)
     tokens = _greedy(logits) if len(random) < len(rows) else logits.new_zeros(len(rows), dtype=torch.int64)
     (picked,) = to_device([torch.tensor(random)], logits.device)
-    tokens[picked] = _sample_random(logits[picked].float(), [rows[index] for index in random])
+    tokens[picked] = _sample_random(logits[picked].float(), [rows[index] for index in random], guesses)
     return tokens
 
 
 def _greedy(logits: torch.Tensor) -> torch.Tensor:
     # On a CPU, finding the largest of bfloat16 values takes several times as long as converting them first.
     return logits.float().argmax(dim=-1)
-
-
-def _read(logits: torch.Tensor, tokens: torch.Tensor, states: Sequence[tuple[int, LogitsState]]) -> list[int]:
-    """Copy tokens from the device, `NOTHING` for those that are masked: they were chosen for want of others.
-
-    This is where the host waits for the step; rows with top-k or top-p wait once before, log probabilities once after.
-
-    Raises:
-        ArithmeticError: as `sample`.
-    """
-    # Looking at the chosen ones suffices: NaN compares as the largest.
-    chosen = logits.gather(1, tokens[:, None]).squeeze(1)
-    # In one copy: float64 holds token ids exactly.
-    both: list[list[float]] = torch.stack([tokens.double(), chosen.double()]).tolist()
-    token_ids, values = [int(token) for token in both[0]], both[1]
-    if any(map(math.isnan, values)):
-        raise ArithmeticError("the model computed NaN; another --dtype may help, such as bfloat16")
-    for index, _ in states:
-        if values[index] == -math.inf:
-            token_ids[index] = NOTHING
-    return token_ids
 
 
 def _with_logprobs(
@@ -129,26 +167,33 @@ def _with_logprobs(
     return [Sampled(token, found.get(index) if token != NOTHING else None) for index, token in enumerate(tokens)]
 
 
-def _sample_random(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+def _sample_random(
+    logits: torch.Tensor, rows: Sequence[SamplingRow], guesses: list[torch.Tensor] | None
+) -> torch.Tensor:
     logits = logits / _column([row.params.temperature for row in rows], logits)
     filtered = [index for index, row in enumerate(rows) if row.params.top_k > 0 or row.params.top_p < 1]
     if not filtered:
         return _draw(_apply_min_p(logits, rows), None, rows)
     if len(filtered) == len(rows):
-        return _sample_filtered(logits, rows)
+        return _sample_filtered(logits, rows, guesses)
     tokens = logits.new_zeros(len(rows), dtype=torch.int64)
     for part in (filtered, [index for index in range(len(rows)) if index not in set(filtered)]):
         part_rows = [rows[index] for index in part]
-        part_logits = logits[part]
+        (picked,) = to_device([torch.tensor(part)], logits.device)
         if part is filtered:
-            tokens[part] = _sample_filtered(part_logits, part_rows)
+            tokens[picked] = _sample_filtered(logits[picked], part_rows, guesses)
         else:
-            tokens[part] = _draw(_apply_min_p(part_logits, part_rows), None, part_rows)
+            tokens[picked] = _draw(_apply_min_p(logits[picked], part_rows), None, part_rows)
     return tokens
 
 
-def _sample_filtered(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """Sample rows with top-k or top-p, from their best tokens if those decide it, else from all."""
+def _sample_filtered(
+    logits: torch.Tensor, rows: Sequence[SamplingRow], guesses: list[torch.Tensor] | None
+) -> torch.Tensor:
+    """Sample rows with top-k or top-p, from their best tokens if those decide it, else from all.
+
+    With `guesses`, from their best tokens in any case.
+    """
     vocab_size = logits.shape[1]
     top_k = [row.params.top_k if 0 < row.params.top_k < vocab_size else vocab_size for row in rows]
     top_p = _column([row.params.top_p for row in rows], logits)
@@ -166,7 +211,10 @@ def _sample_filtered(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch
         keep = ((scores > -torch.inf) & (before < top_p)) | (ranks == 0)  # the best token always stays
         scores = scores.masked_fill(~keep, -torch.inf)
         # Of those that equal the worst, others may be missing, so that none of them may be needed.
-        if count == vocab_size or bool((scores.masked_fill(~keep, torch.inf).amin(dim=-1) > worst).all()):
+        falls_short = ~(scores.masked_fill(~keep, torch.inf).amin(dim=-1) > worst).all()
+        if guesses is not None and count < vocab_size:
+            guesses.append(falls_short)
+        if guesses is not None or count == vocab_size or not bool(falls_short):
             return _draw(_apply_min_p(scores, rows), ids, rows)
         count = min(vocab_size, 64 * count)  # sorting all takes several times as long
 

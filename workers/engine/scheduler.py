@@ -45,6 +45,8 @@ class ScheduledChunk:
     length: int
     block_table: tuple[int, ...]
     """Blocks that cover tokens [0, start + length), and perhaps some more."""
+    is_ahead: bool = False
+    """Whether its one token was not known yet when it was scheduled: the step before makes it."""
 
     @property
     def end(self) -> int:
@@ -59,12 +61,23 @@ class ScheduledChunk:
     @property
     def is_last(self) -> bool:
         """Whether the chunk reaches the last token that the request has."""
-        return self.end == self.request.num_tokens
+        return self.is_ahead or self.end == self.request.num_tokens
 
 
 def _rank(request: EngineRequest) -> tuple[float, int]:
     """Sorts requests; never changes, so that queues stay sorted and no two requests can preempt each other in turn."""
     return request.arrived_at + request.priority * PRIORITY_STEP_S, request.arrival_order
+
+
+def _is_last_token(request: EngineRequest) -> bool:
+    """Whether the token that is being computed is the last one that the request may have."""
+    return request.num_output_tokens + 1 >= request.max_tokens
+
+
+def _can_go_ahead(request: EngineRequest) -> bool:
+    """Whether the host has nothing to do between two tokens: no masks, penalties or log probabilities to make."""
+    asks = request.sampling.logprobs is not None or request.sampling.prompt_logprobs is not None
+    return request.logits_state is None and not asks
 
 
 class Scheduler:
@@ -186,6 +199,33 @@ class Scheduler:
             self._compute_early(chunks, budget, in_flight)
         return chunks
 
+    def schedule_ahead(self, chunks: Sequence[ScheduledChunk]) -> list[ScheduledChunk]:
+        """Decide the step behind one that is being computed, before its tokens are known.
+
+        It is of answers alone, one token each. Those that a token ends are in it for nothing; those that end by their
+        length are not. Preempts and admits nobody: where that may be called for, and where a request needs its last
+        token on the host to choose the next one, there is no such step.
+
+        Args:
+            chunks: of the step that is being computed; not advanced yet.
+
+        Returns:
+            At most one chunk per request; empty: call `schedule` when the tokens are known.
+        """
+        sampling = {chunk.request.request_id: chunk for chunk in chunks if chunk.samples}
+        last = [sampling.get(request.request_id) for request in self._running]
+        going_on = [chunk for chunk in last if chunk is not None and not _is_last_token(chunk.request)]
+        if None in last or not all(_can_go_ahead(chunk.request) for chunk in going_on):
+            return []
+        if self._early or (self._waiting and (len(going_on) < len(last) or self._could_admit())):
+            return []
+        if not all(self._kv_cache.grow(chunk.request.request_id, chunk.end + 1) for chunk in going_on):
+            return []
+        return [
+            ScheduledChunk(request, end, 1, tuple(self._kv_cache.block_table(request.request_id)), is_ahead=True)
+            for request, end in ((chunk.request, chunk.end) for chunk in going_on)
+        ]
+
     def note_duration(self, chunks: Sequence[ScheduledChunk], duration_s: float) -> None:
         """Learn how long a step took. Before `advance`."""
         decode_tokens = sum(chunk.request.is_decoding for chunk in chunks)
@@ -274,6 +314,14 @@ class Scheduler:
             in_flight.update(self._names(chunks[-1]))
             budget -= length
         return budget
+
+    def _could_admit(self) -> bool:
+        """Whether the first of those who wait would be admitted if the next step were decided now."""
+        if len(self._running) >= self.max_num_seqs:
+            return False
+        request = self._waiting[0]
+        prefix = self._kv_cache.cached_prefix(request)
+        return self._kv_cache.has_room(request.num_tokens, prefix, spare=len(self._running))
 
     def _start(self, request: EngineRequest, num_cached_tokens: int) -> None:
         self._waiting.remove(request)

@@ -6,13 +6,14 @@ chunks. Everything behind this module sees only `StepInputs`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from workers.engine.adapter import PlacedImage, PlainPositions
 from workers.engine.attention import PackedChunk
+from workers.engine.request import EngineRequest
 from workers.engine.scheduler import ScheduledChunk
 from workers.engine.transfer import large_to_device, to_device
 
@@ -80,6 +81,8 @@ class StepInputs:
     """By row."""
     wanted: torch.Tensor
     """int64 [rows whose logits are wanted]: chunk by chunk in the scheduler's order, not in that of the batch."""
+    is_unread: bool = False
+    """Whether `token_ids` are on the device already, where the step before makes them; the host does not know them."""
 
     @property
     def is_decode_only(self) -> bool:
@@ -88,43 +91,62 @@ class StepInputs:
 
     def to(self, device: torch.device) -> StepInputs:
         """What the model takes of it on `device`; `wanted` stays. Does not wait for the copies."""
-        token_ids, positions, *targets = to_device(
-            [self.token_ids, self.positions, *(image.targets for image in self.images)], device
-        )
+        known = [] if self.is_unread else [self.token_ids]
+        positions, *moved = to_device([self.positions, *(image.targets for image in self.images), *known], device)
+        token_ids = self.token_ids if self.is_unread else moved.pop()
         images = tuple(
             replace(
                 image,
-                targets=moved,
+                targets=targets,
                 rows=large_to_device(image.rows, device),
                 deepstack=None if image.deepstack is None else large_to_device(image.deepstack, device),
             )
-            for image, moved in zip(self.images, targets, strict=True)
+            for image, targets in zip(self.images, moved, strict=True)
         )
         return replace(self, token_ids=token_ids, positions=positions, images=images)
+
+
+@dataclass(frozen=True)
+class UnreadTokens:
+    """What a step samples, before the host has read it."""
+
+    tokens: torch.Tensor
+    """int64 [rows], on the device."""
+    row_of: Mapping[str, int]
+    """Request id → row."""
+
+    def of(self, requests: Iterable[EngineRequest]) -> torch.Tensor:
+        """The tokens of these requests, in this order. Waits for nothing."""
+        rows = torch.tensor([self.row_of[request.request_id] for request in requests], dtype=torch.int64)
+        (there,) = to_device([rows], self.tokens.device)
+        return self.tokens.index_select(0, there)
 
 
 def build(
     chunks: Sequence[ScheduledChunk],
     prompts: dict[str, PlacedPrompt],
     num_axes: int,
+    unread: UnreadTokens | None = None,
 ) -> StepInputs:
-    """Pack the chunks of a step, on the CPU.
+    """Pack the chunks of a step, on the CPU but for `unread` tokens.
 
     Args:
         chunks: one or more, at most one for each request.
         prompts: request id → prompt, for each of them.
         num_axes: of positions.
+        unread: has the tokens of the chunks, of one token each, which the host does not know yet.
     """
     places = [_with_spans(chunk, place, prompts[chunk.request.request_id]) for chunk, place in _pack(chunks)]
-    token_ids = [token for chunk, _ in places for token in chunk.request.token_ids[chunk.start : chunk.end]]
+    token_ids = _token_ids(places) if unread is None else unread.of(chunk.request for chunk, _ in places)
     return StepInputs(
         chunks=tuple(place for _, place in places),
-        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        token_ids=token_ids,
         positions=_positions(places, prompts, num_axes, len(token_ids)),
         images=tuple(
             rows for chunk, place in places for rows in _images(chunk, place, prompts[chunk.request.request_id])
         ),
         wanted=torch.tensor(_wanted(chunks, places), dtype=torch.int64),
+        is_unread=unread is not None,
     )
 
 
@@ -146,6 +168,11 @@ def _pack(chunks: Sequence[ScheduledChunk]) -> list[Place]:
         places.append((chunk, PackedChunk(first_row, chunk.length, chunk.start, chunk.block_table)))
         first_row += chunk.length
     return places
+
+
+def _token_ids(places: Sequence[Place]) -> torch.Tensor:
+    token_ids = [token for chunk, _ in places for token in chunk.request.token_ids[chunk.start : chunk.end]]
+    return torch.tensor(token_ids, dtype=torch.int64)
 
 
 def _with_spans(chunk: ScheduledChunk, place: PackedChunk, prompt: PlacedPrompt) -> Place:

@@ -1,4 +1,4 @@
-"""From the host to the device: few copies, and none that the host waits for."""
+"""Between host and device: few copies, and none that the host waits for before it needs what they bring."""
 
 from __future__ import annotations
 
@@ -43,3 +43,23 @@ def large_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cpu" or tensor.nbytes > _PINNED_BYTES_AT_MOST:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A small tensor on its way from the device, behind the work that is queued on the current stream by now."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        """Start to copy `tensor`. Does not wait; on the CPU there is nothing to copy."""
+        self._event: torch.cuda.Event | None = None
+        self._host = tensor
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def read(self) -> torch.Tensor:
+        """The values, on the CPU. Waits for them, and for nothing that was queued later."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host

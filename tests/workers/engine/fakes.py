@@ -100,6 +100,7 @@ def fake_engine(
     images: bool = True,
     caching: bool = True,
     batched_tokens: int = 16,
+    pipelined: bool = False,
 ) -> Engine:
     clock = clock or FakeClock()
     adapter_class = FakeImages if images else PlainPositions
@@ -114,4 +115,4 @@ def fake_engine(
     kv_cache = KVCacheManager(num_blocks, block_size=BLOCK_SIZE, prefix_caching=caching)
     scheduler = Scheduler(kv_cache, max_num_seqs=4, max_num_batched_tokens=batched_tokens, max_waiting=max_waiting)
     store = EmbeddingStore(store_bytes, unclaimed_ttl_s=60, clock=clock)
-    return Engine(runner, info, kv_cache, scheduler, store, clock=clock)
+    return Engine(runner, info, kv_cache, scheduler, store, clock=clock, pipelined=pipelined)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,17 +69,36 @@ def test_static_tensors_stay_where_they_are() -> None:
     assert [getattr(static.rows, name).data_ptr() for name in vars(static.rows)] == before
 
 
+def test_tokens_that_the_host_does_not_know_come_from_the_device() -> None:
+    static = StaticInputs(4, LAYOUT, CPU)
+    first = step((5, (3, 1)), (0, (2,)))
+    static.load(first)
+    static.load(replace(step((6, (3, 1)), (1, (2,))), token_ids=torch.tensor([70, 71]), is_unread=True))
+    assert static.rows.token_ids.tolist() == [70, 71, 0, 0]
+    assert static.rows.lengths.tolist() == [7, 2, 1, 1]
+
+
+def test_what_one_step_copies_from_is_not_what_the_next_one_writes_to() -> None:
+    static = StaticInputs(2, LAYOUT, CPU)
+    static.load(step((5, (3, 1))))
+    copied = [buffer.clone() for buffer in static._hosts[1].buffers]
+    static.load(step((18, (4, 5, 6, 7, 8)), (0, (2,))))
+    assert all(a.equal(b) for a, b in zip(copied, static._hosts[0].buffers, strict=True))
+
+
 def static_result(compute: Compute) -> Compute:
     """Like a graph, gives the same tensor each time."""
     result = compute().clone()
     return lambda: result.copy_(compute())
 
 
-def graphed_engine(oracle: Oracle, monkeypatch: pytest.MonkeyPatch, capture: Any = static_result) -> Engine:
+def graphed_engine(
+    oracle: Oracle, monkeypatch: pytest.MonkeyPatch, capture: Any = static_result, **settings: Any
+) -> Engine:
     monkeypatch.setattr(attention_varlen, "varlen_attn", kernel)
     monkeypatch.setattr(model_loader, "_backend_class", lambda *_: VarlenBackend)
     monkeypatch.setattr(model_loader, "_capture", lambda *_: capture)
-    return make_engine(oracle.path, max_num_seqs=6, max_num_batched_tokens=32, max_model_len=600)
+    return make_engine(oracle.path, max_num_seqs=6, max_num_batched_tokens=32, max_model_len=600, **settings)
 
 
 def forward_of(engine: Engine) -> Any:
@@ -86,8 +106,9 @@ def forward_of(engine: Engine) -> Any:
     return runner._forward
 
 
-def test_answers_are_the_same_with_graphs(any_oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = graphed_engine(any_oracle, monkeypatch)
+@pytest.mark.parametrize("pipelining", ["off", "on"])
+def test_answers_are_the_same_with_graphs(any_oracle: Oracle, monkeypatch: pytest.MonkeyPatch, pipelining: str) -> None:
+    engine = graphed_engine(any_oracle, monkeypatch, pipelining=pipelining)
     graphs = forward_of(engine)
     assert isinstance(graphs, DecodeGraphs)
     answers, expected = Answers(), {}
