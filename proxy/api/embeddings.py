@@ -198,8 +198,6 @@ async def _prompts(model: ServedModel, body: EmbeddingRequest) -> list[tuple[int
         truncate_prompt_tokens=body.truncate_prompt_tokens,
         truncation_side=(body.truncation_side or "right") if is_cut else body.truncation_side,
     )
-    if not chat.messages:
-        raise InvalidRequest("messages is empty; send at least one.", param="messages")
     prompt = await prompt_alone(model, chat, 0)
     if prompt.image_offsets:
         raise InvalidRequest("messages: vectors are made of texts here; remove the images.", param="messages")

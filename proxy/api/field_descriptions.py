@@ -14,7 +14,7 @@ _MANY: Final[dict[str, str]] = {
     "audios": "Refused: no model here hears",
     "cache_salt": "Cached prefixes are shared only with requests that have the same one",
     "cached_tokens": "Prompt tokens that were found in the prefix cache",
-    "chat_template": "Refused unless templates of requests are allowed",
+    "chat_template": "Refused: templates are the checkpoint's",
     "code": "What went wrong, in a word",
     "completion_tokens": "Tokens of the answer",
     "completion_tokens_details": "What they were",

@@ -101,8 +101,11 @@ def messages_of(request: ChatRequest, *, has_short_ids: bool = False) -> tuple[l
         has_short_ids: see `CallHistory`.
 
     Raises:
-        InvalidRequest: an unknown role, content of a kind that can't be served, or a tool's message that answers none.
+        InvalidRequest: there are none, an unknown role, content of a kind that can't be served, or a tool's message
+            that answers none.
     """
+    if not request.messages:
+        raise InvalidRequest("messages is empty; send at least one.", param="messages")
     sources: list[ImageSource] = []
     history = CallHistory(has_short_ids=has_short_ids)
     messages = [_message(message, f"messages[{i}]", sources, history) for i, message in enumerate(request.messages)]

@@ -77,6 +77,8 @@ async def test_what_is_long_is_done_elsewhere_and_has_a_limit(
     [
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"messages": [], "continue_final_message": True}, "messages"),
         ("/tokenize", {"messages": [{"role": "nobody", "content": "a"}]}, "messages[0].role"),
         ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "chat_template": "x"}, "chat_template"),
         ("/detokenize", {"tokens": [100_000]}, "tokens"),
