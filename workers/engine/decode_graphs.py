@@ -6,7 +6,10 @@ that holds it. What differs from step to step goes into static tensors that the 
     rows [0, n)       the step's own
     rows [n, size)    padding: a sequence of one token in the scratch block, which no request ever has
 
-Steps with prompt chunks run as ever. Only `capture_on_cuda` knows CUDA; the rest is decided on integers.
+Steps with prompt chunks run as ever. Where ranks share a model, each has graphs of its share with the collectives in
+them: all ranks pad a step to the same size, so that they meet there as they do without graphs.
+
+Only `capture_on_cuda` knows CUDA; the rest is decided on integers.
 """
 
 from __future__ import annotations
@@ -226,8 +229,39 @@ class DecodeGraphs:
         return static, capture(compute)
 
 
-def capture_on_cuda(device: torch.device) -> Capture:
-    """Captures CUDA graphs that share one pool of memory: the result of a replay lasts until the next one, of any."""
+def agreed(capture: Capture, agree_on_smallest: Callable[[int], int]) -> Capture:
+    """Captures where ranks share a model: all of them get a graph, or all raise RuntimeError.
+
+    Capturing computes nothing, so a rank that fails at it keeps nobody waiting. One that fails before, in the runs that
+    warm up, leaves the others in a collective, as it does in any step.
+
+    Args:
+        capture: what this rank does alone.
+        agree_on_smallest: the smallest of all ranks' values. Every rank calls it.
+    """
+
+    def together(compute: Compute) -> Compute:
+        replay, failure = None, None
+        try:
+            replay = capture(compute)
+        except RuntimeError as error:
+            failure = error
+        if not agree_on_smallest(int(replay is not None)) or replay is None:
+            raise RuntimeError(f"a rank can't capture them ({failure or 'not this one'})") from failure
+        return replay
+
+    return together
+
+
+def capture_on_cuda(device: torch.device, *, is_shared: bool = False) -> Capture:
+    """Captures CUDA graphs that share one pool of memory: the result of a replay lasts until the next one, of any.
+
+    Args:
+        device: where the tensors are.
+        is_shared: with other ranks. What is captured then has collectives of NCCL, whose communicator the runs that
+            warm up have made, and torch's watchdog for it, a thread, may look at events of theirs meanwhile.
+    """
+    error_mode = "thread_local" if is_shared else "global"
     pool = torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -239,7 +273,7 @@ def capture_on_cuda(device: torch.device) -> Capture:
                 compute()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=error_mode):
             result = compute()
 
         def replay() -> torch.Tensor:

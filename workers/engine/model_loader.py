@@ -20,7 +20,7 @@ from workers.engine.attention_sdpa import SdpaBackend
 from workers.engine.attention_varlen import VarlenBackend
 from workers.engine.compiled_forward import CompiledForward
 from workers.engine.config import EngineConfig
-from workers.engine.decode_graphs import Capture, DecodeGraphs, capture_on_cuda, padded_sizes
+from workers.engine.decode_graphs import Capture, DecodeGraphs, agreed, capture_on_cuda, padded_sizes
 from workers.engine.forward import Forward, LocalForward
 from workers.engine.grammar import GrammarCompiler
 from workers.engine.language_model import LanguageModel
@@ -133,14 +133,19 @@ def _forward(
     model: LanguageModel, backend: AttentionBackend, config: EngineConfig, context: int, group: ParallelGroup | None
 ) -> Forward:
     """What runs steps; the last block of the backend's cache is nobody's."""
-    local = LocalForward(model, backend)
-    if group is not None:
-        return local if group.send is None else LeadingForward(local, group.send)
-    if _shall_compile(config, model, backend):
+    if group is None and _shall_compile(config, model, backend):
         return CompiledForward(model, backend, config)
-    capture = _capture(config, backend.device)
+    forward = _graphs(model, backend, config, context, group) or LocalForward(model, backend)
+    return forward if group is None or group.send is None else LeadingForward(forward, group.send)
+
+
+def _graphs(
+    model: LanguageModel, backend: AttentionBackend, config: EngineConfig, context: int, group: ParallelGroup | None
+) -> DecodeGraphs | None:
+    """Decode steps as graphs, where they can be; of ranks that share a model, all have them or none has."""
+    capture = _capture(config, backend.device, group)
     if capture is None or not isinstance(backend, VarlenBackend):
-        return local
+        return None
     try:
         return DecodeGraphs(
             model,
@@ -148,11 +153,11 @@ def _forward(
             sizes=padded_sizes(config.max_num_seqs),
             table_width=-(-context // backend.cache.block_size),
             scratch_block=backend.cache.num_blocks - 1,
-            capture=capture,
+            capture=capture if group is None else agreed(capture, group.agree_on_smallest),
         )
     except RuntimeError as error:  # what a family does in its forward call is known only by trying
         log.warning("decode steps run without CUDA graphs: %s", error)
-        return local
+        return None
 
 
 def _check_int8(is_plain: bool, device: torch.device) -> None:
@@ -176,10 +181,10 @@ def _shall_compile(config: EngineConfig, model: LanguageModel, backend: Attentio
     return config.compile == "on" or (is_packed and model.num_parameters >= _WORTH_COMPILING)
 
 
-def _capture(config: EngineConfig, device: torch.device) -> Capture | None:
+def _capture(config: EngineConfig, device: torch.device, group: ParallelGroup | None) -> Capture | None:
     if device.type != "cuda" or not config.enable_cuda_graphs:
         return None
-    return capture_on_cuda(device)
+    return capture_on_cuda(device, is_shared=group is not None)
 
 
 def _backend_class(

@@ -11,13 +11,24 @@ import torch
 
 from tests.workers.engine.oracle import IMAGE, Answers, Oracle, add, greedy, make_engine, picture, provide
 from tests.workers.engine.varlen_reference import kernel
-from workers.engine import attention_varlen, model_loader
+from workers.engine import attention_varlen, model_loader, tensor_parallel
+from workers.engine.assembly import load_engine
 from workers.engine.attention import PackedChunk
 from workers.engine.attention_varlen import VarlenBackend
-from workers.engine.decode_graphs import Compute, DecodeGraphs, Layout, StaticInputs, padded_size, padded_sizes
+from workers.engine.config import EngineConfig
+from workers.engine.decode_graphs import (
+    Compute,
+    DecodeGraphs,
+    Layout,
+    StaticInputs,
+    agreed,
+    padded_size,
+    padded_sizes,
+)
 from workers.engine.engine import Engine
 from workers.engine.forward import LocalForward
 from workers.engine.step_inputs import StepInputs
+from workers.engine.tensor_parallel import ParallelGroup
 
 CPU = torch.device("cpu")
 SCRATCH = 9
@@ -149,3 +160,61 @@ def test_a_model_that_cannot_be_captured_runs_without(qwen2: Oracle, monkeypatch
     prompt = qwen2.prompt("what is it?")
     add(engine, "r", prompt)
     assert Answers().drain(engine).tokens["r"] == qwen2.generate(prompt)
+
+
+# -- of a model that ranks share ---------------------------------------------------------------------------------------
+
+
+class Alone(ParallelGroup):
+    """A group whose ranks take their turns in this process: each computes all of the model."""
+
+    def agree_on_smallest(self, value: int) -> int:
+        return value
+
+
+def test_all_ranks_replay_graphs(qwen2: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(model_loader, "_backend_class", lambda *_: VarlenBackend)
+    monkeypatch.setattr(model_loader, "_capture", lambda *_: static_result)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: None)
+    config = EngineConfig(
+        model=str(qwen2.path), dtype="float32", max_num_seqs=6, max_model_len=600, kv_cache_memory_bytes=4 << 20
+    )
+    frames: list[bytes] = []
+    engine = load_engine(config, group=Alone(0, 1, CPU, frames.append))
+    prompts = {f"r{index}": qwen2.prompt(f"number {index} " * (1 + index)) for index in range(5)}
+    for index, (name, prompt) in enumerate(prompts.items()):
+        add(engine, name, prompt, greedy(5 + index))
+    found = Answers().drain(engine).tokens
+    assert found == {
+        name: qwen2.generate(prompt, max_tokens=5 + index) for index, (name, prompt) in enumerate(prompts.items())
+    }
+    first = forward_of(engine)._local
+    group = Alone(1, 1, CPU)
+    loaded = model_loader.load(config, group)
+    tensor_parallel.follow(frames, loaded.forward, group, hidden_size=loaded.info.hidden_size, dtype=torch.float32)
+    second: Any = loaded.forward
+    assert isinstance(second, DecodeGraphs)
+    assert second.num_replays == first.num_replays > 5
+    ours, theirs = (one._backend.cache for one in (first, second))
+    assert all(torch.equal(a, b) for a, b in zip(ours.keys + ours.values, theirs.keys + theirs.values, strict=True))
+
+
+def test_ranks_have_graphs_all_or_none() -> None:
+    def fails(_: Compute) -> Compute:
+        raise RuntimeError("operation not permitted")
+
+    def compute() -> torch.Tensor:
+        return torch.ones(1)
+
+    said: list[int] = []
+
+    def among(others: int) -> Callable[[int], int]:
+        return lambda value: said.append(value) or min(value, others)  # type: ignore[func-returns-value]
+
+    assert agreed(static_result, among(1))(compute)().equal(torch.ones(1))
+    with pytest.raises(RuntimeError, match="not this one"):
+        agreed(static_result, among(0))(compute)
+    with pytest.raises(RuntimeError, match="operation not permitted"):
+        agreed(fails, among(1))(compute)
+    assert said == [1, 1, 0]  # the one that fails says so to the others
