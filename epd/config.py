@@ -20,7 +20,7 @@ from epd.options import option, required, secret_option
 from metastore.config import MetastoreConfig
 
 ROUTERS = ("random", "round_robin", "least_loaded", "power_of_two", "affinity")
-"""Policies of `--encoder-router` and `--pd-router`; see `proxy.routing`."""
+"""Policies of `--encoder-router` and `--pd-router`; see `proxy.routing.policies`."""
 TOOL_CALL_PARSERS = ("auto", "qwen25", "llama3", "mistral", "hermes", "qwen", "llama3_json")
 """Formats of tool calls, for `--tool-call-parser`; see `proxy.tools.families`."""
 

@@ -31,29 +31,21 @@ from epd.config import ProxyConfig
 from epd.errors import ClientError, ConfigError, EPDError, InternalError, InvalidRequest, ModelNotFound
 from metastore.roster import Roster
 from proxy.access import OPEN_PATHS, ApiKeys, Cors, Guard, document_keys
-from proxy.api import (
-    embeddings,
-    generate,
-    health,
-    lightllm,
-    lmdeploy,
-    messages,
-    messages_answer,
-    models,
-    openai,
-    operations,
-    profiling,
-    responses,
-    score,
-    server_info,
-    tokenize,
-    unified,
-)
+from proxy.api import generate, unified
 from proxy.api.documentation import complete
 from proxy.api.http import error_response
+from proxy.api.lightllm import endpoints as lightllm
+from proxy.api.lmdeploy import endpoints as lmdeploy
+from proxy.api.messages import answer as messages_answer
+from proxy.api.messages import endpoints as messages
+from proxy.api.openai import endpoints as openai
+from proxy.api.operations import control as operations
+from proxy.api.operations import health, models, profiling, server_info, tokenize
+from proxy.api.responses import endpoints as responses
+from proxy.api.vectors import embeddings, score
 from proxy.byte_budget import ByteBudget
 from proxy.certificate import Renewals
-from proxy.metrics import CLIENT_CLOSED_REQUEST, Metrics
+from proxy.figures.metrics import CLIENT_CLOSED_REQUEST, Metrics
 from proxy.request_context import ERROR_WORDS, OUTCOME, REQUEST_ID, REQUEST_ID_PATTERN, Outcome, note_client_left
 from proxy.service import Service
 from proxy.short_cuts import ShortCuts

@@ -27,7 +27,7 @@ from msgspec import Meta
 
 from epd.errors import ConfigError
 from epd.gateway_options import GatewayOptions, check_aliases
-from proxy.user_text import Message
+from proxy.text.user_text import Message
 
 BASE = "base"
 """The scenario of requests that name none."""

@@ -16,19 +16,19 @@ from epd.types import WorkerRole
 from metastore.roster import Roster
 from metastore.sessions import MemorySessionStore, SessionLimits, SessionStore
 from proxy.byte_budget import ByteBudget
-from proxy.discovery import Discovery
-from proxy.dispatcher import Dispatcher
+from proxy.cluster.discovery import Discovery
+from proxy.cluster.worker_pool import WorkerPool
+from proxy.dispatch.dispatcher import Dispatcher
+from proxy.dispatch.retries import RetryLimits
+from proxy.figures.metrics import Metrics
 from proxy.gateway_config import GatewayConfig
-from proxy.media import MediaLimits, MediaLoader
-from proxy.media_http import Domains, HttpFetcher, parse_networks
-from proxy.metrics import Metrics
-from proxy.model_catalog import ModelCatalog, ModelRef
-from proxy.model_probe import ModelProbe
-from proxy.retries import RetryLimits
-from proxy.routing import make_policy
-from proxy.served_model import ServedModel, Shared
+from proxy.media.http import Domains, HttpFetcher, parse_networks
+from proxy.media.loader import MediaLimits, MediaLoader
+from proxy.models.catalog import ModelCatalog, ModelRef
+from proxy.models.probe import ModelProbe
+from proxy.models.served_model import ServedModel, Shared
+from proxy.routing.policies import make_policy
 from proxy.sessions import Sessions
-from proxy.worker_pool import WorkerPool
 
 _NAMES_SHOWN = 20
 _MODELS_KEPT_S = 1.0

@@ -25,7 +25,7 @@ import msgspec
 from epd.errors import SessionBusy, SessionsUnavailable
 from metastore.base import MetastoreError
 from metastore.sessions import Hold, SessionIsBusy, SessionKey, SessionStore
-from proxy.dispatcher import Dispatcher
+from proxy.dispatch.dispatcher import Dispatcher
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,13 @@ import msgspec
 from epd.errors import InvalidRequest
 from epd.limits import check_prompt_logprobs
 from epd.types import SamplingParams
-from proxy.answer import Answer, TextOptions
 from proxy.api.dialect import Dialect, Head
 from proxy.api.http import Client
-from proxy.api.openai_answer import ChatDialect, TextDialect, UsageSoFar, Wanted
-from proxy.api.openai_length import cut_chat, cut_of, with_special_tokens
-from proxy.api.openai_logprobs import Echo
-from proxy.api.openai_prompt import count_parts, echoed_text, ending_of, messages_of, prompts_of, template_variables
-from proxy.api.openai_sampling import (
+from proxy.api.openai.answer import ChatDialect, TextDialect, UsageSoFar, Wanted
+from proxy.api.openai.length import cut_chat, cut_of, with_special_tokens
+from proxy.api.openai.logprobs import Echo
+from proxy.api.openai.prompt import count_parts, echoed_text, ending_of, messages_of, prompts_of, template_variables
+from proxy.api.openai.sampling import (
     check_answers,
     check_supported,
     samples_of,
@@ -29,15 +28,16 @@ from proxy.api.openai_sampling import (
     shown_logprobs,
     text_options_of,
 )
-from proxy.api.openai_schema import ChatRequest, CompletionRequest, SamplingRequest
-from proxy.api.openai_structured import grammar_of
-from proxy.api.openai_tools import ToolSide, tool_side_of
+from proxy.api.openai.schema import ChatRequest, CompletionRequest, SamplingRequest
+from proxy.api.openai.structured import grammar_of
+from proxy.api.openai.tools import ToolSide, tool_side_of
 from proxy.api.requests import deadline
 from proxy.api.teller import AtEnd, Teller
-from proxy.chat_template import Prompt
-from proxy.served_model import ServedModel
-from proxy.user_text import Message
-from proxy.work import Work
+from proxy.dispatch.work import Work
+from proxy.models.served_model import ServedModel
+from proxy.text.answer import Answer, TextOptions
+from proxy.text.chat_template import Prompt
+from proxy.text.user_text import Message
 
 
 async def answer_chat(

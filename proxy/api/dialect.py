@@ -17,9 +17,9 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from epd.errors import EPDError
-from proxy.answer import Answer, Piece, ShownToken
 from proxy.api.http import STREAM_HEADERS, error_body
-from proxy.api.openai_responses import Usage
+from proxy.api.openai.objects import Usage
+from proxy.text.answer import Answer, Piece, ShownToken
 from proxy.tools.calls import CallDelta
 
 Timings = dict[str, float]

@@ -1,8 +1,8 @@
 """`POST /generate`: one path that servers with different words share. The keys of the body say which one is meant.
 
-    inputs                                     → LightLLM, or TGI by its parameters   (`proxy.api.lightllm`)
-    prompt, old keys or nothing else           → LMDeploy of 2023, with sessions      (`proxy.api.lmdeploy`)
-    prompt or input_ids with newer keys        → LMDeploy of today                    (`proxy.api.token_native`)
+    inputs                                     → LightLLM, or TGI by its parameters   (`lightllm.endpoints`)
+    prompt, old keys or nothing else           → LMDeploy of 2023, with sessions      (`lmdeploy.endpoints`)
+    prompt or input_ids with newer keys        → LMDeploy of today                    (`lightllm.token_native`)
     text, or input_ids with sampling_params    → SGLang
     anything else                              → 400, which names the keys
 
@@ -18,15 +18,17 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 from starlette.responses import Response
 
 from epd.errors import InvalidRequest
-from proxy.api import lightllm, lmdeploy, token_native
 from proxy.api.json_body import decode_body
-from proxy.api.lightllm_answer import NativeAnswer, TGIAnswer
-from proxy.api.lightllm_docs import native_documentation
-from proxy.api.lightllm_schema import NativeRequest
-from proxy.api.lmdeploy_schema import LMDeployAnswer, LMDeployRequest
+from proxy.api.lightllm import endpoints as lightllm
+from proxy.api.lightllm import token_native
+from proxy.api.lightllm.answer import NativeAnswer, TGIAnswer
+from proxy.api.lightllm.docs import native_documentation
+from proxy.api.lightllm.schema import NativeRequest
+from proxy.api.lightllm.token_native import TokenNativeAnswer
+from proxy.api.lightllm.token_native_schema import NewLMDeployRequest, SGLangRequest
+from proxy.api.lmdeploy import endpoints as lmdeploy
+from proxy.api.lmdeploy.schema import LMDeployAnswer, LMDeployRequest
 from proxy.api.requests import read_request
-from proxy.api.token_native import TokenNativeAnswer
-from proxy.api.token_native_schema import NewLMDeployRequest, SGLangRequest
 
 router = APIRouter(tags=["LightLLM", "TGI", "LMDeploy", "SGLang"])
 

@@ -15,8 +15,8 @@ from epd.errors import DeadlineExceeded, InvalidRequest
 from proxy.api.documentation import EVENT, REF
 from proxy.api.http import JSON, read_body
 from proxy.api.json_body import decode_body
+from proxy.models.served_model import ServedModel
 from proxy.request_context import REQUEST_ID, REQUEST_ID_PATTERN
-from proxy.served_model import ServedModel
 from proxy.service import Service
 from proxy.timers import TimeLimit
 

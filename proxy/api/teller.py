@@ -10,14 +10,14 @@ from typing import TypeVar
 from msgspec import UNSET, UnsetType
 
 from epd.errors import EPDError
-from proxy.answer import Answer, TextOptions
 from proxy.api.dialect import Dialect, News, Timings
 from proxy.api.http import Client
-from proxy.api.openai_responses import PromptTokensDetails, Usage
-from proxy.generation import Generation
+from proxy.api.openai.objects import PromptTokensDetails, Usage
+from proxy.dispatch.generation import Generation
+from proxy.dispatch.work import Update
 from proxy.request_context import note_stream_error
-from proxy.tokenizer import Tokenizer
-from proxy.work import Update
+from proxy.text.answer import Answer, TextOptions
+from proxy.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 

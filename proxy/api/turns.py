@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from proxy.api.field_names import FieldNames
-from proxy.api.openai_schema import CalledFunction, ChatMessage, ContentPart, ImageURL, MessageCall
+from proxy.api.openai.schema import CalledFunction, ChatMessage, ContentPart, ImageURL, MessageCall
 
 Said = tuple[ContentPart, str]
 """Part of a message, and the client's name of its place."""

@@ -26,21 +26,21 @@ from epd.errors import (
     ShuttingDown,
 )
 from epd.types import SamplingParams
-from proxy.answer import Answer, TextOptions
 from proxy.api.answering import tell
 from proxy.api.dialect import Head, News, ServerSent, Timings
 from proxy.api.documentation import REF
 from proxy.api.http import Client, Exchange, error_body
-from proxy.api.openai_prompt import naming
-from proxy.api.openai_responses import Usage
-from proxy.api.openai_sampling import stop_strings
+from proxy.api.openai.objects import Usage
+from proxy.api.openai.prompt import naming
+from proxy.api.openai.sampling import stop_strings
 from proxy.api.requests import deadline, decoded, documented, service_of
-from proxy.chat_template import Prompt
+from proxy.cluster.in_hand import WorkerGone
+from proxy.dispatch.work import Work
 from proxy.gateway_config import BASE, DEFAULTS, GenerateParameters, Scenario
-from proxy.in_hand import WorkerGone
-from proxy.served_model import ServedModel
+from proxy.models.served_model import ServedModel
 from proxy.service import Service
-from proxy.work import Work
+from proxy.text.answer import Answer, TextOptions
+from proxy.text.chat_template import Prompt
 
 router = APIRouter(tags=["Unified gateway"])
 

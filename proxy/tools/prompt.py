@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from proxy.user_text import Message
+from proxy.text.user_text import Message
 
 _DEFAULT_SYSTEM = "You are a helpful assistant."
 _BEFORE_TOOLS = """# Tools

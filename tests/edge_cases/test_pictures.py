@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from epd.errors import MediaForbidden
-from proxy.media_http import HttpFetcher, is_allowed
+from proxy.media.http import HttpFetcher, is_allowed
 from tests.cluster.harness import Cluster as RealCluster
 from tests.cluster.reference import data_url, picture, png, text_part
 from tests.edge_cases.asking import CHAT, error_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxy.tokenizer import Tokenizer
+from proxy.text.tokenizer import Tokenizer
 from tests.cluster.harness import Cluster as RealCluster
 from tests.edge_cases.asking import CHAT, HI, TEXT, error_of
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, png

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from epd.types import FinishReason
-from proxy.tokenizer import Tokenizer
+from proxy.text.tokenizer import Tokenizer
 from tests.proxy.conftest import Cluster, eventually
 from tests.proxy.fakes import Received
 

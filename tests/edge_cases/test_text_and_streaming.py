@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from epd.types import FinishReason, TokenLogprobs
-from proxy.tokenizer import StopChecker, Tokenizer
+from proxy.text.tokenizer import StopChecker, Tokenizer
 from tests.edge_cases.asking import CHAT, HI, TEXT, connection, error_of, post_bytes, say, text_of, whole
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, eventually, png
 from tests.proxy.fakes import Received

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from epd.types import FinishReason
-from proxy.tokenizer import Tokenizer
+from proxy.text.tokenizer import Tokenizer
 from tests.proxy.conftest import Cluster
 from tests.proxy.fakes import Received
 from tests.proxy.test_chat import events

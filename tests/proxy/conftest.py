@@ -23,9 +23,9 @@ from epd.checkpoint import fingerprint
 from epd.config import ProxyConfig
 from epd.types import WorkerTask
 from proxy.app import create_app
-from proxy.served_model import ServedModel
+from proxy.models.served_model import ServedModel
 from proxy.service import Service
-from proxy.tokenizer import Tokenizer
+from proxy.text.tokenizer import Tokenizer
 from tests.proxy.fakes import FakeEncoder, FakePrefillDecode
 from tests.proxy.model_files import write_model
 

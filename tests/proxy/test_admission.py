@@ -14,7 +14,7 @@ import pytest
 from epd.messages import Load
 from epd.types import SamplingParams
 from proxy.byte_budget import ByteBudget, hold
-from proxy.work import Work
+from proxy.dispatch.work import Work
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, data_url, eventually, png
 from tests.proxy.fakes import Received
 from tests.proxy.test_chat import events

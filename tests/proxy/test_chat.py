@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from epd.types import FinishReason
-from proxy.media import LoadedImage
-from proxy.tokenizer import Tokenizer
+from proxy.media.loader import LoadedImage
+from proxy.text.tokenizer import Tokenizer
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, eventually, png
 from tests.proxy.fakes import Received
 

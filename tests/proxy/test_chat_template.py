@@ -9,9 +9,9 @@ import pytest
 
 from epd.checkpoint import ImagePlaceholder
 from epd.errors import ConfigError, InvalidRequest
-from proxy.chat_template import ChatTemplate, Ending
-from proxy.tokenizer import Tokenizer
-from proxy.user_text import Message
+from proxy.text.chat_template import ChatTemplate, Ending
+from proxy.text.tokenizer import Tokenizer
+from proxy.text.user_text import Message
 from tests.proxy.model_files import write_model
 
 IMAGE = {"type": "image"}

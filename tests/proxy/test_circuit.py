@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.circuit import FIRST_PAUSE_S, LONGEST_PAUSE_S, MAX_FAILURES, TRIAL_S, WINDOW_S, Circuit
+from proxy.cluster.circuit import FIRST_PAUSE_S, LONGEST_PAUSE_S, MAX_FAILURES, TRIAL_S, WINDOW_S, Circuit
 
 
 class Clock:

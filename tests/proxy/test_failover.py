@@ -10,8 +10,8 @@ import pytest
 
 from epd.errors import HandedOver, InternalError, Overloaded, WorkerFailed
 from epd.types import FinishReason
-from proxy.in_hand import WorkerGone
-from proxy.retries import MAX_DEATHS_IN_ALL, MAX_REFUSALS, UNHEARD_TOKENS, PoisonSuspected, Retries, Trouble
+from proxy.cluster.in_hand import WorkerGone
+from proxy.dispatch.retries import MAX_DEATHS_IN_ALL, MAX_REFUSALS, UNHEARD_TOKENS, PoisonSuspected, Retries, Trouble
 from tests.proxy.conftest import Cluster, ClusterFactory, png
 from tests.proxy.fakes import FakePrefillDecode, Received
 from tests.proxy.test_admission import some_work
@@ -208,7 +208,7 @@ def test_deaths_that_work_outlived_are_counted_too() -> None:
 async def test_an_answer_that_has_begun_waits_for_room(
     start_cluster: ClusterFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.retries.LONGEST_PAUSE_S", 0.001)
+    monkeypatch.setattr("proxy.dispatch.retries.LONGEST_PAUSE_S", 0.001)
     cluster = await start_cluster(pds=2, encoders=0, answer=ANSWER)
     script = Script(cluster, 1, die)
     refused = 0

@@ -12,9 +12,9 @@ import pytest
 
 from epd.errors import ErrorInfo, InvalidImage, Overloaded, WorkerFailed
 from epd.types import FinishReason, WorkerRole, WorkerState
-from proxy import worker_connection
-from proxy.silence import SILENT_PINGS
-from proxy.worker_connection import PROXY_TO_INSTANCE
+from proxy.cluster import worker_connection
+from proxy.cluster.silence import SILENT_PINGS
+from proxy.cluster.worker_connection import PROXY_TO_INSTANCE
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, eventually, png
 from tests.proxy.fakes import FakeEncoder, FakePrefillDecode, Received
 from tests.proxy.test_chat import events

@@ -14,9 +14,9 @@ from epd.errors import ConfigError, DeadlineExceeded, Overloaded, WorkerFailed
 from epd.types import FinishReason
 from proxy import app
 from proxy.api import unified
+from proxy.cluster.in_hand import WorkerGone
 from proxy.gateway_config import GatewayConfig
-from proxy.in_hand import WorkerGone
-from proxy.tokenizer import Tokenizer
+from proxy.text.tokenizer import Tokenizer
 from tests.proxy.conftest import Cluster, ClusterFactory
 from tests.proxy.fakes import Received
 from tests.proxy.model_files import TEMPLATE, write_model

@@ -9,8 +9,8 @@ import pytest
 
 from epd.errors import Overloaded, WorkerFailed
 from epd.types import FinishReason, WorkerTask
-from proxy import model_probe
-from proxy.api import health
+from proxy.api.operations import health
+from proxy.models import probe as model_probe
 from tests.proxy.conftest import Cluster, ClusterFactory
 from tests.proxy.fakes import Received
 

@@ -10,7 +10,7 @@ from epd.errors import Overloaded
 from epd.key_digest import KeyDigest
 from epd.messages import TokenBatch, TokenOutput
 from epd.types import FinishReason, WorkerRole
-from proxy.known_pictures import KnownPictures
+from proxy.cluster.known_pictures import KnownPictures
 from tests.proxy.conftest import Cluster, ClusterFactory, png
 from tests.proxy.fakes import Received
 

@@ -18,7 +18,7 @@ from metastore.base import MetastoreError
 from metastore.sessions import Hold, MemorySessionStore, SessionKey, SessionLimits
 from proxy.api import teller
 from proxy.sessions import Conversation, Sessions
-from proxy.tokenizer import Tokenizer
+from proxy.text.tokenizer import Tokenizer
 from tests.proxy.conftest import Cluster, ClusterFactory, data_url, eventually, png
 from tests.proxy.fakes import Received
 from tests.proxy.model_files import TEMPLATE, write_model

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from epd.types import FinishReason, TokenLogprobs
-from proxy.answer import Answer, TextOptions
-from proxy.tokenizer import Tokenizer
-from proxy.work import Update
+from proxy.dispatch.work import Update
+from proxy.text.answer import Answer, TextOptions
+from proxy.text.tokenizer import Tokenizer
 from tests.proxy.conftest import Cluster, ClusterFactory
 from tests.proxy.fakes import Received, fake_logprobs
 from tests.proxy.test_chat import events

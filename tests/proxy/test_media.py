@@ -26,9 +26,9 @@ from epd.errors import (
     MediaUnavailable,
     RequestTooLarge,
 )
-from proxy.media import ImageSource, MediaLimits, MediaLoader, content_key, count_pixels, parse_data_url
-from proxy.media_file import read_file_url
-from proxy.media_http import Domains, HttpFetcher, is_allowed, parse_networks
+from proxy.media.file import read_file_url
+from proxy.media.http import Domains, HttpFetcher, is_allowed, parse_networks
+from proxy.media.loader import ImageSource, MediaLimits, MediaLoader, content_key, count_pixels, parse_data_url
 from tests.proxy.conftest import data_url, png
 
 PNG = png()

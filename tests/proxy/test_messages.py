@@ -11,7 +11,7 @@ import pytest
 
 from epd.errors import InternalError, Overloaded
 from epd.types import FinishReason
-from proxy.tokenizer import Tokenizer
+from proxy.text.tokenizer import Tokenizer
 from tests.proxy.conftest import Cluster, ClusterFactory, data_url, png
 from tests.proxy.fakes import Received
 from tests.proxy.tools.conftest import PARIS, TOOLS, block

@@ -19,8 +19,9 @@ from epd.config import ProxyConfig
 from epd.errors import ConfigError
 from epd.messages import WorkerInfo
 from epd.types import WorkerRole
-from proxy import model_catalog, worker_connection
-from proxy.model_catalog import MAX_NAME_CHARACTERS, MEMORY_S, ModelCatalog, ModelRef
+from proxy.cluster import worker_connection
+from proxy.models import catalog as model_catalog
+from proxy.models.catalog import MAX_NAME_CHARACTERS, MEMORY_S, ModelCatalog, ModelRef
 from proxy.service import Service
 from tests.proxy.conftest import ask, eventually, png, serve
 from tests.proxy.fakes import FakeEncoder, FakePrefillDecode, FakeWorker

@@ -10,10 +10,10 @@ import tokenizers
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from epd.errors import InvalidRequest
-from proxy.chat_template import ChatTemplate
-from proxy.next_turn import NextTurn
-from proxy.tokenizer import Tokenizer
-from proxy.user_text import Message
+from proxy.text.chat_template import ChatTemplate
+from proxy.text.next_turn import NextTurn
+from proxy.text.tokenizer import Tokenizer
+from proxy.text.user_text import Message
 from tests.proxy.model_files import TEMPLATE
 
 LLAMA3 = """\

@@ -11,10 +11,10 @@ import msgspec
 import pytest
 
 from epd.types import FinishReason, Grammar, GrammarKind
-from proxy.api import openai
-from proxy.api.openai_fields import IGNORED, REFUSED, Refused, table
-from proxy.cutting import Cut
-from proxy.tokenizer import Tokenizer
+from proxy.api.openai import endpoints as openai
+from proxy.api.openai.fields import IGNORED, REFUSED, Refused, table
+from proxy.text.cutting import Cut
+from proxy.text.tokenizer import Tokenizer
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, png
 from tests.proxy.fakes import Received
 from tests.proxy.model_files import write_model

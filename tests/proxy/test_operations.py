@@ -17,7 +17,7 @@ from epd.errors import HandedOver, InvalidRequest
 from epd.messages import StageStats
 from epd.observability import Histogram
 from epd.types import FinishReason, WorkerRole
-from proxy.circuit import MAX_FAILURES
+from proxy.cluster.circuit import MAX_FAILURES
 from tests.proxy.conftest import Cluster, ClusterFactory, eventually, png
 from tests.proxy.fakes import Received
 

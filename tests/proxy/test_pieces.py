@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from epd.types import FinishReason, TokenLogprobs
-from proxy.answer import Answer, TextOptions
-from proxy.tokenizer import StopChecker, Tokenizer
-from proxy.work import Update
+from proxy.dispatch.work import Update
+from proxy.text.answer import Answer, TextOptions
+from proxy.text.tokenizer import StopChecker, Tokenizer
 
 
 def push(answer: Answer, *token_ids: int, finish: FinishReason | None = None, stop: int | None = None) -> str:

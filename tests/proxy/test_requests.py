@@ -266,7 +266,7 @@ async def test_more_pieces_than_tokens_cost_no_time(
 ) -> None:
     """A few megabytes of empty parts, looked at one by one, would stop all streams for seconds."""
     monkeypatch.setattr("proxy.api.answering.messages_of", lambda _: 1 / 0)
-    monkeypatch.setattr("proxy.api.openai_prompt.check_token_ids", lambda ids, *_: ids and 1 / 0)
+    monkeypatch.setattr("proxy.api.openai.prompt.check_token_ids", lambda ids, *_: ids and 1 / 0)
     response = await cluster.http.post(path, json=body)
     assert_error(response.json(), 400, code="context_length_exceeded")
 

@@ -12,7 +12,7 @@ from epd.errors import ContextLengthExceeded, InternalError
 from epd.messages import GenerateRequest
 from epd.types import FinishReason
 from proxy.api.dialect import News
-from proxy.tokenizer import Tokenizer
+from proxy.text.tokenizer import Tokenizer
 from proxy.tools.calls import CallDelta
 from tests.proxy.conftest import Cluster, ClusterFactory, data_url, png
 from tests.proxy.fakes import Received

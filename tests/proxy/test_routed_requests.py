@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from epd.messages import Load
-from proxy.worker_connection import WorkerConnection
+from proxy.cluster.worker_connection import WorkerConnection
 from tests.proxy.conftest import Cluster, ClusterFactory, eventually, png
 
 LONG = "what is in this picture " * 20

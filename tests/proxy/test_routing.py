@@ -7,8 +7,7 @@ from collections import Counter
 
 import pytest
 
-from proxy.prefix_affinity import Chain, PrefixMap, prefix_chain
-from proxy.routing import (
+from proxy.routing.policies import (
     AffinityPolicy,
     Candidate,
     LeastLoadedPolicy,
@@ -19,6 +18,7 @@ from proxy.routing import (
     RoundRobinPolicy,
     make_policy,
 )
+from proxy.routing.prefix_affinity import Chain, PrefixMap, prefix_chain
 
 
 def candidates(*loads: int) -> list[Candidate]:

@@ -8,7 +8,7 @@ import httpx
 from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import PlainTextResponse, Response
 
-from proxy.api.openai import router as openai
+from proxy.api.openai.endpoints import router as openai
 from proxy.request_context import OUTCOME, Outcome
 from proxy.short_cuts import ShortCuts
 

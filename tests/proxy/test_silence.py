@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proxy.silence import LONGEST_PAUSE_S, LONGEST_UPLOAD_S, SILENT_PINGS, SLOWEST_LINK_BYTES_S, Silence
+from proxy.cluster.silence import LONGEST_PAUSE_S, LONGEST_UPLOAD_S, SILENT_PINGS, SLOWEST_LINK_BYTES_S, Silence
 
 
 class Line:

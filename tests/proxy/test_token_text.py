@@ -6,8 +6,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from proxy.token_text import TokenTexts
-from proxy.tokenizer import Tokenizer
+from proxy.text.token_text import TokenTexts
+from proxy.text.tokenizer import Tokenizer
 
 TEXTS = ["hello world", "a 👩‍👩‍👧 日本 b\n\t", "naïve <|im_end|> <think>x", "\x00\x7f\u00a0"]
 

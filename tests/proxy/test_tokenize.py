@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from proxy.api import tokenize
-from proxy.tokenizer import Tokenizer
+from proxy.api.operations import tokenize
+from proxy.text.tokenizer import Tokenizer
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, png
 
 

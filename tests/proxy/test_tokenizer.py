@@ -14,7 +14,7 @@ from tokenizers import decoders, models, normalizers
 from tokenizers.decoders import DecodeStream
 
 from epd.errors import ConfigError
-from proxy.tokenizer import Detokenizer, StopChecker, Tokenizer
+from proxy.text.tokenizer import Detokenizer, StopChecker, Tokenizer
 
 TEXTS = ["hello world", "a 👩‍👩‍👧‍👦 b", "日本語のテキスト", "e\u0301 ñ ü", "🇩🇪🏳️‍🌈", "tab\tnl\n\n  x", "\u200b\u202eabc"]
 

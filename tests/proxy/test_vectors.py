@@ -15,7 +15,7 @@ import pytest
 
 from epd.errors import ErrorInfo
 from epd.types import FinishReason, Pooling, PoolingKind, WorkerTask
-from proxy.api.vectors import AT_ONCE, one_by_one
+from proxy.api.vectors.common import AT_ONCE, one_by_one
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, png
 from tests.proxy.fakes import Received
 from tests.proxy.model_files import write_model

@@ -11,11 +11,11 @@ import pytest
 from epd.messages import Load
 from epd.types import WorkerRole
 from metastore.roster import Member
-from proxy.greeting import Identity
-from proxy.placement import PictureSizes, Plan, snapshots
-from proxy.routing import LeastLoadedPolicy, Question, make_policy
-from proxy.work_ledger import WorkLedger
-from proxy.worker_connection import WorkerConnection
+from proxy.cluster.greeting import Identity
+from proxy.cluster.worker_connection import WorkerConnection
+from proxy.routing.placement import PictureSizes, Plan, snapshots
+from proxy.routing.policies import LeastLoadedPolicy, Question, make_policy
+from proxy.routing.work_ledger import WorkLedger
 
 
 @dataclass

@@ -9,11 +9,11 @@ import pytest
 from tokenizers import AddedToken
 
 from epd.types import FinishReason, TokenLogprobs
-from proxy.answer import Answer, TextOptions
-from proxy.tokenizer import Tokenizer
+from proxy.dispatch.work import Update
+from proxy.text.answer import Answer, TextOptions
+from proxy.text.tokenizer import Tokenizer
 from proxy.tools.parsers import MistralParser, QwenParser
 from proxy.tools.reader import CallOptions
-from proxy.work import Update
 
 TEXT = 'Look: <tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 

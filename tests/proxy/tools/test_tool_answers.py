@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from epd.types import FinishReason
-from proxy.tokenizer import Tokenizer
+from proxy.text.tokenizer import Tokenizer
 from tests.proxy.conftest import Cluster, ClusterFactory
 from tests.proxy.fakes import Received
 from tests.proxy.model_files import write_model

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from epd.errors import InvalidRequest
 from epd.grammar_check import limits, llguidance_grammar, validate
 from epd.types import Grammar, GrammarKind
-from proxy.tokenizer import Tokenizer
+from proxy.text.tokenizer import Tokenizer
 from proxy.tools.families import LLAMA3, MISTRAL, MISTRAL_V11, QWEN25, Family
 from proxy.tools.grammar import arguments_schema, enforced
 from proxy.tools.reader import CallReader

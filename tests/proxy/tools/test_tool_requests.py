@@ -10,9 +10,9 @@ import pytest
 
 from epd.types import GrammarKind
 from proxy.api.json_values import MAX_VALUES
-from proxy.api.openai_history import CallHistory
-from proxy.api.openai_schema import CalledFunction, ChatMessage, MessageCall
-from proxy.tokenizer import Tokenizer
+from proxy.api.openai.history import CallHistory
+from proxy.api.openai.schema import CalledFunction, ChatMessage, MessageCall
+from proxy.text.tokenizer import Tokenizer
 from tests.proxy.conftest import Cluster, ClusterFactory, ask
 from tests.proxy.model_files import write_model
 from tests.proxy.test_requests import assert_error

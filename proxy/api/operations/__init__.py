@@ -1,0 +1,1 @@
+"""What operators and clients ask besides answers: models, health, figures, control."""

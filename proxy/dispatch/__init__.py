@@ -1,0 +1,1 @@
+"""Requests among the workers: sent, tried again, answered."""

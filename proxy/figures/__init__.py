@@ -1,0 +1,1 @@
+"""What this proxy counts and measures, and how Prometheus reads it."""

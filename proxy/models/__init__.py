@@ -1,0 +1,1 @@
+"""Which models there are, and one model as request handlers see it."""

@@ -1,0 +1,1 @@
+"""Text and tokens: templates, tokenizers, and answers as they grow."""
