@@ -169,7 +169,8 @@ def test_an_encoder_that_can_not_reach_one_prefill_decode_worker(site: Site) -> 
             deaf.lose_packets_to(host)
             await traffic.answered(20)
             deaf.reach_again(host)
-        assert "pings went unanswered" in site.cluster.processes["encoder0"].log_text()
+        log = site.cluster.processes["encoder0"].log_text()
+        assert "pings went unanswered" in log or "nobody answers at" in log  # a link that stood, or one just dialled
 
     site.run(scenario)
 

@@ -243,6 +243,6 @@ async def test_pictures_are_let_go_with_the_answer(cluster: Cluster, stream: boo
     try:
         response = await cluster.chat("what is this?", png(), png("blue"), stream=stream)
         assert response.status_code == 200
-        await eventually(lambda: not any(isinstance(one, LoadedImage) for one in gc.get_objects()))
+        await eventually(lambda: not any(type(one) is LoadedImage for one in gc.get_objects()))
     finally:
         gc.enable()
