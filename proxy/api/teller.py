@@ -72,6 +72,8 @@ class Teller:
         self._with_timings = with_timings
         self._at_end = at_end
         self._told = [_Told() for _ in range(generation.num_samples)]
+        self._unsent = b""
+        """Words of a stream that wait for others which are to go with them, in one write."""
 
     async def tell(self, client: Client, *, stream: bool) -> Sequence[Answer]:
         """Answer in one piece, or in a stream, in which a failure becomes its last words.
@@ -98,31 +100,33 @@ class Teller:
         updates = await self._generation.next(FIRST_OUTPUT_GRACE_S)
         await client.start_stream(self._dialect.headers)
         try:
-            told = await self._stream_samples(client, updates)
-            last_words = told + self._dialect.end(self.usage())
+            await self._stream_samples(client, updates)
+            self._unsent += self._dialect.end(self.usage())
         except EPDError as error:
             note_stream_error(error)
-            last_words = self._dialect.failed(error)
-        await client.end_stream(last_words)
+            self._unsent += self._dialect.failed(error)
+        await client.end_stream(self._unsent)
 
-    async def _stream_samples(self, client: Client, updates: list[Update]) -> bytes:
-        """Tell all but the end. Returns what has not been sent yet."""
-        told = b"".join(self._dialect.opening(index) for index in range(len(self._answers)))
+    async def _stream_samples(self, client: Client, updates: list[Update]) -> None:
+        """Tell all but the end."""
+        self._unsent = b"".join(self._dialect.opening(index) for index in range(len(self._answers)))
         while True:
             for update in updates:
                 answer = self._answers[update.index]
                 text = answer.push(update)
                 if update.prompt_logprobs:
-                    told += await self._words_of_prompt(update)
-                told += self._words(update, text)
+                    self._unsent += await self._words_of_prompt(update)
+                self._unsent += self._words(update, text)
                 if answer.finish_reason is not None:
-                    told += await self._words_at_end(update.index)
+                    self._unsent += await self._words_at_end(update.index)
             if self._generation.done:
-                return told
-            if told:
-                await client.write(told)
+                return
+            if self._unsent:
+                await client.write(self._unsent)
+                self._unsent = b""
             updates = await self._generation.next(PING_INTERVAL_S)
-            told = b"" if updates or self._generation.done else self._dialect.ping
+            if not updates and not self._generation.done:
+                self._unsent = self._dialect.ping
 
     def _words(self, update: Update, text: str) -> bytes:
         """What a dialect has to say about tokens, which made `text`. Every token of every stream passes here."""

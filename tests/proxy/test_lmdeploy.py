@@ -443,6 +443,23 @@ async def test_a_turn_whose_session_was_taken_over_is_not_kept(cluster: Cluster,
     assert await store.commit(key, "heir", None)
 
 
+async def test_what_was_said_before_a_turn_could_not_be_kept_is_told(cluster: Cluster) -> None:
+    class Store(MemorySessionStore):
+        async def commit(self, *_: object) -> bool:
+            raise MetastoreError("connection refused")
+
+    service = cluster.service
+    service.sessions = Sessions(Store(SessionLimits()), service.dispatcher)
+    body = {"messages": "hello", "session_id": 7, "stream": True, "max_tokens": 1}
+    events = (await cluster.http.post("/v1/chat/completions", json=body)).text.split("\n\n")
+    assert [("assistant" in event, "sessions_unavailable" in event) for event in (events[0], events[-3])] == [
+        (True, False),
+        (False, True),
+    ]
+    assert any('"content":' in event and "assistant" not in event for event in events)
+    assert events[-2:] == ["data: [DONE]", ""]
+
+
 async def test_the_lease_of_a_long_turn_is_renewed(cluster: Cluster, tokenizer: Tokenizer) -> None:
     service = cluster.service
     renewals: list[float] = []
