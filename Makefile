@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 KUBERNETES := 1.33.0
-# A process of tests for each core, up to four: each may run clusters of its own, of a gigabyte or two. A file's tests stay
-# together, and the files in order: those with clusters come first, so that the end is made of short ones.
-SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Four processes of tests, since most of their time is waiting; each may run clusters of its own, of a gigabyte or two.
+# A file's tests stay together, and the files in order: those with clusters come first, so that the end is made of short ones.
+SPREAD := -n 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo serve test faults bench check format clean
 
