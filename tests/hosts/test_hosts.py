@@ -164,13 +164,21 @@ def test_an_encoder_that_can_not_reach_one_prefill_decode_worker(site: Site) -> 
     """The proxies see both of them well."""
     deaf, host = site.hosts["pd0"], site.hosts["encoder0"]
 
+    encoder = site.cluster.processes["encoder0"]
+    before = len(encoder.log_text())
+
+    def noticed() -> bool:
+        log = encoder.log_text()[before:]
+        return "pings went unanswered" in log or "nobody answers at" in log  # a link that stood, or one just dialled
+
     async def scenario() -> None:
         async with site.traffic(seed=2) as traffic:
             deaf.lose_packets_to(host)
+            async with asyncio.timeout(NOTICED_WITHIN_S):
+                while not noticed():
+                    await traffic.answered(1)
             await traffic.answered(20)
             deaf.reach_again(host)
-        log = site.cluster.processes["encoder0"].log_text()
-        assert "pings went unanswered" in log or "nobody answers at" in log  # a link that stood, or one just dialled
 
     site.run(scenario)
 
