@@ -34,6 +34,7 @@ from proxy.api.openai.tools import ToolSide, tool_side_of
 from proxy.api.requests import deadline
 from proxy.api.teller import AtEnd, Teller
 from proxy.dispatch.work import Work
+from proxy.media.loader import LoadedImage
 from proxy.models.served_model import ServedModel
 from proxy.text.answer import Answer, TextOptions
 from proxy.text.chat_template import Prompt
@@ -85,19 +86,9 @@ async def answer_chat(
             check_prompt_logprobs(sampling, len(prompt.token_ids))
             images = await model.load_images(sources)
         head, counts = Head.new(id_prefix, model.name, model.ref.fingerprint), UsageSoFar()
-        work = Work(
-            request_id=head.id,
-            model=model.ref,
-            prompts=(prompt.token_ids,),
-            image_offsets=prompt.image_offsets,
-            images=tuple(images),
-            sampling=_within_context(model, sampling, len(prompt.token_ids)),
-            n=body.n or 1,
-            priority=body.priority or 0,
-            cache_salt=body.cache_salt or "",
-            arrived=arrived,
-            timeout_s=model.config.request_timeout,
-        )
+        sampling = _within_context(model, sampling, len(prompt.token_ids))
+        offsets, n = prompt.image_offsets, body.n or 1
+        work = work_of(model, body, head, arrived, sampling, [prompt.token_ids], offsets, images, n=n)
         wanted = _wanted(model, body, work, sampling.logprobs, counts)
         wanted = replace(wanted, begun=echoed_text(body), function_call=side.is_deprecated, names_once=side.is_strict)
         dialect, options = dialect_of(head, wanted), replace(options, calls=side.calls)
@@ -128,17 +119,7 @@ async def answer_text(client: Client, model: ServedModel, body: CompletionReques
                 check_prompt_logprobs(sampling, len(prompt))
             echoes = await _echoes(model, body, prompts)
         head, samples, counts = Head.new("cmpl", model.name, model.ref.fingerprint), samples_of(body), UsageSoFar()
-        work = Work(
-            request_id=head.id,
-            model=model.ref,
-            prompts=tuple(prompts),
-            sampling=sampling,
-            n=samples,
-            priority=body.priority or 0,
-            cache_salt=body.cache_salt or "",
-            arrived=arrived,
-            timeout_s=model.config.request_timeout,
-        )
+        work = work_of(model, body, head, arrived, sampling, prompts, n=samples)
         wanted = _wanted(model, body, work, shown_logprobs(body), counts)
         dialect = TextDialect(head, wanted, echoes=echoes, samples=samples, n=body.n or 1)
         return await tell(
@@ -151,6 +132,34 @@ async def answer_text(client: Client, model: ServedModel, body: CompletionReques
             with_timings=bool(body.timings),
             counts=counts,
         )
+
+
+def work_of(
+    model: ServedModel,
+    body: SamplingRequest,
+    head: Head,
+    arrived: float,
+    sampling: SamplingParams,
+    prompts: Sequence[tuple[int, ...]],
+    image_offsets: Sequence[int] = (),
+    images: Sequence[LoadedImage] = (),
+    *,
+    n: int = 1,
+) -> Work:
+    """What a request asks of the workers. Arguments are those of `Work`, or where it finds them."""
+    return Work(
+        request_id=head.id,
+        model=model.ref,
+        prompts=tuple(prompts),
+        image_offsets=tuple(image_offsets),
+        images=tuple(images),
+        sampling=sampling,
+        n=n,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
+        arrived=arrived,
+        timeout_s=model.config.request_timeout,
+    )
 
 
 async def tell(

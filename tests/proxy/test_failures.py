@@ -223,27 +223,6 @@ async def test_deadline_in_the_stream(start_cluster: ClusterFactory) -> None:
     assert chunks[-1]["error"]["code"] == "timeout"
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_client_leaves(cluster: Cluster, stream: bool) -> None:
-    async def one_token(received: Received) -> None:
-        await received.send(cluster.pd.answer[0])
-
-    cluster.pd.script = one_token
-    cluster.encoder.mute = True
-    async with httpx.AsyncClient(base_url=cluster.url, trust_env=False) as leaving:
-        body = {"messages": ask("x", png()), "stream": stream, "n": 2}
-        task = asyncio.create_task(leaving.post("/v1/chat/completions", json=body))
-        await cluster.pd.until(lambda: len(cluster.pd.requests) == 2)
-        await cluster.encoder.until(lambda: len(cluster.encoder.pictures) == 1)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-    wanted = {request.request_id for request in cluster.pd.requests}
-    await cluster.pd.until(lambda: set(cluster.pd.aborted) == wanted)
-    await cluster.encoder.until(lambda: len(cluster.encoder.aborted) == 1)
-    await eventually(lambda: not cluster.service.dispatcher.active)
-    assert all(one.in_hand == 0 for one in cluster.service.pool.connections())
-
-
 async def test_client_leaves_while_a_picture_is_fetched(start_cluster: ClusterFactory) -> None:
     cluster = await start_cluster(max_concurrent_requests=1, allowed_private_media=("127.0.0.0/8",))
     came, gone = asyncio.Event(), asyncio.Event()

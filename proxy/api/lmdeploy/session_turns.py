@@ -24,7 +24,7 @@ from msgspec import UNSET
 from epd.errors import ContextLengthExceeded, InvalidRequest, SessionBusy, SessionsUnavailable
 from epd.types import FinishReason, SamplingParams
 from metastore.sessions import SessionKey
-from proxy.api.answering import tell, with_grammar
+from proxy.api.answering import tell, with_grammar, work_of
 from proxy.api.dialect import Dialect, Head, News
 from proxy.api.http import Client
 from proxy.api.openai.objects import PromptTokensDetails, Usage
@@ -124,18 +124,8 @@ async def answer_turn(client: Client, sessions: Sessions, model: ServedModel, as
                 plan = await _plan(client, model, asked, turn, messages)
                 sampling = await with_grammar(model, body, sampling)
                 images = await model.load_images(sources)
-            work = Work(
-                request_id=head.id,
-                model=model.ref,
-                prompts=(plan.token_ids,),
-                image_offsets=plan.image_offsets,
-                images=tuple(images),
-                sampling=_within_context(model, sampling, len(plan.token_ids)),
-                priority=body.priority or 0,
-                cache_salt=body.cache_salt or "",
-                arrived=arrived,
-                timeout_s=model.config.request_timeout,
-            )
+            sampling = _within_context(model, sampling, len(plan.token_ids))
+            work = work_of(model, body, head, arrived, sampling, [plan.token_ids], plan.image_offsets, images)
             dialect = asked.dialect_of(head, plan.told)
             if not plan.told.exceeded:
                 if await _tell_answer(client, sessions, model, asked, turn, plan, work, dialect, options):
