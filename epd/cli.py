@@ -189,8 +189,10 @@ def _prefill_decode(arguments: argparse.Namespace) -> int:
     from workers.prefill_decode_process import run_prefill_decode
 
     code = _run(run_prefill_decode(config))
-    if code and config.tp > 1:
-        # A thread may be left in a collective with a rank that died, and would hold up the interpreter's own end.
+    if config.tp > 1:
+        # A thread may be left in a collective with a rank that died, or a group with one that had to be killed. Both
+        # would hold up the interpreter's own end.
+        logging.shutdown()
         os._exit(code)
     return code
 

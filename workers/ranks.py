@@ -68,6 +68,7 @@ class Ranks:
         self._folder = tempfile.TemporaryDirectory(prefix="epd-ranks-", ignore_cleanup_errors=True)
         self._rendezvous = Path(self._folder.name) / "store"
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._group: tensor_parallel.ParallelGroup | None = None
         self._is_stopping = threading.Event()
 
     def start(
@@ -104,7 +105,8 @@ class Ranks:
             self._processes.append(process)
             _write_frame(_pipe(process), msgspec.msgpack.encode(start))
             threading.Thread(target=self._watch, args=(rank, process), name=f"rank {rank}", daemon=True).start()
-        return tensor_parallel.join(0, self.size, self._rendezvous, engine.device, self.send)
+        self._group = tensor_parallel.join(0, self.size, self._rendezvous, engine.device, self.send)
+        return self._group
 
     @property
     def exit_codes(self) -> list[int | None]:
@@ -129,7 +131,7 @@ class Ranks:
                 process.kill()
                 process.wait()
         if all(process.returncode == 0 for process in self._processes):  # else it may wait for one that died
-            tensor_parallel.leave()
+            tensor_parallel.leave(self._group)
         self._folder.cleanup()
 
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
@@ -193,7 +195,7 @@ def _follow(start: RankStart, orders: Iterator[bytes]) -> int:
     except Exception:  # the process's edge: the first rank sees it end, and says so to whom it concerns
         log.exception("the model failed")
         return _EXIT_FAILED
-    tensor_parallel.leave()
+    tensor_parallel.leave(group)
     return 0
 
 

@@ -206,6 +206,11 @@ class DecodeGraphs:
         """See `Forward`."""
         return self._eager.logits(hidden)
 
+    def release(self) -> None:
+        """Destroy the graphs, of which none may be running. Steps are computed without them from then on."""
+        self._sizes = ()
+        self._graphs.clear()
+
     @torch.inference_mode()
     def _graph(self, size: int, capture: Capture) -> tuple[StaticInputs, Compute]:
         static = StaticInputs(size, self._layout, self._backend.device)

@@ -147,7 +147,7 @@ def _graphs(
     if capture is None or not isinstance(backend, VarlenBackend):
         return None
     try:
-        return DecodeGraphs(
+        graphs = DecodeGraphs(
             model,
             backend,
             sizes=padded_sizes(config.max_num_seqs),
@@ -158,6 +158,9 @@ def _graphs(
     except RuntimeError as error:  # what a family does in its forward call is known only by trying
         log.warning("decode steps run without CUDA graphs: %s", error)
         return None
+    if group is not None:
+        group.before_leaving.append(graphs.release)
+    return graphs
 
 
 def _check_int8(is_plain: bool, device: torch.device) -> None:

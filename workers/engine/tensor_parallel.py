@@ -17,7 +17,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +49,8 @@ class ParallelGroup:
     device: torch.device
     send: Send | None = None
     """Rank 0 alone has it."""
+    before_leaving: list[Callable[[], None]] = field(default_factory=list)
+    """What lets go of graphs with collectives in them: NCCL ends no group while one is left (`leave` would hang)."""
 
     def agree_on_smallest(self, value: int) -> int:
         """The smallest of all ranks' values. Every rank must call it."""
@@ -92,8 +94,14 @@ def join(rank: int, size: int, rendezvous: Path, device_name: str, send: Send | 
     return ParallelGroup(rank, size, device, send)
 
 
-def leave() -> None:
-    """Undo `join`, if it was called. Only when no collective is under way."""
+def leave(group: ParallelGroup | None) -> None:
+    """Undo `join`, if it was called. Only when no collective is under way.
+
+    Args:
+        group: what `join` returned; None: it failed, or was not called.
+    """
+    for release in () if group is None else group.before_leaving:
+        release()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

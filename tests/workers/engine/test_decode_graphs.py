@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -198,6 +199,35 @@ def test_all_ranks_replay_graphs(qwen2: Oracle, monkeypatch: pytest.MonkeyPatch)
     assert second.num_replays == first.num_replays > 5
     ours, theirs = (one._backend.cache for one in (first, second))
     assert all(torch.equal(a, b) for a, b in zip(ours.keys + ours.values, theirs.keys + theirs.values, strict=True))
+
+
+def test_no_graph_is_left_when_a_rank_leaves_its_group(qwen2: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    replays: list[weakref.ref[Compute]] = []
+
+    def capture(compute: Compute) -> Compute:
+        replay = static_result(compute)
+        replays.append(weakref.ref(replay))
+        return replay
+
+    left: list[list[Compute | None]] = []
+    monkeypatch.setattr(attention_varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(model_loader, "_backend_class", lambda *_: VarlenBackend)
+    monkeypatch.setattr(model_loader, "_capture", lambda *_: capture)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: None)
+    config = EngineConfig(
+        model=str(qwen2.path), dtype="float32", max_num_seqs=2, max_model_len=300, kv_cache_memory_bytes=4 << 20
+    )
+    group = Alone(0, 1, CPU, lambda _: None)
+    engine = load_engine(config, group=group)  # outlives the group
+    assert [ref() is not None for ref in replays] == [True, True]
+    with monkeypatch.context() as joined:
+        joined.setattr(torch.distributed, "is_initialized", lambda: True)
+        joined.setattr(torch.distributed, "destroy_process_group", lambda: left.append([ref() for ref in replays]))
+        tensor_parallel.leave(group)
+    assert left == [[None, None]]
+    prompt = qwen2.prompt("what is it?")
+    add(engine, "r", prompt)
+    assert Answers().drain(engine).tokens["r"] == qwen2.generate(prompt)
 
 
 def test_ranks_have_graphs_all_or_none() -> None:

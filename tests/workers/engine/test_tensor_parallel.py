@@ -56,7 +56,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield Shared(Oracle(path), load_engine(config, group=group))
     finally:
         ranks.stop()
-        tensor_parallel.leave()
+        tensor_parallel.leave(None)
     assert (ranks.exit_codes, deaths) == ([0], [])
 
 
