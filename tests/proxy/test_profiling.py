@@ -69,6 +69,16 @@ async def test_the_admin_key_is_needed_where_there_is_one(start_cluster: Cluster
         assert (await cluster.http.post("/stop_profile", headers=headers)).status_code == status
 
 
+async def test_a_key_of_a_client_is_not_enough(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(api_key=("client",))
+    cluster.pd.profile_reply = reply("started")
+    for path in ("/start_profile", "/stop_profile"):
+        response = await cluster.http.post(path, headers={"x-api-key": "client"})
+        assert response.status_code == 403
+        assert "--admin-key" in response.json()["error"]["message"]
+    assert not cluster.pd.profiled
+
+
 async def test_nobody_to_ask(start_cluster: ClusterFactory) -> None:
     cluster = await start_cluster(pds=0, encoders=0)
     assert (await cluster.http.post("/start_profile")).status_code == 503

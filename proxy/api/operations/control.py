@@ -64,15 +64,21 @@ async def abort(request: Request) -> JSONResponse:
     body = await read_body(request, _MAX_SMALL_BODY_BYTES, service.config.request_timeout)
     wanted = decode_body(body or b"{}", AbortRequest)
     if wanted.abort_all:
-        _require_admin(request, service.config.admin_key)
+        require_admin(request, "abort_all")
     ids = {wanted.request_id} if isinstance(wanted.request_id, str) else set(wanted.request_id or ())
     aborted = service.dispatcher.abort(None if wanted.abort_all else ids, KEY_ID.get())
     return JSONResponse({"status": "ok", "aborted": aborted})
 
 
-def _require_admin(request: Request, admin_key: str | None) -> None:
+def require_admin(request: Request, what: str) -> None:
+    """Refuse `what` to everybody but the operators.
+
+    Raises:
+        AdminOnly: the request does not bring their key, or there is none.
+    """
+    admin_key = service_of(request).config.admin_key
     if admin_key is None:
-        raise AdminOnly("abort_all needs an admin key, and this proxy was started without --admin-key.")
+        raise AdminOnly(f"{what} needs an admin key, and this proxy was started without --admin-key.")
     if not is_admin(request, admin_key):
         raise AdminOnly("This needs the admin key, as Authorization: Bearer KEY or X-Admin-Key: KEY.")
 

@@ -11,12 +11,14 @@ from fastapi import APIRouter, Request
 from msgspec import Meta
 from starlette.responses import Response
 
-from epd.errors import AdminOnly, NoWorker
+from epd.errors import NoWorker
 from epd.messages import ProfileReply
 from proxy.api.http import JSON, read_body
 from proxy.api.json_body import decode_body
-from proxy.api.requests import documented, is_admin, service_of
+from proxy.api.operations.control import require_admin
+from proxy.api.requests import documented, service_of
 from proxy.cluster.worker_connection import WorkerConnection
+from proxy.request_context import KEY_ID
 
 router = APIRouter(tags=["operations"])
 
@@ -68,7 +70,7 @@ async def start_profile(request: Request) -> Response:
     """Have workers record what they compute, on all threads and GPUs, with torch.profiler.
 
     A recording ends by itself after `seconds` or `steps`, whichever comes first. Workers are slower meanwhile, and
-    compute nothing while they write. Needs the admin key where there is one.
+    compute nothing while they write. Needs the admin key where there is one, or where clients need keys.
     """
     wanted, workers = await _asked(request)
     return await _answer(workers, lambda one: one.profiles.start(wanted.seconds, wanted.steps))
@@ -78,7 +80,7 @@ async def start_profile(request: Request) -> Response:
 async def stop_profile(request: Request) -> Response:
     """End recordings, and name the traces that workers wrote below their `--profile-dir` since they were asked last.
 
-    Chrome's trace format, compressed, as https://ui.perfetto.dev reads it. Needs the admin key where there is one.
+    Chrome's trace format, compressed, as https://ui.perfetto.dev reads it. Needs the admin key as `/start_profile` does.
     """
     _, workers = await _asked(request)
     return await _answer(workers, lambda one: one.profiles.stop())
@@ -86,9 +88,8 @@ async def stop_profile(request: Request) -> Response:
 
 async def _asked(request: Request) -> tuple[ProfileRequest, list[WorkerConnection]]:
     service = service_of(request)
-    admin_key = service.config.admin_key
-    if admin_key is not None and not is_admin(request, admin_key):
-        raise AdminOnly("This needs the admin key, as Authorization: Bearer KEY or X-Admin-Key: KEY.")
+    if service.config.admin_key is not None or KEY_ID.get():  # clients with keys are not the operators
+        require_admin(request, "Profiling")
     body = await read_body(request, _MAX_BODY_BYTES, service.config.request_timeout)
     wanted = decode_body(body or b"{}", ProfileRequest)
     workers = [one for one in service.pool.connections() if one.info is not None]
