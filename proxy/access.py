@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from epd.errors import EPDError, TooManyOfKey, Unauthorized
 from proxy.api.http import error_response
-from proxy.request_context import KEY_ID
+from proxy.request_context import KEY_ID, OVER_LIMIT
 
 OPEN_PATHS = frozenset(
     {
@@ -29,6 +29,10 @@ OPEN_PATHS = frozenset(
 )
 CONTROL_PATHS = frozenset({"/abort", "/start_profile", "/stop_profile"})
 """A key that has as many requests in work as it may must still be able to stop some."""
+STOP_PATHS = frozenset({"/generate", "/v1/chat/interactive", "/v1/chat/completions"})
+"""Where the body may say that an answer is to be stopped. These endpoints call `check_share` for everything else."""
+_MAX_STOP_BYTES = 64 << 10
+"""Of a key that has as many requests in work as it may, no larger bodies are read."""
 _ID_LENGTH = 16
 
 
@@ -103,7 +107,12 @@ class Guard:
     async def _count(self, owner: str, limit: int, scope: Scope, receive: Receive, send: Send) -> None:
         if self._in_work[owner] >= limit:
             text = f"{limit} requests with this API key are in work already, which is its limit. Try again in a moment."
-            await _refuse(TooManyOfKey(text), scope, receive, send)
+            error = TooManyOfKey(text)
+            if not _may_stop(scope):
+                await _refuse(error, scope, receive, send)
+                return
+            OVER_LIMIT.set(error)
+            await self._app(scope, receive, send)
             return
         self._in_work[owner] += 1
         try:
@@ -140,6 +149,14 @@ def document_keys(document: dict[str, Any]) -> None:
         if path in OPEN_PATHS:
             for operation in methods.values():
                 operation["security"] = []
+
+
+def _may_stop(scope: Scope) -> bool:
+    """Whether the body is to be read, to see whether it stops an answer."""
+    if scope["path"] not in STOP_PATHS:
+        return False
+    size = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    return bool(size.isdigit()) and int(size) <= _MAX_STOP_BYTES
 
 
 def _unauthorized(scope: Scope) -> Unauthorized:

@@ -20,6 +20,9 @@ REQUEST_ID_PATTERN = "[A-Za-z0-9._:-]{1,128}"
 KEY_ID: ContextVar[str] = ContextVar("key_id", default="")
 """Whose request it is: the beginning of the API key's digest, the same at all proxies; empty: no keys are asked for."""
 
+OVER_LIMIT: ContextVar[EPDError | None] = ContextVar("over_limit", default=None)
+"""Why the request must not be worked on: its key has as many in work as it may. It may still stop one of them."""
+
 ERROR_WORDS: ContextVar[ErrorWords | None] = ContextVar("error_words", default=None)
 """How the endpoint words its errors, those included that come before it is reached; None: as most do."""
 
@@ -39,6 +42,16 @@ class Outcome:
 
 OUTCOME: ContextVar[Outcome | None] = ContextVar("outcome", default=None)
 """Of the request; None outside of requests."""
+
+
+def check_share() -> None:
+    """Called by endpoints that also stop answers (`proxy.access.STOP_PATHS`), for requests that are work.
+
+    Raises:
+        TooManyOfKey: the API key has as many in work as it may.
+    """
+    if (error := OVER_LIMIT.get()) is not None:
+        raise error
 
 
 def note_model(name: str) -> None:

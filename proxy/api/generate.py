@@ -29,6 +29,7 @@ from proxy.api.lightllm.token_native_schema import NewLMDeployRequest, SGLangReq
 from proxy.api.lmdeploy import endpoints as lmdeploy
 from proxy.api.lmdeploy.schema import LMDeployAnswer, LMDeployRequest
 from proxy.api.requests import read_request
+from proxy.request_context import check_share
 
 router = APIRouter(tags=["LightLLM", "TGI", "LMDeploy", "SGLang"])
 
@@ -85,6 +86,8 @@ async def generate(request: Request) -> Response:
     if len(prompts) != 1:
         problem = f"{' and '.join(prompts)} are of different dialects" if prompts else "There is no prompt"
         raise InvalidRequest(f"{problem}. {_ACCEPTED}", param=prompts[-1] if prompts else "inputs")
+    if prompts != ["prompt"] or new:
+        check_share()
     if prompts == ["inputs"]:
         return await lightllm.answer(request, body, arrived)
     if prompts == ["text"] or (prompts == ["input_ids"] and keys.has("sampling_params")):

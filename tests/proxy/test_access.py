@@ -16,6 +16,7 @@ from epd.errors import ConfigError
 from proxy.access import OPEN_PATHS
 from proxy.app import create_app
 from tests.proxy.conftest import Cluster, ClusterFactory, ask
+from tests.proxy.fakes import Received
 from tests.proxy.test_requests import assert_error
 
 PAGE = "https://app.example"
@@ -115,6 +116,40 @@ async def test_a_key_has_its_share_of_requests(start_cluster: ClusterFactory) ->
     labels = 'endpoint="/v1/chat/completions",model="",outcome="overloaded"'
     assert f"epd_requests_total{{{labels}}} 1.0\n" in figures
     assert 'endpoint="/abort",model=' not in figures  # that is no work
+
+
+async def test_a_key_that_has_its_share_may_still_stop_answers(start_cluster: ClusterFactory) -> None:
+    cluster = await start_cluster(api_key=("a",), max_requests_per_key=1)
+    key = {"x-api-key": "a"}
+
+    async def say_hello(received: Received) -> None:
+        await received.send(*cluster.pd.answer[:1])
+
+    cluster.pd.script = say_hello
+    turn: dict[str, Any] = {"messages": "hello", "session_id": 7}  # LMDeploy's form of a chat
+    for index, (path, stop) in enumerate(
+        (
+            ("/generate", {"prompt": "", "instance_id": 7, "stop": True}),
+            ("/v1/chat/interactive", {"prompt": "", "session_id": 7, "cancel": True}),
+            ("/v1/chat/completions", turn | {"stop": True}),
+        )
+    ):
+        running = asyncio.create_task(cluster.http.post("/v1/chat/completions", json=turn, headers=key))
+        await cluster.pd.until(lambda wanted=index + 1: len(cluster.pd.requests) == wanted)  # type: ignore[misc]
+        refused = [
+            await cluster.http.post("/generate", json={"prompt": "x"}, headers=key),
+            await cluster.http.post("/generate", json={"inputs": "x"}, headers=key),
+            await cluster.http.post("/generate", json={"text": "x", "stop": True}, headers=key),
+            await cluster.http.post("/generate", json={"prompt": "x", "max_tokens": 2, "stop": True}, headers=key),
+            await cluster.http.post("/v1/chat/interactive", json={"prompt": "x"}, headers=key),
+            await cluster.http.post("/v1/chat/completions", json={"messages": ask("x")}, headers=key),
+            await cluster.http.post("/v1/completions", json={"prompt": "x"}, headers=key),
+            await cluster.http.post(path, json=stop | {"prompt": "x" * 70_000}, headers=key),  # not read
+        ]
+        assert [one.status_code for one in refused] == [429] * len(refused)
+        assert (await cluster.http.post(path, json=stop, headers=key)).status_code == 200
+        assert (await running).status_code == 200
+        assert len(cluster.pd.requests) == index + 1
 
 
 async def test_pages_of_all_origins_may_call_by_default(start_cluster: ClusterFactory) -> None:

@@ -19,6 +19,7 @@ from proxy.api.openai.prompt import naming
 from proxy.api.openai.schema import ContentPart
 from proxy.api.requests import EVENTS, decoded, documented, service_of
 from proxy.models.served_model import ServedModel
+from proxy.request_context import check_share
 from proxy.service import Service
 
 router = APIRouter(tags=["LMDeploy"])
@@ -51,6 +52,7 @@ async def answer(request: Request, body: bytes, arrived: float) -> Response:
     )
     if wanted.stop:
         return Exchange(lambda client: stop_turn(client, service.sessions, model, asked))
+    check_share()
     return _turn(service, model, asked, arrived)
 
 
@@ -80,6 +82,7 @@ async def interactive(request: Request) -> Response:
             field = "cancel" if wanted.cancel else "stop"
             raise InvalidRequest(f"{field} needs the session_id of what is to be stopped.", param="session_id")
         return Exchange(lambda client: stop_turn(client, service.sessions, model, asked))
+    check_share()
     _show(wanted, asked)
     return _turn(service, model, asked, arrived)
 

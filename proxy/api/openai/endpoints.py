@@ -14,6 +14,7 @@ from proxy.api.openai.fields import CHAT_REFUSED, TEXT_REFUSED, table
 from proxy.api.openai.objects import ChatCompletion, TextCompletion
 from proxy.api.openai.schema import ChatRequest, CompletionRequest
 from proxy.api.requests import EVENTS, decoded, documented, name_request, service_of
+from proxy.request_context import check_share
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -31,6 +32,8 @@ async def chat_completions(request: Request) -> Response:
     """Answer a conversation, which may show pictures."""
     arrived, service = time.perf_counter(), service_of(request)
     body = await decoded(request, ChatRequest)
+    if body.stop is not True:
+        check_share()
     name_request(body.request_id)
     model = service.model(body.model)
     with_session = session_exchange(request, service.sessions, model, body, arrived)

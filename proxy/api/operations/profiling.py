@@ -80,7 +80,8 @@ async def start_profile(request: Request) -> Response:
 async def stop_profile(request: Request) -> Response:
     """End recordings, and name the traces that workers wrote below their `--profile-dir` since they were asked last.
 
-    Chrome's trace format, compressed, as https://ui.perfetto.dev reads it. Needs the admin key as `/start_profile` does.
+    Chrome's trace format, compressed, as https://ui.perfetto.dev reads it. Needs the admin key as
+    `/start_profile` does.
     """
     _, workers = await _asked(request)
     return await _answer(workers, lambda one: one.profiles.stop())
