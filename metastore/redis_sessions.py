@@ -20,25 +20,30 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local held = redis.call('HMGET', KEYS[1], 'holder', 'until', 'state', 'stop', 'done')
 local is_held = held[1] and tonumber(held[2]) > now
 """
-# ARGV: holder, lease in ms
+# ARGV: holder, lease in ms, time to live in ms.
+# What the first turn of a session has taken stays its own behind the end of the lease, until somebody else takes it.
+_TOUCH = """
+local keep = tonumber(held[3] and ARGV[2] or ARGV[3])
+if redis.call('PTTL', KEYS[1]) < keep then redis.call('PEXPIRE', KEYS[1], keep) end
+"""
 _BEGIN = (
     _NOW
     + """
 if is_held and held[1] ~= ARGV[1] then return 'busy' end
 redis.call('HSET', KEYS[1], 'holder', ARGV[1], 'until', now + ARGV[2])
 redis.call('HDEL', KEYS[1], 'stop', 'done')
-if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
-return {held[3]}
 """
+    + _TOUCH
+    + "return {held[3]}"
 )
 _RENEW = (
     _NOW
     + """
 if held[1] ~= ARGV[1] then return 'lost' end
 redis.call('HSET', KEYS[1], 'until', now + ARGV[2])
-if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
-return held[4] and 'stop' or 'held'
 """
+    + _TOUCH
+    + "return held[4] and 'stop' or 'held'"
 )
 # ARGV: holder, state, time to live in ms, name, index, most sessions, what their keys begin with.
 # `done` tells a commit that is sent twice, because its answer was lost, that it was done.
@@ -132,7 +137,7 @@ class RedisSessionStore(SessionStore):
 
     async def begin(self, key: SessionKey, holder: str, lease_s: float) -> bytes | None:
         """Implements `SessionStore`."""
-        found = await self._run(_BEGIN, self._key(key), holder, round(lease_s * 1000))
+        found = await self._run(_BEGIN, self._key(key), holder, *self._spans_ms(lease_s))
         if found == b"busy":
             raise SessionIsBusy
         state = found[0] if found else None
@@ -140,7 +145,7 @@ class RedisSessionStore(SessionStore):
 
     async def renew(self, key: SessionKey, holder: str, lease_s: float) -> Hold:
         """Implements `SessionStore`."""
-        return _HOLDS[await self._run(_RENEW, self._key(key), holder, round(lease_s * 1000))]
+        return _HOLDS[await self._run(_RENEW, self._key(key), holder, *self._spans_ms(lease_s))]
 
     async def commit(self, key: SessionKey, holder: str, state: bytes | None) -> bool:
         """Implements `SessionStore`."""
@@ -168,6 +173,11 @@ class RedisSessionStore(SessionStore):
 
     async def close(self) -> None:
         """Implements `SessionStore`: the connection belongs to the metastore."""
+
+    def _spans_ms(self, lease_s: float) -> tuple[int, int]:
+        """Of a lease, and of what a first turn has."""
+        lease_ms = round(lease_s * 1000)
+        return lease_ms, max(lease_ms, self._ttl_ms)
 
     def _key(self, key: SessionKey) -> str:
         return f"{self._prefix}:session:{{{key.owner}}}:{key.name}"

@@ -212,7 +212,7 @@ class MemorySessionStore(SessionStore):
         return entry
 
     def _put(self, key: SessionKey, state: bytes | None) -> _Entry:
-        entry = _Entry(state, self._clock() + self._limits.ttl_s if state is not None else 0.0)
+        entry = _Entry(state, self._clock() + self._limits.ttl_s)
         self._entries[key] = entry
         self._of.setdefault(key.owner, OrderedDict())[key] = None
         self._bytes += entry.size

@@ -87,6 +87,21 @@ class Contract:
         assert await store.renew(KEY, "slow", LEASE_S) is Hold.HELD
         assert await store.commit(KEY, "slow", b"done")
 
+    async def test_a_first_turn_whose_lease_ran_out_is_kept_unless_another_has_begun(self, make: MakeStore) -> None:
+        store = make()
+        other = SessionKey(KEY.owner, "8")
+        for key in (KEY, other):
+            await store.begin(key, "slow", 0.001)
+        await asyncio.sleep(0.01)
+        assert not await store.stop(KEY)  # looks at it, as others do
+        assert await store.renew(KEY, "slow", 0.001) is Hold.HELD
+        assert await store.begin(other, "heir", LEASE_S) is None
+        await asyncio.sleep(0.01)
+        assert await store.commit(KEY, "slow", b"done")
+        assert await store.renew(other, "slow", LEASE_S) is Hold.LOST
+        assert not await store.commit(other, "slow", b"too late")
+        assert await store.begin(KEY, "next", LEASE_S) == b"done"
+
     async def test_a_turn_is_asked_to_stop(self, make: MakeStore) -> None:
         store = make()
         assert not await store.stop(KEY)
@@ -162,7 +177,7 @@ class TestMemory(Contract):
 
     async def test_turns_of_dead_holders_do_not_pile_up(self) -> None:
         now = 0.0
-        store = MemorySessionStore(SessionLimits(), lambda: now)
+        store = MemorySessionStore(SessionLimits(ttl_s=1.5), lambda: now)
         for name in map(str, range(100)):
             await store.begin(SessionKey("one", name), "x", 1)
         now = 2.0
