@@ -15,13 +15,14 @@ from typing import Any
 
 from epd import __version__
 from epd.bench.commands import add_bench
-from epd.config import EncoderConfig, PrefillDecodeConfig, ProxyConfig, UpConfig, WorkerConfig
+from epd.config import EncoderConfig, PrefillDecodeConfig, ProxyConfig, WorkerConfig
 from epd.credentials import add_credentials, read_credentials
 from epd.demo import CHECKPOINT_DIR
 from epd.environment import api_key_default, metastore_client_config, router_defaults, unused_variables
 from epd.errors import ConfigError
 from epd.flag_aliases import translate
 from epd.flags import HelpFormatter, add_flags, read_flags
+from epd.up_config import UpConfig
 
 log = logging.getLogger(__name__)
 

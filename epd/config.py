@@ -13,7 +13,6 @@ from pathlib import Path
 
 from epd.access_options import AccessOptions
 from epd.addresses import endpoints
-from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 from epd.gateway_options import GatewayOptions
 from epd.options import option, required, secret_option
@@ -318,82 +317,3 @@ class PrefillDecodeConfig(WorkerConfig):
     )
     embedding_store_bytes: int = option(256 << 20, "memory for embeddings that arrived, in bytes", minimum=0)
     max_waiting: int = option(1024, "requests waiting at most; more are refused as overloaded")
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpConfig(GatewayOptions, AccessOptions, ModelConfig):
-    """A supervised cluster on this host."""
-
-    model: Path = option(CHECKPOINT_DIR, "checkpoint folder in Hugging Face format", metavar="DIR")
-    served_model_name: str | None = option(None, "name of the model in the API; default: --model as given")
-    encoders: int = option(1, "encoder workers; 0 serves text only")
-    pds: int = option(1, "prefill-decode workers")
-    tp: int = option(1, "processes that share the model of each prefill-decode worker", minimum=1)
-    proxies: int = option(1, "HTTP fronts; the second listens on --port + 1, and so on")
-    host: str = option("127.0.0.1", "address to serve HTTP on")
-    port: int = option(5580, "port to serve HTTP on")
-    device: str = option("auto", "where the models run; auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
-    load_format: str = option(
-        "auto",
-        "dummy: random weights, for measurements; no weight files needed",
-        choices=("auto", "dummy"),
-    )
-    dtype: str = option(
-        "auto",
-        "precision of weights and embeddings; auto: the checkpoint's",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
-    threads: int | None = option(
-        None, "CPU threads of each worker's model; default: the cores shared among workers of one role", minimum=1
-    )
-    task: str = option("generate", "what the model is served for", choices=("generate", "score", "embed"))
-    max_model_len: int | None = option(None, "context in tokens; default: the model's")
-    quantization: str = option(
-        "none",
-        "int8: round an ordinary checkpoint's linear layers to eight bits at start, on a CPU",
-        choices=("none", "int8"),
-    )
-    compile: str = option(
-        "auto",
-        "compile steps on a CPU, in the background while they run uncompiled; auto: a 16-bit model that is large "
-        "enough to gain, where a C++ compiler is installed",
-        choices=("auto", "on", "off"),
-    )
-    max_num_seqs: int | None = option(
-        None, "requests that each prefill-decode worker runs at once; default: its own", minimum=1
-    )
-    kv_cache_memory_bytes: int | None = option(None, "memory of each prefill-decode worker for its KV cache, in bytes")
-    allowed_local_media_path: Path | None = option(
-        None, "folder whose pictures file:// URLs may name; none: file:// is refused", metavar="DIR"
-    )
-    allowed_media_domains: tuple[str, ...] = option(
-        (),
-        "hosts that pictures may be fetched from (example.com, *.example.com for those below), redirects included; "
-        "default: all with a public address",
-        metavar="HOST",
-    )
-    allowed_private_media: tuple[str, ...] = option(
-        (), "private networks that pictures may be fetched from (127.0.0.0/8); default: none", metavar="CIDR"
-    )
-    profile_dir: Path | None = option(
-        None,
-        "folder where workers write traces, as POST /start_profile asks for; default: none are made",
-        metavar="DIR",
-    )
-    request_timeout: float = option(120.0, "seconds a request may take in all")
-    tool_call_parser: str | None = option(
-        None, "what the model writes to call a tool; default: proxies' own, auto", choices=TOOL_CALL_PARSERS
-    )
-    encoder_router: str | None = option(
-        None, "how proxies choose an encoder; default: theirs, affinity", choices=ROUTERS
-    )
-    pd_router: str | None = option(
-        None, "how proxies choose a prefill-decode worker; default: theirs, least_loaded", choices=ROUTERS
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_access()
-        self.check_gateway()
-        if self.encoders < 0 or self.pds < 1 or self.proxies < 1:
-            raise ConfigError("a cluster needs --pds and --proxies of at least 1, and --encoders of at least 0")

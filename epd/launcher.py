@@ -26,10 +26,10 @@ import httpx
 
 from epd import cpu_runtime
 from epd.access_options import API_KEY_VARIABLE, AccessOptions
-from epd.config import UpConfig
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 from epd.gateway_options import GatewayOptions
+from epd.up_config import UpConfig
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,9 @@ def plan_cluster(config: UpConfig, folder: Path) -> list[ChildSpec]:
     if config.encoders and _get_in_each_others_way(threads):
         worker += ("--share-cores", str(folder / "turns"))
     generate = worker + _flags(
-        config, "task", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "quantization", "compile", "tp"
-    )
+        config, "task", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "quantization", "compile", "tp",
+        "pipelining", "enable_cuda_graphs",
+    )  # fmt: skip
     plan = [ChildSpec(Path(a).name, ("encoder", "--worker-addr", a, *worker)) for a in encoders]
     plan += [ChildSpec(Path(a).name, ("pd", "--worker-addr", a, *generate)) for a in pds]
     return plan + [_plan_proxy(config, folder, i, encoders, pds) for i in range(config.proxies)]
@@ -102,6 +103,7 @@ def _plan_proxy(config: UpConfig, folder: Path, index: int, encoders: list[str],
         "allowed_media_domains",
         "allowed_private_media",
         "request_timeout",
+        "failover_wait",
         "encoder_router",
         "pd_router",
         "tool_call_parser",
@@ -125,11 +127,12 @@ def _plan_proxy(config: UpConfig, folder: Path, index: int, encoders: list[str],
 def _flags(config: UpConfig, *names: str) -> tuple[str, ...]:
     words: list[str] = []
     for name in names:
-        value = getattr(config, name)
-        if value in (None, (), "") or value is False:  # 0 is a value
-            continue
-        values = value if isinstance(value, tuple) else (value,)
-        words += ["--" + name.replace("_", "-"), *(str(one) for one in values if one is not True)]
+        value, flag = getattr(config, name), name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value not in (None, (), ""):  # 0 is a value
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{flag}", *map(str, values)]
     return tuple(words)
 
 

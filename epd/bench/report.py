@@ -27,9 +27,9 @@ from epd.bench.machine import describe_machine
 from epd.bench.output import make_folder, markdown_table, write_file
 from epd.bench.serve import ServeBench, ServeReport, run_serve
 from epd.bench.workload import MIXES, Workload
-from epd.config import UpConfig
 from epd.errors import ConfigError
 from epd.launcher import Cluster
+from epd.up_config import UpConfig
 
 _MODEL_NAME = "small"
 _LABEL = "epd"

@@ -20,12 +20,12 @@ from epd.bench.http_client import HttpClient, ServerGone
 from epd.bench.output import progress
 from epd.bench.soak_requests import Answer, RequestFailed, SoakRequest, ask, check_pool, make_pool
 from epd.checkpoint import fingerprint
-from epd.config import UpConfig
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 from epd.launcher import Cluster
 from epd.messages import PROTOCOL_VERSION, Hello, Ping, Pong
 from epd.transport import Dealer
+from epd.up_config import UpConfig
 
 _MODEL_NAME = "soak"
 _SAMPLE_INTERVAL_S = 0.25

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from epd.chat import format_timings_short, import_openai, user_content
-from epd.config import UpConfig
 from epd.demo import GALLERY_DIR
 from epd.launcher import Cluster
+from epd.up_config import UpConfig
 
 
 @dataclass(frozen=True)

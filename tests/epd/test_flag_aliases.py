@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from epd.cli import main, make_parser
-from epd.config import EncoderConfig, PrefillDecodeConfig, ProxyConfig, UpConfig
+from epd.config import EncoderConfig, PrefillDecodeConfig, ProxyConfig
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 from epd.flag_aliases import ALWAYS_SO, RENAMED, REPLACED, translate
 from epd.flags import read_flags
+from epd.up_config import UpConfig
 
 DIR = str(CHECKPOINT_DIR)
 CONFIGS: dict[str, Any] = {

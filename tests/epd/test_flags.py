@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from epd.cli import main
-from epd.config import EncoderConfig, PrefillDecodeConfig, ProxyConfig, UpConfig
+from epd.config import EncoderConfig, PrefillDecodeConfig, ProxyConfig
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 from epd.flags import add_flags, read_flags
+from epd.up_config import UpConfig
 
 MODEL = ["--model", str(CHECKPOINT_DIR)]
 

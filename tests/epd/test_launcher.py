@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 
 from epd import cpu_runtime, launcher
-from epd.config import UpConfig
+from epd.cli import make_parser
+from epd.config import PrefillDecodeConfig, ProxyConfig
+from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
+from epd.flags import read_flags
 from epd.launcher import ChildSpec, Cluster, plan_cluster
+from epd.up_config import UpConfig
 from tests.ports import free_port
 
 
@@ -33,6 +37,21 @@ def test_plan_connects_everybody(tmp_path: Path) -> None:
 
 def test_without_encoders_there_is_no_list_of_them(tmp_path: Path) -> None:
     assert "--encode-addr-list" not in plan_cluster(UpConfig(encoders=0), tmp_path)[-1].arguments
+
+
+def test_parts_get_their_flags(tmp_path: Path) -> None:
+    config = UpConfig(pipelining="off", enable_cuda_graphs=False, failover_wait=0, allow_credentials=False)
+    _, pd, proxy = (spec.arguments for spec in plan_cluster(config, tmp_path))
+    parser = make_parser()
+    of_pd = read_flags(PrefillDecodeConfig, parser.parse_args(pd))
+    assert (of_pd.pipelining, of_pd.enable_cuda_graphs) == ("off", False)
+    of_proxy = read_flags(ProxyConfig, parser.parse_args(proxy))
+    assert (of_proxy.failover_wait, of_proxy.allow_credentials) == (0, False)
+    _, pd, proxy = (spec.arguments for spec in plan_cluster(UpConfig(), tmp_path))
+    of_pd = read_flags(PrefillDecodeConfig, parser.parse_args(pd))
+    assert (of_pd.pipelining, of_pd.enable_cuda_graphs) == ("auto", True)
+    of_proxy = read_flags(ProxyConfig, parser.parse_args(proxy))
+    assert of_proxy.failover_wait == ProxyConfig(model=CHECKPOINT_DIR).failover_wait
 
 
 @pytest.mark.parametrize(
