@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     up = _add_command(commands, "up", _up, "run a whole cluster on this host, supervised", UpConfig)
     up.set_defaults(api_key=api_key_default(os.environ))
     proxy = _add_command(commands, "proxy", _proxy, "run the HTTP front", ProxyConfig)
-    proxy.set_defaults(**router_defaults(os.environ), admin_key=os.environ.get("EPD_ADMIN_KEY") or None)
+    proxy.set_defaults(**router_defaults(os.environ), admin_key=os.environ.get("EPD_ADMIN_KEY", "").strip() or None)
     proxy.set_defaults(api_key=api_key_default(os.environ))
     _add_command(commands, "encoder", _encoder, "run an encoder worker", EncoderConfig)
     _add_command(commands, "pd", _prefill_decode, "run a prefill-decode worker", PrefillDecodeConfig)

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from epd.access_options import AccessOptions
+from epd.access_options import AccessOptions, check_keys
 from epd.addresses import endpoints
 from epd.errors import ConfigError
 from epd.gateway_options import GatewayOptions
@@ -176,6 +176,8 @@ class ProxyConfig(GatewayOptions, AccessOptions, ProcessConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_access()
+        if self.admin_key is not None:  # an empty one would make everybody an operator
+            check_keys((self.admin_key,), "--admin-key")
         self.check_gateway()
         if self.transfer_protocol is not None:
             self._check_protocol(self.transfer_protocol)
@@ -275,10 +277,11 @@ class PrefillDecodeConfig(WorkerConfig):
         "processes that share the model, each with its part of the heads (tensor parallel); on GPUs, one each",
         minimum=1,
     )
-    max_num_seqs: int = option(64, "requests that run at once")
+    max_num_seqs: int = option(64, "requests that run at once", minimum=1)
     max_num_batched_tokens: int | None = option(
         None,
         "tokens in one step at most; default: 512 on a CPU, 4096 on a GPU",
+        minimum=1,
     )
     target_step_ms: float | None = option(
         None,
@@ -286,7 +289,7 @@ class PrefillDecodeConfig(WorkerConfig):
         "0: no limit; default: 60 on a CPU, 0 on a GPU",
         minimum=0,
     )
-    max_model_len: int | None = option(None, "context in tokens; default: the model's")
+    max_model_len: int | None = option(None, "context in tokens; default: the model's", minimum=1)
     quantization: str = option(
         "none",
         "int8: round an ordinary checkpoint's linear layers to eight bits at start, on a CPU",
@@ -300,9 +303,11 @@ class PrefillDecodeConfig(WorkerConfig):
     )
     gpu_memory_utilization: float = option(0.9, "share of the device's memory to use, weights and KV cache together")
     kv_cache_memory_bytes: int | None = option(
-        None, "memory for the KV cache, in bytes; default: from --gpu-memory-utilization, on a CPU 1 GiB at most"
+        None,
+        "memory for the KV cache, in bytes; default: from --gpu-memory-utilization, on a CPU 1 GiB at most",
+        minimum=1,
     )
-    block_size: int | None = option(None, "tokens in one KV block; default: 16 on a CPU, 256 on a GPU")
+    block_size: int | None = option(None, "tokens in one KV block; default: 16 on a CPU, 256 on a GPU", minimum=1)
     enable_prefix_caching: bool = option(
         True, "keep computed prompts and answers in free KV memory for requests that begin with the same"
     )
@@ -316,4 +321,4 @@ class PrefillDecodeConfig(WorkerConfig):
         choices=("auto", "on", "off"),
     )
     embedding_store_bytes: int = option(256 << 20, "memory for embeddings that arrived, in bytes", minimum=0)
-    max_waiting: int = option(1024, "requests waiting at most; more are refused as overloaded")
+    max_waiting: int = option(1024, "requests waiting at most; more are refused as overloaded", minimum=1)

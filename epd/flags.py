@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,19 @@ from epd.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
 
+_EMPTY = "it is empty; give a value or leave the flag out"
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+def _not_empty(kind: type[Any]) -> Callable[[str], Any]:
+    """Parses words that say something: who writes --x "$UNSET" means neither the current folder nor all interfaces."""
+
+    def parse(word: str) -> Any:
+        if not word:
+            raise argparse.ArgumentTypeError(_EMPTY)
+        return kind(word)
+
+    return parse
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -57,7 +70,9 @@ def _add_flag(parser: argparse._ActionsContainer, field: dataclasses.Field[Any],
     if value_type is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options["type"] = value_type
+        # The words of a list count together, and may have commas only.
+        may_be_empty = value_type is not Path and (is_list or value_type is not str or field.default == "")
+        options["type"] = value_type if may_be_empty else _not_empty(value_type)
     if "choices" in field.metadata:
         options["choices"] = field.metadata["choices"]
         options["metavar"] = "|".join(field.metadata["choices"])
@@ -68,7 +83,7 @@ def _add_flag(parser: argparse._ActionsContainer, field: dataclasses.Field[Any],
         options["action"] = _Extend
     if not is_required:
         options["default"] = field.default
-        if field.default not in (None, ()):
+        if field.default not in (None, (), ""):
             shown = " ".join(field.default) if isinstance(field.default, tuple) else field.default
             help_text += f" (default: {shown})"
     parser.add_argument("--" + field.name.replace("_", "-"), help=help_text.replace("%", "%%"), **options)
@@ -92,17 +107,22 @@ def read_flags(config: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
     values, hints = {}, typing.get_type_hints(config)
     for field in dataclasses.fields(config):  # type: ignore[arg-type]  # ConfigT is one of our dataclasses
         value = getattr(arguments, field.name)
-        values[field.name] = _split_words(value, hints[field.name]) if isinstance(value, list) else value
+        if isinstance(value, list):
+            value = _split_words(value, hints[field.name], "--" + field.name.replace("_", "-"))
+        values[field.name] = value
     try:
         return config(**values)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _split_words(words: list[Any], hint: Any) -> tuple[Any, ...]:
+def _split_words(words: list[Any], hint: Any, flag: str) -> tuple[Any, ...]:
     if _value_type(hint)[0] is Path:  # whose names may have commas
         return tuple(words)
-    return tuple(part for word in words for part in _split(str(word)))
+    found = tuple(part for word in words for part in _split(str(word)))
+    if not found and "[]" not in words:  # no keys, where some were meant, would let everybody in
+        raise ConfigError(f"{flag}: {_EMPTY}")
+    return found
 
 
 def _split(word: str) -> list[str]:

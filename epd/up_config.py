@@ -12,6 +12,8 @@ from epd.errors import ConfigError
 from epd.gateway_options import GatewayOptions
 from epd.options import option
 
+_LAST_PORT = 65535
+
 
 @dataclass(frozen=True, kw_only=True)
 class UpConfig(GatewayOptions, AccessOptions, ModelConfig):
@@ -40,7 +42,7 @@ class UpConfig(GatewayOptions, AccessOptions, ModelConfig):
         None, "CPU threads of each worker's model; default: the cores shared among workers of one role", minimum=1
     )
     task: str = option("generate", "what the model is served for", choices=("generate", "score", "embed"))
-    max_model_len: int | None = option(None, "context in tokens; default: the model's")
+    max_model_len: int | None = option(None, "context in tokens; default: the model's", minimum=1)
     quantization: str = option(
         "none",
         "int8: round an ordinary checkpoint's linear layers to eight bits at start, on a CPU",
@@ -63,7 +65,9 @@ class UpConfig(GatewayOptions, AccessOptions, ModelConfig):
     max_num_seqs: int | None = option(
         None, "requests that each prefill-decode worker runs at once; default: its own", minimum=1
     )
-    kv_cache_memory_bytes: int | None = option(None, "memory of each prefill-decode worker for its KV cache, in bytes")
+    kv_cache_memory_bytes: int | None = option(
+        None, "memory of each prefill-decode worker for its KV cache, in bytes", minimum=1
+    )
     allowed_local_media_path: Path | None = option(
         None, "folder whose pictures file:// URLs may name; none: file:// is refused", metavar="DIR"
     )
@@ -103,3 +107,5 @@ class UpConfig(GatewayOptions, AccessOptions, ModelConfig):
         self.check_gateway()
         if self.encoders < 0 or self.pds < 1 or self.proxies < 1:
             raise ConfigError("a cluster needs --pds and --proxies of at least 1, and --encoders of at least 0")
+        if not 1 <= self.port <= _LAST_PORT + 1 - self.proxies:
+            raise ConfigError(f"--port {self.port}: want 1 to {_LAST_PORT}, the ports of all --proxies included")

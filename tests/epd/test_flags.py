@@ -67,6 +67,44 @@ def test_numbers_that_can_not_work_are_refused_by_name(words: list[str]) -> None
         parse(EncoderConfig, "--worker-addr", "/tmp/e", *words)
 
 
+@pytest.mark.parametrize(
+    "flag", ["max-num-seqs", "max-num-batched-tokens", "max-model-len", "kv-cache-memory-bytes", "block-size"]
+)
+def test_sizes_of_an_engine_are_refused_by_their_flags(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{flag} 0: want at least 1"):
+        parse(PrefillDecodeConfig, "--worker-addr", "/tmp/p", f"--{flag}", "0")
+
+
+@pytest.mark.parametrize("words", [["--port", "0"], ["--port", "65535", "--proxies", "2"], ["--port", "-1"]])
+def test_the_ports_of_a_cluster_are_known_beforehand(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--port"):
+        parse(UpConfig, *words)
+
+
+@pytest.mark.parametrize("value", ["", ","])
+@pytest.mark.parametrize("flag", ["api-key", "allowed-origins", "encode-addr-list"])
+def test_a_list_of_nothing_is_refused(flag: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{flag}: it is empty"):
+        parse(ProxyConfig, f"--{flag}", value)
+
+
+@pytest.mark.parametrize(
+    "flag", ["admin-key", "host", "allowed-local-media-path", "cluster-keys", "models", "served-model-name"]
+)
+def test_an_empty_value_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse(ProxyConfig, f"--{flag}", "")
+    assert exit_info.value.code == 2
+    assert f"--{flag}: it is empty" in capsys.readouterr().err
+    parse(ProxyConfig, "--root-path", "", "--allowed-origins", "[]")
+
+
+@pytest.mark.parametrize("key", ["", " ", "two words"])
+def test_an_admin_key_that_anybody_might_send_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="--admin-key"):
+        ProxyConfig(model=CHECKPOINT_DIR, admin_key=key)
+
+
 @pytest.mark.parametrize("command", ["proxy", "encoder", "pd", "up", "chat", "demo"])
 def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
