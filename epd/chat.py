@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import mimetypes
 import ssl
 import sys
@@ -10,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+from epd.access_options import API_KEY_VARIABLE
 from epd.credentials import Credentials
 from epd.errors import ConfigError
 
@@ -36,28 +39,50 @@ class ChatQuestion:
     question: str
     image: list[Path] = field(default_factory=list)
     url: str
+    """Of a proxy, with or without `/v1`."""
     model: str | None = None
     max_tokens: int = 256
     temperature: float = 0.0
     credentials: Credentials = Credentials()
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        if not 0 <= self.temperature < math.inf:  # nor NaN
+            raise ConfigError(f"--temperature {self.temperature}: want a number of at least 0")
+
+    @property
+    def base_url(self) -> str:
+        """What OpenAI's clients take."""
+        is_bare = urlsplit(self.url).path in ("", "/")
+        return self.url.rstrip("/") + "/v1" if is_bare else self.url
 
 
 def ask_and_print(question: ChatQuestion) -> int:
     """Print the answer as it comes, then the times. Returns the exit code."""
     openai = import_openai()
     http = openai.DefaultHttpxClient(verify=question.credentials.tls())
-    key = question.credentials.api_key or "none"
+    key = question.credentials.api_key
+    printed = _Printed()
     try:
-        with openai.OpenAI(base_url=question.url, api_key=key, max_retries=0, http_client=http) as client:
-            model = question.model or client.models.list().data[0].id
-            timings = _print_answer(client, model, question)
+        with openai.OpenAI(
+            base_url=question.base_url, api_key=key or "none", max_retries=0, http_client=http
+        ) as client:
+            timings = _print_answer(client, question.model or _first_model(client, question), question, printed)
     except openai.APIConnectionError as error:
+        if printed.anything:
+            print(f"{printed.end}epd: the connection ended before the answer did", file=sys.stderr)
+            return 1
         reason = f" ({cause})" if isinstance(cause := _first_cause(error), ssl.SSLError) else ""
         raise ConfigError(
             f"no cluster answers at {question.url}{reason}: start one with `epd up`, or give --url"
         ) from error
+    except openai.AuthenticationError as error:
+        # Without one, the client sends a word of its own, which the server calls wrong.
+        wanted = f"{question.url} wants an API key: give --api-key, or set {API_KEY_VARIABLE}"
+        print(f"epd: {error.message if key else wanted}", file=sys.stderr)
+        return 1
     except openai.APIError as error:
-        print(f"epd: {error.message}", file=sys.stderr)
+        print(f"{printed.end}epd: {error.message}", file=sys.stderr)
         return 1
     print(f"\n\n{format_timings(timings)}")
     return 0
@@ -82,7 +107,29 @@ def import_openai() -> Any:
     return openai
 
 
-def _print_answer(client: openai.OpenAI, model: str, question: ChatQuestion) -> Mapping[str, float]:
+@dataclass
+class _Printed:
+    """Whether some of the answer is on the screen."""
+
+    anything: bool = False
+
+    @property
+    def end(self) -> str:
+        """What goes in front of another line."""
+        return "\n" if self.anything else ""
+
+
+def _first_model(client: openai.OpenAI, question: ChatQuestion) -> str:
+    try:
+        models = client.models.list().data
+    except (AttributeError, ValueError) as error:  # the client does not look at what it was sent
+        raise ConfigError(f"{question.url} is no server that speaks OpenAI's API; give another --url") from error
+    if not models:
+        raise ConfigError(f"{question.url} serves no model yet; `epd status` tells which workers it has")
+    return models[0].id
+
+
+def _print_answer(client: openai.OpenAI, model: str, question: ChatQuestion, printed: _Printed) -> Mapping[str, float]:
     timings: Mapping[str, float] = {}
     # The client's types know neither a list of plain dicts nor our extra fields.
     create: Any = client.chat.completions.create
@@ -96,7 +143,9 @@ def _print_answer(client: openai.OpenAI, model: str, question: ChatQuestion) -> 
     )
     for chunk in stream:
         if chunk.choices:
-            print(chunk.choices[0].delta.content or "", end="", flush=True)
+            text = chunk.choices[0].delta.content or ""
+            print(text, end="", flush=True)
+            printed.anything |= bool(text)
         timings = getattr(chunk, "timings", None) or timings
     return timings
 

@@ -92,7 +92,9 @@ def _add_chat(commands: Any) -> None:
         "--image", action="append", type=Path, default=[], metavar="FILE", help="picture to ask about; may be repeated"
     )
     chat.add_argument(
-        "--url", default="http://127.0.0.1:5580/v1", help="base URL of the cluster (default: %(default)s)"
+        "--url",
+        default="http://127.0.0.1:5580/v1",
+        help="URL of the cluster, with or without /v1 (default: %(default)s)",
     )
     chat.add_argument("--model", help="model to ask (default: the first that the cluster lists)")
     chat.add_argument(

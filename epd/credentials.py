@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from epd.access_options import API_KEY_VARIABLE
+from epd.access_options import API_KEY_VARIABLE, check_keys
 from epd.errors import ConfigError
 
 
@@ -49,5 +49,11 @@ def add_credentials(parser: argparse.ArgumentParser, environment: Mapping[str, s
 
 
 def read_credentials(arguments: Any) -> Credentials:
-    """What the flags say."""
+    """What the flags say.
+
+    Raises:
+        ConfigError: the key can't be one.
+    """
+    if arguments.api_key is not None:
+        check_keys((arguments.api_key,), "--api-key")
     return Credentials(api_key=arguments.api_key, ca_file=arguments.ca_file)
