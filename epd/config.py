@@ -8,11 +8,13 @@ the environment.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from epd.access_options import AccessOptions, check_keys
-from epd.addresses import endpoints
+from epd.addresses import endpoints, listening_endpoint
 from epd.errors import ConfigError
 from epd.gateway_options import GatewayOptions
 from epd.options import option, required, secret_option
@@ -53,6 +55,15 @@ class ProcessConfig:
             value, minimum = getattr(self, each.name), each.metadata.get("minimum")
             if minimum is not None and value is not None and not minimum <= value < math.inf:  # nor NaN
                 raise ConfigError(f"--{each.name.replace('_', '-')} {value}: want at least {minimum}")
+
+
+@contextmanager
+def _named(flag: str) -> Iterator[None]:
+    """Errors inside begin with the flag."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{flag}: {error}") from error
 
 
 def _check_checkpoint(model: Path) -> None:
@@ -179,6 +190,15 @@ class ProxyConfig(GatewayOptions, AccessOptions, ProcessConfig):
         if self.admin_key is not None:  # an empty one would make everybody an operator
             check_keys((self.admin_key,), "--admin-key")
         self.check_gateway()
+        if self.proxy_addr is not None:
+            with _named("--proxy-addr"):
+                listening_endpoint(self.proxy_addr)
+        for flag, addresses in (
+            ("--encode-addr-list", self.encode_addr_list),
+            ("--pd-addr-list", self.pd_addr_list),
+        ):
+            with _named(flag):
+                endpoints(addresses)
         if self.transfer_protocol is not None:
             self._check_protocol(self.transfer_protocol)
         if self.model is not None:
@@ -244,6 +264,16 @@ class WorkerConfig(ModelConfig):
     def name(self) -> str:
         """What heads the worker's log lines."""
         return self.worker_addr.rsplit("/", 1)[-1]
+
+    def __post_init__(self) -> None:
+        """Check what would else be told only once the model is loaded."""
+        super().__post_init__()
+        with _named("--worker-addr"):
+            listening_endpoint(self.worker_addr, any_port=True)
+        with _named("--proxy-addr"):
+            endpoints(self.proxy_addr)
+        if self.share_cores is not None and not self.share_cores.parent.is_dir():
+            raise ConfigError(f"--share-cores {self.share_cores}: there is no folder {self.share_cores.parent}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ def test_defaults_are_those_of_the_class() -> None:
 
 @pytest.mark.parametrize("words", [["a", "b", "c"], ["a,b,c"], ["a,b", "c"], ["a,", "b,c"]])
 def test_lists_take_words_and_commas(words: list[str]) -> None:
-    assert parse(ProxyConfig, "--encode-addr-list", *words).encode_addr_list == ("a", "b", "c")
+    assert parse(ProxyConfig, "--api-key", *words).api_key == ("a", "b", "c")
 
 
 def test_values_have_the_type_of_the_field() -> None:
@@ -73,6 +73,21 @@ def test_numbers_that_can_not_work_are_refused_by_name(words: list[str]) -> None
 def test_sizes_of_an_engine_are_refused_by_their_flags(flag: str) -> None:
     with pytest.raises(ConfigError, match=f"--{flag} 0: want at least 1"):
         parse(PrefillDecodeConfig, "--worker-addr", "/tmp/p", f"--{flag}", "0")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--worker-addr", "nonsense"], ["--proxy-addr", "/tmp/p", "nonsense"], ["--share-cores", "/nowhere/turns"]],
+)
+def test_a_worker_knows_wrong_addresses_before_its_model_is_loaded(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=words[0]):
+        parse(EncoderConfig, "--worker-addr", "/tmp/e", *words)
+
+
+@pytest.mark.parametrize("flag", ["proxy-addr", "encode-addr-list", "pd-addr-list"])
+def test_a_proxy_names_the_flag_with_a_wrong_address(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{flag}: address"):
+        parse(ProxyConfig, f"--{flag}", "nonsense")
 
 
 @pytest.mark.parametrize("words", [["--port", "0"], ["--port", "65535", "--proxies", "2"], ["--port", "-1"]])

@@ -220,12 +220,6 @@ async def test_a_peer_that_does_not_read_holds_nobody_up(worker: Worker) -> None
             assert time.monotonic() - started < 4
 
 
-def test_what_is_no_address_of_a_proxy_is_refused_at_once(tmp_path: Path) -> None:
-    config = WorkerConfig(model=CHECKPOINT_DIR, worker_addr=str(tmp_path / "w"), proxy_addr=("nonsense",))
-    with pytest.raises(ConfigError, match="nonsense"):
-        WorkerRuntime(config, role=WorkerRole.ENCODER, model="m", dtype="float32")
-
-
 async def test_draining_goes_on_answering_pings(worker: Worker) -> None:
     with contextlib.closing(await worker.connect()) as dealer:
         await dealer.send(hello())

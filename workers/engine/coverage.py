@@ -9,6 +9,7 @@ its weights are read; what its layers really keep is seen by running two tokens 
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from workers.engine.adapter import PlainPositions
 from workers.engine.attention import AttentionBackend
 from workers.engine.language_model import LanguageModel
 from workers.engine.paged_kv import KVShape
+
+log = logging.getLogger(__name__)
 
 _ARGUMENTS = ("inputs_embeds", "position_ids")
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -65,6 +68,11 @@ def check_context(config: PretrainedConfig, context: int) -> None:
             f"with {kind} rotary embeddings all requests of a step share one scale, so a context of {context} tokens "
             f"is not covered; set max_model_len to {limit} at most"
         )
+    made_for = getattr(text_config, "max_position_embeddings", None) or context
+    if context > made_for and not rope:  # a table of positions ends there
+        raise ConfigError(f"the model has {made_for} positions; set max_model_len to {made_for} at most")
+    if context > made_for:
+        log.warning("the model was made for %d tokens: behind them answers may be nonsense", made_for)
 
 
 def fix_rotation(model: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from transformers import (
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
     FalconConfig,
+    GPT2Config,
     LlamaForCausalLM,
     MambaConfig,
     Phi3Config,
@@ -73,6 +74,15 @@ def test_attention_that_is_not_causal(tmp_path: Path) -> None:
     BertLMHeadModel(BertConfig(**SHAPE)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"BertLMHeadModel.*see later ones"):
         make_engine(tmp_path)
+
+
+def test_a_context_beyond_the_trained_one(caplog: pytest.LogCaptureFixture) -> None:
+    coverage.check_context(Phi3Config(**SHAPE, max_position_embeddings=64), 64)
+    assert "made for" not in caplog.text
+    coverage.check_context(Phi3Config(**SHAPE, max_position_embeddings=64), 65)
+    assert "made for 64 tokens" in caplog.text
+    with pytest.raises(ConfigError, match="max_model_len to 64 at most"):
+        coverage.check_context(GPT2Config(n_positions=64), 65)
 
 
 def test_dynamic_rotation_ends_with_the_trained_context(tmp_path: Path) -> None:
