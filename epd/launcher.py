@@ -152,7 +152,8 @@ class Cluster:
     @property
     def base_urls(self) -> list[str]:
         """What OpenAI clients take as `base_url`, one for each proxy."""
-        host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::") else self.config.host
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.config.host, self.config.host)
+        host = f"[{host}]" if ":" in host else host
         scheme = "http" if self.config.ssl_certfile is None else "https"
         return [f"{scheme}://{host}:{self.config.port + i}/v1" for i in range(self.config.proxies)]
 

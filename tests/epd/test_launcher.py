@@ -84,6 +84,16 @@ def test_workers_with_more_threads_than_cores_take_turns(
     assert [("--share-cores" in spec.arguments) for spec in plan] == [expected] * (len(plan) - 1) + [False]
 
 
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "[::1]"), ("::", "[::1]"), ("box", "box")],
+)
+def test_urls_are_those_that_clients_take(host: str, shown: str) -> None:
+    cluster = Cluster(UpConfig(host=host, port=7000, proxies=2))
+    cluster._folder.cleanup()
+    assert cluster.base_urls == [f"http://{shown}:7000/v1", f"http://{shown}:7001/v1"]
+
+
 class StubCluster(Cluster):
     """Children that are quick to start, in place of real ones."""
 

@@ -78,7 +78,7 @@ def require_admin(request: Request, what: str) -> None:
     """
     admin_key = service_of(request).config.admin_key
     if admin_key is None:
-        raise AdminOnly(f"{what} needs an admin key, and this proxy was started without --admin-key.")
+        raise AdminOnly(f"{what} needs an admin key, and this proxy was started without --admin-key or EPD_ADMIN_KEY.")
     if not is_admin(request, admin_key):
         raise AdminOnly("This needs the admin key, as Authorization: Bearer KEY or X-Admin-Key: KEY.")
 
