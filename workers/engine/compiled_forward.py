@@ -49,7 +49,10 @@ _LONGEST_WAIT_S = 600.0
 _SWITCH_INTERVAL_S = 0.0005
 """How long the tracing thread may keep the engine's thread waiting: 5 ms, the default, are half a step."""
 
-_SOURCES = ("compiled_forward.py", "attention.py", "packed_linear.py", "int8_linear.py", "int8_kernel.py")
+_SOURCES = (
+    "compiled_forward.py", "attention.py", "packed_linear.py", "bf16_kernel.py", "int8_linear.py", "int8_kernel.py",
+    "shared_product.py",
+)  # fmt: skip
 """What of ours is part of the graph."""
 _FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from workers.engine import int8_kernel
+from workers.engine import int8_kernel, shared_product
+from workers.engine.shared_product import SharedProduct
 
 _SMALLEST_OUTPUT = 128
 """Layers with fewer outputs choose experts or give scores: little work, and rounding them would do most harm."""
@@ -22,8 +23,6 @@ _MIDDLE = 128
 """oneDNN takes activations without sign."""
 _ROWS = 16
 """A hint to oneDNN; its layout is good for all numbers of rows."""
-_SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers beside each other, by their names in transformers, that may have the same input."""
 
 
 def is_available(device: torch.device) -> bool:
@@ -45,43 +44,7 @@ class KernelLinear(nn.Linear):
         """[…, in] → […, out]."""
         if self.shared is None:
             return _linear(rows, self.weight, self.scales, self.bias)
-        return self.shared(rows, is_last=self.columns.stop == self.shared.outputs)[..., self.columns]
-
-
-class SharedProduct:
-    """Several layers that a model calls with the same input, as one product, which the first call computes."""
-
-    def __init__(self, layers: Sequence[KernelLinear]) -> None:
-        """Take over the weights of `layers`, in the order in which they are called."""
-        self._weight = torch.cat([layer.weight for layer in layers])
-        self._scales = torch.cat([layer.scales for layer in layers])
-        self._bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Input and product, as one value: the thread that compiles steps calls layers beside the engine's."""
-        self._traced: tuple[torch.Tensor, torch.Tensor] | None = None
-        """The same for the compiler, which must not find what the engine's thread holds at that moment: a graph that
-        expects it fits no other moment."""
-        self.outputs = 0
-        panel = 0
-        for layer in layers:
-            layer.shared, layer.columns = self, slice(self.outputs, self.outputs + layer.out_features)
-            layer.weight = self._weight[panel : panel + len(layer.weight)]  # its own memory is free now
-            panel, self.outputs = panel + len(layer.weight), layer.columns.stop
-
-    def __call__(self, rows: torch.Tensor, *, is_last: bool) -> torch.Tensor:
-        """All columns. The last call for an input says so, that the product is not kept."""
-        is_tracing = torch.compiler.is_dynamo_compiling()  # of this thread; `is_compiling` is of the process
-        last = self._traced if is_tracing else self._last
-        if last is not None and last[0] is rows:
-            product = last[1]
-        else:
-            product = _linear(rows, self._weight, self._scales, self._bias)
-        kept = None if is_last else (rows, product)
-        if is_tracing:
-            self._traced = kept
-        else:
-            self._last = kept
-        return product
+        return self.shared(rows, self.columns)
 
 
 def _linear(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -136,7 +99,8 @@ def convert(model: nn.Module) -> int:
         to_codes(layer, codes)
         layer.register_buffer("scales", scales, persistent=False)
     for module in model.modules():
-        _share(module)
+        for found in shared_product.candidates(module, KernelLinear, int8_kernel.PANEL):
+            _share(found)
     return len(layers)
 
 
@@ -156,17 +120,15 @@ def _to_onednn(layer: nn.Linear, codes: torch.Tensor) -> None:
     layer.__class__ = Int8Linear
 
 
-def _share(module: nn.Module) -> None:
-    for names in _SHARING:
-        found = [getattr(module, name, None) for name in names]
-        layers = [layer for layer in found if isinstance(layer, KernelLinear)]
-        # The weights of all but the last must fill their panels, or there would be gaps between columns.
-        if (
-            len(layers) == len(names)
-            and len({(layer.in_features, layer.bias is None) for layer in layers}) == 1
-            and all(layer.out_features % int8_kernel.PANEL == 0 for layer in layers[:-1])
-        ):
-            SharedProduct(layers)
+def _share(layers: Sequence[KernelLinear]) -> None:
+    """Have layers that a model calls with the same input, in this order, computed as one."""
+    weight, scales = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "scales"))
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    shared = SharedProduct(lambda rows: _linear(rows, weight, scales, bias), layers)
+    parts = torch.split(weight, [len(layer.weight) for layer in layers])
+    for layer, part, columns in zip(layers, parts, shared.columns, strict=True):
+        layer.weight = part  # its own memory is free now
+        layer.shared, layer.columns = shared, columns
 
 
 @functools.cache
