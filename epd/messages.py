@@ -273,7 +273,7 @@ class EmbeddingsReply(Message, frozen=True, kw_only=True):
     error: ErrorInfo | None = None
 
 
-class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """New tokens of one request."""
 
     request_id: str

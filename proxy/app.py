@@ -108,7 +108,7 @@ def create_app(config: ProxyConfig, roster: Roster | None = None) -> FastAPI:
         finally:
             await service.close()
 
-    app = FastAPI(
+    app = _App(
         title="epd",
         description="Disaggregated serving of multimodal models.",
         lifespan=lifespan,
@@ -117,34 +117,50 @@ def create_app(config: ProxyConfig, roster: Roster | None = None) -> FastAPI:
     app.state.service = service
     for dialect in _DIALECTS:
         app.include_router(dialect.router)
-    _add_layers(app, config, service)
     app.add_exception_handler(EPDError, _on_epd_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(ClientDisconnect, _on_client_disconnect)
+    app.layers = _layers(app, config, service)
     _document_bodies(app, service, needs_key=bool(config.api_keys()))
     return app
 
 
-def _add_layers(app: FastAPI, config: ProxyConfig, service: Service) -> None:
+class _App(FastAPI):
+    """FastAPI behind the layers, so that what has a short way through them passes nothing of its own."""
+
+    layers: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the layers."""
+        scope["app"] = self
+        await self.layers(scope, receive, send)
+
+    async def behind_layers(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What FastAPI does."""
+        await super().__call__(scope, receive, send)
+
+
+def _layers(app: _App, config: ProxyConfig, service: Service) -> ASGIApp:
     """What every request passes, from the outside: CORS, so that pages may read errors too; the edge; the keys."""
     routes = [route for dialect in _DIALECTS for route in dialect.router.routes]
     _check_root(config.root_path, [*OPEN_PATHS, *(route.path for route in routes if isinstance(route, APIRoute))])
     service.metrics.paths = {route.path for route in routes if isinstance(route, APIRoute)}
-    app.add_middleware(ShortCuts, routes=routes, handlers=app.exception_handlers)  # innermost comes first
+    layers: ASGIApp = ShortCuts(app.behind_layers, routes=routes, handlers=app.exception_handlers)
     keys = ApiKeys(config.api_keys(), config.admin_key)
     if keys:
-        app.add_middleware(Guard, keys=keys, max_requests=config.max_requests_per_key)
-    app.add_middleware(_Edge, budget=service.bytes, metrics=service.metrics, root_path=config.root_path)
+        layers = Guard(layers, keys=keys, max_requests=config.max_requests_per_key)
+    layers = _Edge(layers, budget=service.bytes, metrics=service.metrics, root_path=config.root_path)
     if config.allowed_origins:
-        app.add_middleware(
-            Cors,
+        layers = Cors(
+            layers,
             allow_origins=config.allowed_origins,
             allow_credentials=config.allow_credentials,
             allow_methods=config.allowed_methods,
             allow_headers=config.allowed_headers,
             expose_headers=_EXPOSED_HEADERS,
         )
+    return layers
 
 
 def _check_root(root: str, paths: Sequence[str]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -124,6 +125,8 @@ class Client:
         self._alarm = Alarm(self._give_up)
         self._writer: asyncio.Task[object] | None = None
         self._is_stalled = False
+        self._rest: _Rest | None = None
+        """Of the sending that `write_now` began."""
 
     async def reply(self, value: Any) -> None:
         """Answer with one JSON body."""
@@ -139,6 +142,32 @@ class Client:
         """Send a piece."""
         await self._body(words)
 
+    def write_now(self, words: bytes) -> bool:
+        """Send a piece where no task is at hand, between `start_stream` and `end_stream`.
+
+        Returns:
+            Whether another piece may follow. Otherwise the client lags, and `catch_up` has to be awaited.
+        """
+        assert self._rest is None, "catch up first"
+        steps = self._send({"type": "http.response.body", "body": words, "more_body": True}).__await__()
+        try:
+            wanted = next(steps)
+        except StopIteration:
+            return True
+        self._rest = _Rest(steps, wanted)
+        return False
+
+    @property
+    def lags(self) -> bool:
+        """Whether it has not taken what `write_now` sent."""
+        return self._rest is not None
+
+    async def catch_up(self) -> None:
+        """Wait until it has."""
+        if self._rest is not None:
+            await self._patiently(self._rest)
+            self._rest = None
+
     async def end_stream(self, words: bytes) -> None:
         """Send the last piece, which may be empty."""
         await self._body(words, more=False)
@@ -146,6 +175,9 @@ class Client:
     def close(self) -> None:
         """Nothing more will be written."""
         self._alarm.stop()
+        if self._rest is not None:
+            self._rest.close()
+            self._rest = None
 
     async def _start(self, headers: Mapping[str, str]) -> None:
         self.started = True
@@ -153,10 +185,14 @@ class Client:
         await self._send({"type": "http.response.start", "status": 200, "headers": pairs})
 
     async def _body(self, body: bytes, *, more: bool = True) -> None:
+        await self._patiently(self._send({"type": "http.response.body", "body": body, "more_body": more}))
+
+    async def _patiently(self, sending: Awaitable[None]) -> None:
+        """Wait until the client has taken it, `STALLED_CLIENT_S` at most."""
         self._writer = asyncio.current_task()
         self._alarm.set(STALLED_CLIENT_S)
         try:
-            await self._send({"type": "http.response.body", "body": body, "more_body": more})
+            await sending
         except asyncio.CancelledError:
             if self._is_stalled and self._writer is not None and not self._writer.uncancel():
                 raise ClientDisconnect from None
@@ -168,6 +204,37 @@ class Client:
         if self._writer is not None:
             self._is_stalled = True
             self._writer.cancel()
+
+
+class _Rest:
+    """What is left of a coroutine whose first step was taken outside of a task.
+
+    Args:
+        steps: of the coroutine.
+        wanted: that it waits for since the first.
+    """
+
+    def __init__(self, steps: Generator[object, object, None], wanted: object) -> None:
+        self._steps = steps
+        self._wanted = wanted
+
+    def __await__(self) -> Generator[object, object, None]:
+        """Go on."""
+        while True:
+            try:
+                news = yield self._wanted
+            except BaseException as error:  # cancellation among others
+                step: Callable[[], object] = partial(self._steps.throw, error)
+            else:
+                step = partial(self._steps.send, news)
+            try:
+                self._wanted = step()
+            except StopIteration:
+                return
+
+    def close(self) -> None:
+        """It will not be awaited."""
+        self._steps.close()
 
 
 class Exchange(Response):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from msgspec import UNSET, UnsetType
@@ -40,6 +41,7 @@ class _Told:
     logprobs: int = 0
     pieces: int = 0
     calls: int = 0
+    end: bool = False
 
 
 class Teller:
@@ -105,6 +107,7 @@ class Teller:
         except EPDError as error:
             note_stream_error(error)
             self._unsent += self._dialect.failed(error)
+        await client.catch_up()
         await client.end_stream(self._unsent)
 
     async def _stream_samples(self, client: Client, updates: list[Update]) -> None:
@@ -112,31 +115,48 @@ class Teller:
         self._unsent = b"".join(self._dialect.opening(index) for index in range(len(self._answers)))
         while True:
             for update in updates:
-                answer = self._answers[update.index]
-                text = answer.push(update)
-                if update.prompt_logprobs:
-                    self._unsent += await self._words_of_prompt(update)
-                self._unsent += self._words(update, text)
-                if answer.finish_reason is not None:
-                    self._unsent += await self._words_at_end(update.index)
+                words = self._words(update)
+                self._unsent += await self._words_of_prompt(update) + words
+            await self._end_samples()
             if self._generation.done:
                 return
             if self._unsent:
                 await client.write(self._unsent)
                 self._unsent = b""
-            updates = await self._generation.next(PING_INTERVAL_S)
-            if not updates and not self._generation.done:
+            updates = await self._generation.next(PING_INTERVAL_S, partial(self._tell_at_once, client))
+            if client.lags:
+                await client.catch_up()
+            elif not (updates or self._unsent or self._generation.done):
                 self._unsent = self._dialect.ping
 
-    def _words(self, update: Update, text: str) -> bytes:
-        """What a dialect has to say about tokens, which made `text`. Every token of every stream passes here."""
+    def _tell_at_once(self, client: Client, update: Update) -> bool:
+        """Implements `proxy.dispatch.generation.Teller`."""
+        words = self._words(update)
+        if self._answers[update.index].finish_reason is not None:  # there is a stop string in it
+            self._unsent += words
+            return False
+        return not words or client.write_now(words)
+
+    async def _end_samples(self) -> None:
+        """Say what there is to say about the ends of samples that have come to theirs."""
+        for index, answer in enumerate(self._answers):
+            if answer.finish_reason is not None and not self._told[index].end:
+                self._told[index].end = True
+                self._unsent += await self._words_at_end(index)
+
+    def _words(self, update: Update) -> bytes:
+        """What a dialect has to say about tokens. Every token of every stream passes here."""
         index, dialect = update.index, self._dialect
+        text = self._answers[index].push(update)
         is_news = text or len(self._answers[index].call_deltas) > self._told[index].calls
         if is_news or (dialect.tells_every_token and update.token_ids):
             return dialect.chunk(index, self._news(index, text))
         return b""
 
     async def _words_of_prompt(self, update: Update) -> bytes:
+        """What a dialect has to say about the prompt, once its log probabilities came."""
+        if not update.prompt_logprobs:
+            return b""
         answer, dialect = self._answers[update.index], self._dialect
         return await _off_loop_if_many(len(update.prompt_logprobs), lambda: dialect.prompt(update.index, answer))
 

@@ -356,7 +356,7 @@ class WorkerConnection:
 
     def _deliver(self, output: TokenOutput) -> None:
         in_hand, request_id, is_end = self._in_hand, output.request_id, output.finish_reason is not None
-        if output.token_ids:
+        if output.prompt_tokens and output.token_ids:  # the first ones
             self.ledger.begun(request_id, units=output.prompt_tokens - output.cached_tokens)
         sink = in_hand.take_generation(request_id) if is_end else in_hand.generations.get(request_id)
         if sink is not None:  # aborted requests still send their last words

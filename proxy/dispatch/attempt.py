@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -97,7 +98,7 @@ class Attempt:
             pooling=work.pooling,
             resume_token_ids=tuple(sample.token_ids),
         )
-        await self.pd.generate(request, lambda output: self._on_output(sample, output))
+        await self.pd.generate(request, partial(self._on_output, sample))
 
     def _on_output(self, sample: Sample, output: TokenOutput | EPDError) -> None:
         if sample.attempt is not self or sample.finished:

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from contextvars import copy_context
 
 from epd.errors import DeadlineExceeded, EPDError, InternalError, NoWorker, WorkerFailed
 from epd.messages import TokenOutput
@@ -40,6 +42,9 @@ from proxy.routing.placement import Plan
 from proxy.timers import Alarm
 
 log = logging.getLogger(__name__)
+
+Teller = Callable[[Update], bool]
+"""Tells an update at once. False: the consumer has something to wait for before more can be told."""
 
 
 class Generation:
@@ -63,6 +68,15 @@ class Generation:
         self._wants_logprobs = work.sampling.logprobs is not None
         self._has_news = False
         self._waiter: asyncio.Future[None] | None = None
+        self._teller: Teller | None = None
+        """Of the consumer that waits."""
+        self._is_due = False
+        """Whether it will be asked to tell something."""
+        self._is_called = False
+        """The consumer is, to look for itself."""
+        self._heard_at = 0.0
+        """`time.perf_counter()` when the consumer last heard of anything."""
+        self._loop, self._context = asyncio.get_running_loop(), copy_context()
         self._alarm = Alarm(self._wake)
         self._chores: set[asyncio.Task[None]] = set()
         self._is_closed = False
@@ -97,13 +111,19 @@ class Generation:
 
     # -- for the consumer ------------------------------------------------------------------------------------------
 
-    async def next(self, timeout_s: float | None = None) -> list[Update]:
+    async def next(self, timeout_s: float | None = None, teller: Teller | None = None) -> list[Update]:
         """What is new, at least one update; an empty list when `timeout_s` passed without any.
+
+        Args:
+            timeout_s: seconds of silence; None: to the deadline.
+            teller: gets what comes meanwhile, while this goes on waiting, but not what comes once or last: the prompt's
+                log probabilities, the ends of samples. To wake a task for each token takes longer than telling it.
+                When it returns False the list is empty, too.
 
         Raises:
             EPDError: the request failed; its last words were given before.
         """
-        if not self._has_news and not await self._wait(timeout_s):
+        if not self._has_news and not await self._wait(timeout_s, teller):
             self.fail(self._too_late())
         updates = [sample.take() for sample in self._samples if sample.has_news]
         if not updates and self._error is not None:
@@ -111,25 +131,64 @@ class Generation:
         self._has_news = self._error is not None
         return updates
 
-    async def _wait(self, timeout_s: float | None) -> bool:
-        """Until there are news, or `timeout_s` passed. False: the time of the request is over."""
-        left = self._time_left()
-        self._waiter = asyncio.get_running_loop().create_future()
-        self._alarm.set(max(left if timeout_s is None else min(left, timeout_s), 0.0))
+    async def _wait(self, timeout_s: float | None, teller: Teller | None) -> bool:
+        """Until there is something for the consumer, or nothing was heard for `timeout_s`.
+
+        Returns:
+            Whether the request has time left, or news.
+        """
+        patience_s = math.inf if timeout_s is None else timeout_s
+        self._heard_at = time.perf_counter()
+        self._teller, self._is_called = teller, False
         try:
-            await self._waiter
+            while not self._is_called:
+                left_s, silence_s = self._time_left(), self._heard_at + patience_s - time.perf_counter()
+                if min(left_s, silence_s) <= 0:
+                    return left_s > 0
+                self._waiter = self._loop.create_future()
+                self._alarm.set(min(left_s, silence_s))
+                await self._waiter
         finally:
             self._alarm.clear()
-            self._waiter = None
-        return self._has_news or (timeout_s is not None and left > timeout_s)
-
-    def _tell_news(self) -> None:
-        self._has_news = True
-        self._wake()
+            self._waiter = self._teller = None
+        return True
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def _call(self) -> None:
+        """Let the consumer look for itself."""
+        self._teller, self._is_called = None, True
+        self._wake()
+
+    def _tell_news(self) -> None:
+        self._has_news = True
+        if self._teller is None:
+            self._call()
+        elif not self._is_due:
+            # Later, so that what has come by then is told in one piece.
+            self._is_due = True
+            self._loop.call_soon(self._tell_at_once, context=self._context)
+
+    def _tell_at_once(self) -> None:
+        self._is_due, teller = False, self._teller
+        if teller is None:
+            return  # the consumer looks for itself
+        self._heard_at = time.perf_counter()
+        can_tell, has_news = True, self._error is not None
+        try:
+            for sample in self._samples:
+                if can_tell and sample.has_more:
+                    can_tell = teller(sample.take())
+                has_news = has_news or sample.has_news
+        except Exception:
+            log.exception("bug in telling %s", self.work.request_id)
+            self.fail(InternalError("A bug in the proxy ended the request."))
+            return
+        self._has_news = has_news
+        if has_news or not can_tell:
+            self._call()
 
     async def finish(self, index: int) -> None:
         """End a sample early: the proxy found a stop string in it."""
@@ -256,7 +315,12 @@ class Generation:
     def on_output(self, attempt: Attempt, sample: Sample, output: TokenOutput) -> None:
         """Implements `Listener`."""
         if output.token_ids:
-            self._measure(attempt, sample)
+            now = time.perf_counter()
+            if sample.last_token_at:
+                self._figures.inter_token.observe(1000 * (now - sample.last_token_at))
+            else:
+                self._note_first(attempt, sample, now)
+            sample.last_token_at = now
         sample.add(output)
         if output.finish_reason is not None or self._wants_logprobs:
             self._check(sample, output)
@@ -273,18 +337,13 @@ class Generation:
                 self._figures.time_per_output_token.observe(1000 * span_s / more)
             self._timings.note(output.timings_ms)
 
-    def _measure(self, attempt: Attempt, sample: Sample) -> None:
-        """Tokens are here: the first of the request, the first of the sample, or more."""
+    def _note_first(self, attempt: Attempt, sample: Sample, now: float) -> None:
+        """The first tokens of a sample are here, perhaps those of the request."""
         if not self._has_tokens:
             first_ms = self._timings.note_first_token()
             attempt.pd.records.observe(PROXY_TTFT, first_ms)
             self._figures.time_to_first_token.observe(first_ms)
-        now = time.perf_counter()
-        if sample.last_token_at:
-            self._figures.inter_token.observe(1000 * (now - sample.last_token_at))
-        else:
-            sample.first_token_at = now
-        sample.last_token_at = now
+        sample.first_token_at = now
 
     def _count_tokens(self) -> None:
         figures = self._figures

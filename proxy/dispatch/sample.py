@@ -87,6 +87,12 @@ class Sample:
         news = self.pending
         return not self.taken and bool(news.token_ids or news.prompt_logprobs or news.finish_reason)
 
+    @property
+    def has_more(self) -> bool:
+        """Whether there is news of a kind that comes again and again: not the prompt's, and not the end."""
+        news = self.pending
+        return bool(news.token_ids) and not (self.taken or news.finish_reason or news.prompt_logprobs)
+
     def take(self) -> Update:
         """All since the last time."""
         update, self.pending = self.pending, Update(self.index)

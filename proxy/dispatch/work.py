@@ -44,7 +44,7 @@ class Work:
         return prefix_chain(self.prompts[prompt], list(zip(self.image_offsets, keys, strict=True)), salt=salt)
 
 
-class Update(msgspec.Struct):
+class Update(msgspec.Struct, gc=False):
     """News of one sample since the last time it was asked for."""
 
     index: int

@@ -167,7 +167,10 @@ class Answer:
             return ""
         if self.is_plain and not (update.finish_reason or update.logprobs or update.prompt_logprobs):
             self.completion_tokens += len(update.token_ids)
-            return self._read(self._detokenizer.push(update.token_ids))
+            text = self._detokenizer.push(update.token_ids)
+            self._made += len(text)
+            self._added.append(text)
+            return text
         self.prompt_logprobs = self.prompt_logprobs or update.prompt_logprobs
         shown = len(update.token_ids) - self._ends_with_hidden_token(update)
         content = self._push_tokens(update.token_ids[:shown], update.logprobs[:shown])
