@@ -251,7 +251,8 @@ class _Edge:
             await self._app(scope, receive, send)
             return
         # A base URL with a slash at its end makes clients ask for /v1//models.
-        scope["path"] = _LEADING_SLASHES.sub("/v1/", self._cut_root(scope["path"]))
+        path = self._cut_root(scope["path"]) if self._root else scope["path"]
+        scope["path"] = _LEADING_SLASHES.sub("/v1/", path) if "//" in path else path
         scope["root_path"] = self._root
         request_id = _request_id(scope)
         REQUEST_ID.set(request_id)
@@ -281,7 +282,7 @@ class _Edge:
 
     def _cut_root(self, path: str) -> str:
         """The path as routes know it. Gateways cut `--root-path` off or don't; both are right."""
-        return path[len(self._root) :] if self._root and path.startswith(f"{self._root}/") else path
+        return path[len(self._root) :] if path.startswith(f"{self._root}/") else path
 
 
 def _request_id(scope: Scope) -> str:

@@ -6,17 +6,9 @@ behalf takes them from it. Tasks inherit the lease of the request that they were
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 
 from epd.errors import Overloaded
-
-
-class _Lease:
-    def __init__(self, budget: ByteBudget) -> None:
-        self.budget = budget
-        self.taken = 0
 
 
 class ByteBudget:
@@ -26,16 +18,22 @@ class ByteBudget:
         self.limit = limit
         self.held = 0
 
-    @contextmanager
-    def lease(self) -> Iterator[None]:
-        """What is taken inside is given back at the end."""
-        lease = _Lease(self)
-        token = _current.set(lease)
-        try:
-            yield
-        finally:
-            _current.reset(token)
-            self.held -= lease.taken
+    def lease(self) -> _Lease:
+        """`with` this, what is taken inside is given back at the end."""
+        return _Lease(self)
+
+
+class _Lease:
+    def __init__(self, budget: ByteBudget) -> None:
+        self.budget = budget
+        self.taken = 0
+
+    def __enter__(self) -> None:
+        self._token = _current.set(self)
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self._token)
+        self.budget.held -= self.taken
 
 
 _current: ContextVar[_Lease | None] = ContextVar("lease", default=None)

@@ -7,7 +7,6 @@ their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import msgspec
 
@@ -31,7 +30,7 @@ from proxy.api.openai.sampling import (
 from proxy.api.openai.schema import ChatRequest, CompletionRequest, SamplingRequest
 from proxy.api.openai.structured import grammar_of
 from proxy.api.openai.tools import ToolSide, tool_side_of
-from proxy.api.requests import deadline
+from proxy.api.requests import Deadline
 from proxy.api.teller import AtEnd, Teller
 from proxy.dispatch.work import Work
 from proxy.media.loader import LoadedImage
@@ -39,6 +38,8 @@ from proxy.models.served_model import ServedModel
 from proxy.text.answer import Answer, TextOptions
 from proxy.text.chat_template import Prompt
 from proxy.text.user_text import Message
+
+_NO_TOOLS = ToolSide()
 
 
 async def answer_chat(
@@ -78,7 +79,7 @@ async def answer_chat(
     model.require(images=bool(sources))
     model.require_task(None)
     with model.dispatcher.admit():
-        async with deadline(model, arrived):
+        with Deadline(model, arrived):
             side = await tool_side_of(body, model)
             sampling = await _with_form(model, body, side, sampling)
             prompt = await _chat_prompt(model, body, messages, side, sampling.max_tokens)
@@ -89,9 +90,10 @@ async def answer_chat(
         sampling = _within_context(model, sampling, len(prompt.token_ids))
         offsets, n = prompt.image_offsets, body.n or 1
         work = work_of(model, body, head, arrived, sampling, [prompt.token_ids], offsets, images, n=n)
-        wanted = _wanted(model, body, work, sampling.logprobs, counts)
-        wanted = replace(wanted, begun=echoed_text(body), function_call=side.is_deprecated, names_once=side.is_strict)
-        dialect, options = dialect_of(head, wanted), replace(options, calls=side.calls)
+        wanted = _wanted(model, body, work, sampling.logprobs, counts, echoed_text(body), side)
+        dialect = dialect_of(head, wanted)
+        if side.calls is not None:
+            options = msgspec.structs.replace(options, calls=side.calls)
         return await tell(
             client,
             model,
@@ -111,7 +113,7 @@ async def answer_text(client: Client, model: ServedModel, body: CompletionReques
     model.require(images=False)
     model.require_task(None)
     with model.dispatcher.admit():
-        async with deadline(model, arrived):
+        with Deadline(model, arrived):
             sampling = await with_grammar(model, body, sampling)
             prompts = await prompts_of(body, model, sampling.max_tokens)
             check_answers(len(prompts), samples_of(body))
@@ -259,7 +261,15 @@ async def with_grammar(model: ServedModel, body: SamplingRequest, sampling: Samp
     return msgspec.structs.replace(sampling, grammar=asked[1])
 
 
-def _wanted(model: ServedModel, body: SamplingRequest, work: Work, logprobs: int | None, counts: UsageSoFar) -> Wanted:
+def _wanted(
+    model: ServedModel,
+    body: SamplingRequest,
+    work: Work,
+    logprobs: int | None,
+    counts: UsageSoFar,
+    begun: str = "",
+    side: ToolSide = _NO_TOOLS,
+) -> Wanted:
     options = body.stream_options
     has_usage = bool(options and options.include_usage)
     counts_along = has_usage and options is not None and bool(options.continuous_usage_stats)
@@ -270,6 +280,9 @@ def _wanted(model: ServedModel, body: SamplingRequest, work: Work, logprobs: int
         body.prompt_logprobs,
         tokens_as_ids=bool(body.return_tokens_as_token_ids),
         prompt_token_ids=work.prompts if body.return_token_ids else (),
+        begun=begun,
+        function_call=side.is_deprecated,
+        names_once=side.is_strict,
         usage_so_far=counts if counts_along else None,
     )
 

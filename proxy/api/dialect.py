@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Protocol
 
@@ -61,8 +60,7 @@ class TextEvents:
 _encode = msgspec.json.Encoder().encode
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(msgspec.Struct, frozen=True):
     """What all chunks of an answer share."""
 
     id: str

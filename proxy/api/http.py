@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Generator, Mapping
-from functools import partial
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from epd.errors import ClientError, EPDError, RequestTooLarge, ShuttingDown, Unauthorized
+from proxy.begun import Begun
 from proxy.byte_budget import hold
 from proxy.request_context import ERROR_WORDS, note_client_left
 from proxy.timers import Alarm, TimeLimit
@@ -27,6 +27,7 @@ STREAM_HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
+_encode = msgspec.json.Encoder().encode
 _FIRST_LOOK_S = 0.02
 """A client that leaves sooner is found out then."""
 STALLED_CLIENT_S = 120.0
@@ -82,30 +83,42 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes
         RequestTimeout: it took longer.
         Overloaded: all requests together hold too much.
     """
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > max_bytes:
+        raise _too_large(max_bytes)
+    first = Begun(request.receive())
+    if first.is_done and not (message := await first).get("more_body", False):
+        return _checked(message, 0, max_bytes)
     try:
         with TimeLimit(timeout_s):
-            return await _read_within(request, max_bytes)
+            return await _read_on(request, first, max_bytes)
     except TimeoutError:
         raise RequestTimeout(f"The request body did not arrive within {timeout_s:g} s.") from None
 
 
-async def _read_within(request: Request, max_bytes: int) -> bytes:
-    too_large = RequestTooLarge(f"The request body is larger than {max_bytes} bytes; send smaller or fewer images.")
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > max_bytes:
-        raise too_large
-    pieces: list[bytes] = []
-    size, is_whole = 0, False
-    while not is_whole:
+def _too_large(max_bytes: int) -> RequestTooLarge:
+    return RequestTooLarge(f"The request body is larger than {max_bytes} bytes; send smaller or fewer images.")
+
+
+def _checked(message: Message, size: int, max_bytes: int) -> bytes:
+    """The piece of a body in a message, behind so many bytes."""
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    piece: bytes = message.get("body", b"")
+    hold(len(piece))
+    if size + len(piece) > max_bytes:
+        raise _too_large(max_bytes)
+    return piece
+
+
+async def _read_on(request: Request, first: Begun[Message], max_bytes: int) -> bytes:
+    message = await first
+    pieces = [_checked(message, 0, max_bytes)]
+    size = len(pieces[0])
+    while message.get("more_body", False):
         message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        is_whole, piece = not message.get("more_body", False), message.get("body", b"")
-        hold(len(piece))
-        size += len(piece)
-        if size > max_bytes:
-            raise too_large
-        pieces.append(piece)
+        pieces.append(_checked(message, size, max_bytes))
+        size += len(pieces[-1])
     if size < LARGE_BYTES:
         return b"".join(pieces)
     return await asyncio.to_thread(b"".join, pieces)  # which lets others go on while it copies
@@ -125,12 +138,12 @@ class Client:
         self._alarm = Alarm(self._give_up)
         self._writer: asyncio.Task[object] | None = None
         self._is_stalled = False
-        self._rest: _Rest | None = None
-        """Of the sending that `write_now` began."""
+        self._sending: Begun[None] | None = None
+        """What `write_now` began and could not end."""
 
     async def reply(self, value: Any) -> None:
         """Answer with one JSON body."""
-        body = msgspec.json.encode(value)
+        body = _encode(value)
         await self._start({"content-type": JSON, "content-length": str(len(body))})
         await self._body(body, more=False)
 
@@ -148,25 +161,22 @@ class Client:
         Returns:
             Whether another piece may follow. Otherwise the client lags, and `catch_up` has to be awaited.
         """
-        assert self._rest is None, "catch up first"
-        steps = self._send({"type": "http.response.body", "body": words, "more_body": True}).__await__()
-        try:
-            wanted = next(steps)
-        except StopIteration:
-            return True
-        self._rest = _Rest(steps, wanted)
-        return False
+        assert self._sending is None, "catch up first"
+        sending = Begun(self._send({"type": "http.response.body", "body": words, "more_body": True}))
+        if not sending.is_done:
+            self._sending = sending
+        return sending.is_done
 
     @property
     def lags(self) -> bool:
         """Whether it has not taken what `write_now` sent."""
-        return self._rest is not None
+        return self._sending is not None
 
     async def catch_up(self) -> None:
         """Wait until it has."""
-        if self._rest is not None:
-            await self._patiently(self._rest)
-            self._rest = None
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            await self._patiently(sending)
 
     async def end_stream(self, words: bytes) -> None:
         """Send the last piece, which may be empty."""
@@ -175,9 +185,9 @@ class Client:
     def close(self) -> None:
         """Nothing more will be written."""
         self._alarm.stop()
-        if self._rest is not None:
-            self._rest.close()
-            self._rest = None
+        if self._sending is not None:
+            self._sending.close()
+            self._sending = None
 
     async def _start(self, headers: Mapping[str, str]) -> None:
         self.started = True
@@ -185,9 +195,11 @@ class Client:
         await self._send({"type": "http.response.start", "status": 200, "headers": pairs})
 
     async def _body(self, body: bytes, *, more: bool = True) -> None:
-        await self._patiently(self._send({"type": "http.response.body", "body": body, "more_body": more}))
+        sending = Begun(self._send({"type": "http.response.body", "body": body, "more_body": more}))
+        if not sending.is_done:
+            await self._patiently(sending)
 
-    async def _patiently(self, sending: Awaitable[None]) -> None:
+    async def _patiently(self, sending: Begun[None]) -> None:
         """Wait until the client has taken it, `STALLED_CLIENT_S` at most."""
         self._writer = asyncio.current_task()
         self._alarm.set(STALLED_CLIENT_S)
@@ -204,37 +216,6 @@ class Client:
         if self._writer is not None:
             self._is_stalled = True
             self._writer.cancel()
-
-
-class _Rest:
-    """What is left of a coroutine whose first step was taken outside of a task.
-
-    Args:
-        steps: of the coroutine.
-        wanted: that it waits for since the first.
-    """
-
-    def __init__(self, steps: Generator[object, object, None], wanted: object) -> None:
-        self._steps = steps
-        self._wanted = wanted
-
-    def __await__(self) -> Generator[object, object, None]:
-        """Go on."""
-        while True:
-            try:
-                news = yield self._wanted
-            except BaseException as error:  # cancellation among others
-                step: Callable[[], object] = partial(self._steps.throw, error)
-            else:
-                step = partial(self._steps.send, news)
-            try:
-                self._wanted = step()
-            except StopIteration:
-                return
-
-    def close(self) -> None:
-        """It will not be awaited."""
-        self._steps.close()
 
 
 class Exchange(Response):

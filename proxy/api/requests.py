@@ -5,8 +5,7 @@ from __future__ import annotations
 import hmac
 import re
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -15,6 +14,7 @@ from epd.errors import DeadlineExceeded, InvalidRequest
 from proxy.api.documentation import EVENT, REF
 from proxy.api.http import JSON, read_body
 from proxy.api.json_body import decode_body
+from proxy.dispatch.dispatcher import Preparation
 from proxy.models.served_model import ServedModel
 from proxy.request_context import REQUEST_ID, REQUEST_ID_PATTERN
 from proxy.service import Service
@@ -67,7 +67,10 @@ async def decoded(request: Request, kind: type[T]) -> T:
 
 def _check_content_type(request: Request) -> None:
     """Refuse what forms and scripts of other web sites may send without asking first, and be as strict as vLLM."""
-    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    said = request.headers.get("content-type", "")
+    if said == JSON:
+        return
+    given = said.partition(";")[0].strip().lower()
     if given != JSON and not (given.startswith("application/") and given.endswith("+json")):
         raise InvalidRequest(
             f"The header Content-Type is {given[:100] or 'missing'}; send Content-Type: {JSON} "
@@ -88,26 +91,38 @@ def name_request(name: str | None) -> None:
     REQUEST_ID.set(name)
 
 
-@asynccontextmanager
-async def deadline(model: ServedModel, arrived: float, limit_s: float | None = None) -> AsyncIterator[None]:
-    """Bound what happens before workers have the request by the time that it may take in all.
+class Deadline:
+    """`with Deadline(…)`: bounds what happens before workers have the request by the time that it may take in all.
 
     Args:
         model: that it is for.
         arrived: `time.perf_counter()` when it came.
         limit_s: seconds that it may take; default: `--request-timeout`.
     """
-    limit, preparation = limit_s or model.config.request_timeout, None
-    try:
-        with (
-            TimeLimit(arrived + limit - time.perf_counter()) as timer,
-            model.dispatcher.preparing(timer) as preparation,
-        ):
-            yield
-    except TimeoutError:
-        if preparation is not None and preparation.error is not None:
-            raise preparation.error from None
-        raise DeadlineExceeded(f"The request was not ready for the workers within {limit:g} s.") from None
+
+    def __init__(self, model: ServedModel, arrived: float, limit_s: float | None = None) -> None:
+        self._limit_s = limit_s or model.config.request_timeout
+        self._timer = TimeLimit(arrived + self._limit_s - time.perf_counter())
+        self._dispatcher = model.dispatcher
+        self._preparation = Preparation(self._timer)
+
+    def __enter__(self) -> None:
+        self._timer.__enter__()
+        self._dispatcher.preparing.add(self._preparation)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Raises DeadlineExceeded, or what the request was ended with (`Preparation.fail`)."""
+        self._dispatcher.preparing.discard(self._preparation)
+        ended_with = self._preparation.error
+        try:
+            self._timer.__exit__(kind, error, trace)
+        except TimeoutError:
+            over = DeadlineExceeded(f"The request was not ready for the workers within {self._limit_s:g} s.")
+            raise ended_with or over from None
+        if ended_with is not None and kind is None:  # it came too late to stop anything
+            raise ended_with
 
 
 def documented(body: type[Any], answer: type[Any], *, stream: str | None = None) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from proxy.api.http import Client, Exchange, error_body
 from proxy.api.openai.objects import Usage
 from proxy.api.openai.prompt import naming
 from proxy.api.openai.sampling import stop_strings
-from proxy.api.requests import deadline, decoded, documented, service_of
+from proxy.api.requests import Deadline, decoded, documented, service_of
 from proxy.cluster.in_hand import WorkerGone
 from proxy.dispatch.work import Work
 from proxy.gateway_config import BASE, DEFAULTS, GenerateParameters, Scenario
@@ -182,10 +182,9 @@ async def _generate(
     model.require(images=False)
     model.require_task(None)
     with model.dispatcher.admit():
-        async with deadline(model, arrived, limit_s):
-            with naming("inputs"):
-                prompt = await _prompt(model, scenario, body.inputs)
-                model.check_context(len(prompt.token_ids), sampling.max_tokens)
+        with Deadline(model, arrived, limit_s), naming("inputs"):
+            prompt = await _prompt(model, scenario, body.inputs)
+            model.check_context(len(prompt.token_ids), sampling.max_tokens)
         head = Head.new("gen", model.name)
         work = Work(
             request_id=head.id,

@@ -160,9 +160,12 @@ class WorkerPool:
         ready = {one.member.address: one for one in [one for one in able if not one.is_full] or able}
         if not ready:
             raise no_worker(role, model)
-        plan = plan or Plan()
-        candidates, slack = snapshots(ready, pictures, units, plan)
-        chosen = ready[self._policies[role].pick(candidates, Question(key, chain, slack)).key]
+        plan, policy = plan or Plan(), self._policies[role]
+        if len(ready) == 1 and not policy.learns:
+            (chosen,) = ready.values()
+        else:
+            candidates, slack = snapshots(ready, pictures, units, plan)
+            chosen = ready[policy.pick(candidates, Question(key, chain, slack)).key]
         plan.note(chosen.member.address, units)
         return chosen
 

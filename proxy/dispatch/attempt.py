@@ -87,11 +87,14 @@ class Attempt:
             for image, offset in zip(work.images, work.image_offsets, strict=True)
         )
         sampling = sample.sampling_left(work.sampling)
+        seed = (work.sampling.seed + turn) % _SEED_SPAN
+        if seed != sampling.seed:
+            sampling = msgspec.structs.replace(sampling, seed=seed)
         request = GenerateRequest(
             request_id=sample.request_id,
             prompt_token_ids=work.prompts[prompt],
             images=slots,
-            sampling=msgspec.structs.replace(sampling, seed=(work.sampling.seed + turn) % _SEED_SPAN),
+            sampling=sampling,
             timeout_s=max(work.arrived + work.timeout_s - time.perf_counter(), 0.001),
             priority=work.priority,
             cache_salt=work.cache_salt,

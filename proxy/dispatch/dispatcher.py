@@ -6,8 +6,8 @@ What becomes of a request once it is admitted is `proxy.dispatch.generation`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 
 from epd.errors import EPDError, Overloaded, RequestAborted, ShuttingDown
 from epd.types import WorkerRole
@@ -26,7 +26,7 @@ class Preparation:
     """A request that no worker has yet: its text and pictures are being read.
 
     Args:
-        timer: that ends it.
+        timer: that ends it, entered around it and nothing else: its TimeoutError means `error`, where there is one.
     """
 
     def __init__(self, timer: TimeLimit) -> None:
@@ -44,6 +44,23 @@ class Preparation:
         self.error = error
         self._timer.expire()
         return True
+
+
+class Place:
+    """Among the requests in work, held inside a `with` block.
+
+    Args:
+        note: takes how many more there are.
+    """
+
+    def __init__(self, note: Callable[[int], None]) -> None:
+        self._note = note
+
+    def __enter__(self) -> None:
+        self._note(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._note(-1)
 
 
 class Dispatcher:
@@ -67,16 +84,16 @@ class Dispatcher:
         self.is_draining = False
         """Takes nothing new."""
         self.active: dict[str, Generation] = {}
-        self._preparing: set[Preparation] = set()
+        self.preparing: set[Preparation] = set()
+        """What comes before `start`, so that it too ends when the request is aborted or the proxy stops."""
 
     @property
     def in_work(self) -> int:
         """Requests that hold a place."""
         return self._admitted
 
-    @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Hold a place among the requests in work.
+    def admit(self) -> Place:
+        """`with` this, hold a place among the requests in work.
 
         Raises:
             Overloaded: there is none.
@@ -85,30 +102,14 @@ class Dispatcher:
         self.check_open()
         if self._admitted >= self._max_requests:
             raise Overloaded(f"{self._max_requests} requests are in work already. Try again in a moment.")
-        self._admitted += 1
-        self._is_idle.clear()
-        try:
-            yield
-        finally:
-            self._admitted -= 1
-            if not self._admitted:
-                self._is_idle.set()
+        return Place(self._note_admitted)
 
-    @contextmanager
-    def preparing(self, timer: TimeLimit) -> Iterator[Preparation]:
-        """What comes before `start`, so that it too ends when the request is aborted or the proxy stops.
-
-        Args:
-            timer: entered around this and nothing else; its TimeoutError means `Preparation.error`, where there is one.
-        """
-        preparation = Preparation(timer)
-        self._preparing.add(preparation)
-        try:
-            yield preparation
-        finally:
-            self._preparing.discard(preparation)
-        if preparation.error is not None:  # it came too late to stop anything
-            raise preparation.error
+    def _note_admitted(self, change: int) -> None:
+        self._admitted += change
+        if self._admitted:
+            self._is_idle.clear()
+        else:
+            self._is_idle.set()
 
     def abort(self, ids: Collection[str] | None, owner: str = "") -> list[str]:
         """Stop requests by the ids of their answers or by their X-Request-Id. Returns those stopped.
@@ -120,7 +121,7 @@ class Dispatcher:
         """
         error = RequestAborted("The request was aborted by POST /abort.")
         found: list[tuple[str, Generation | Preparation]] = [*self.active.items()]
-        found += [(one.http_id, one) for one in self._preparing]
+        found += [(one.http_id, one) for one in self.preparing]
         stopped = []
         for request_id, request in found:
             if owner not in ("", request.owner):
@@ -151,7 +152,7 @@ class Dispatcher:
         error = ShuttingDown(f"The proxy is shutting down and the answer took more than {timeout_s:g} s.")
         for generation in self.active.values():
             generation.fail(error)
-        for preparation in self._preparing:
+        for preparation in self.preparing:
             preparation.fail(error)
 
     def require(self, model: ModelRef, *, images: bool) -> None:

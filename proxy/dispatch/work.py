@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 
 from epd.types import FinishReason, Pooling, SamplingParams, TokenLogprobs
@@ -12,8 +10,7 @@ from proxy.models.catalog import ModelRef
 from proxy.routing.prefix_affinity import Chain, prefix_chain
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
+class Work(msgspec.Struct, frozen=True, kw_only=True):
     """What one request asks of the workers."""
 
     request_id: str

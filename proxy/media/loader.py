@@ -124,6 +124,8 @@ class MediaLoader:
             Overloaded: all requests together hold too much.
             MediaForbidden, MediaUnavailable: it may not, or can't, be fetched.
         """
+        if not sources:
+            return []
         if len(sources) > self._limits.max_images:
             raise RequestTooLarge(
                 f"{len(sources)} images in one request; at most {self._limits.max_images}.", param="messages"

@@ -70,16 +70,18 @@ class ServedModel:
         self._pool = shared.pool
         self._media = shared.media
         self._threads = shared.threads
+        self._max_model_len = shared.config.max_model_len or 0
+        """Once it is known: when workers come or go, others of this class are made."""
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
     @property
     def max_model_len(self) -> int:
         """Context in tokens: configured, or the smallest that a worker has; 0 while nothing is known."""
-        if self.config.max_model_len is not None:
-            return self.config.max_model_len
-        known = [one.info.max_model_len for one in self._pool.up(WorkerRole.PREFILL_DECODE, self.ref) if one.info]
-        return min((length for length in known if length), default=0)
+        if not self._max_model_len:
+            known = [one.info.max_model_len for one in self._pool.up(WorkerRole.PREFILL_DECODE, self.ref) if one.info]
+            self._max_model_len = min((length for length in known if length), default=0)
+        return self._max_model_len
 
     @property
     def missing_roles(self) -> list[WorkerRole]:

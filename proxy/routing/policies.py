@@ -25,8 +25,9 @@ import hashlib
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from proxy.routing.prefix_affinity import Chain, PrefixMap
 
@@ -38,8 +39,7 @@ HOLDER_SLACK = 4
 """A worker that holds the picture is worth waiting behind so many more requests: they share its steps."""
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True):
     """A worker that could take the work. `load` and `cost` are in the same unit, milliseconds or requests."""
 
     key: str
@@ -61,8 +61,7 @@ class Candidate:
         return self.load + self.cost
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(msgspec.Struct, frozen=True):
     """What a policy is asked."""
 
     key: str = ""
@@ -79,12 +78,17 @@ _ANY = Question()
 class Policy(Protocol):
     """Chooses one of several candidates."""
 
+    learns: bool
+    """Whether it should hear of choices that are none, too."""
+
     def pick(self, candidates: Sequence[Candidate], question: Question = _ANY) -> Candidate:
         """One of `candidates`, which is not empty."""
 
 
 class RandomPolicy:
     """Any worker."""
+
+    learns = False
 
     def __init__(self, source: random.Random | None = None) -> None:
         self._random = source or random.Random()
@@ -103,6 +107,8 @@ class RoundRobinPolicy:
     Args:
         start: proxies that begin together should not begin with the same one.
     """
+
+    learns = False
 
     def __init__(self, start: int = 0) -> None:
         self._start = start
@@ -127,6 +133,8 @@ class RoundRobinPolicy:
 class LeastLoadedPolicy:
     """Where the work would be done first; equal ones take turns, or are drawn when other proxies choose too."""
 
+    learns = False
+
     def __init__(self, source: random.Random | None = None) -> None:
         self._random = source or random.Random()
         self._ties = RoundRobinPolicy(self._random.randrange(1 << 16))
@@ -145,6 +153,8 @@ class LeastLoadedPolicy:
 class PowerOfTwoPolicy:
     """The less loaded of two drawn at random (https://doi.org/10.1109/71.963420)."""
 
+    learns = False
+
     def __init__(self, source: random.Random | None = None) -> None:
         self._random = source or random.Random()
 
@@ -157,6 +167,8 @@ class PowerOfTwoPolicy:
 
 class AffinityPolicy:
     """The same key, or the same beginning of a prompt, to the same worker, bounded by load."""
+
+    learns = True
 
     def __init__(self, source: random.Random | None = None) -> None:
         self._prefixes = PrefixMap()

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from epd.types import FinishReason, TokenLogprobs
@@ -15,8 +16,7 @@ from proxy.tools.calls import CallDelta, ToolCall
 from proxy.tools.reader import CallOptions, CallReader
 
 
-@dataclass(frozen=True)
-class TextOptions:
+class TextOptions(msgspec.Struct, frozen=True):
     """How text is made of tokens."""
 
     stop: tuple[str, ...] = ()
@@ -165,12 +165,8 @@ class Answer:
         """The new content, which may be empty; sets `finish_reason` at the end. See `call_deltas` for the rest."""
         if self.finish_reason is not None:
             return ""
-        if self.is_plain and not (update.finish_reason or update.logprobs or update.prompt_logprobs):
-            self.completion_tokens += len(update.token_ids)
-            text = self._detokenizer.push(update.token_ids)
-            self._made += len(text)
-            self._added.append(text)
-            return text
+        if self.is_plain and not (update.logprobs or update.prompt_logprobs):
+            return self._push_plain(update)
         self.prompt_logprobs = self.prompt_logprobs or update.prompt_logprobs
         shown = len(update.token_ids) - self._ends_with_hidden_token(update)
         content = self._push_tokens(update.token_ids[:shown], update.logprobs[:shown])
@@ -187,6 +183,20 @@ class Answer:
         is_whole = self.finish_reason is not None and not is_cut
         self.logprobs += self._unshown.take(None if is_whole else self._made)
         return content
+
+    def _push_plain(self, update: Update) -> str:
+        """The short way of most updates: text is all that comes of them."""
+        token_ids = update.token_ids
+        self.completion_tokens += len(token_ids)
+        if update.finish_reason is None:
+            text = self._detokenizer.push(token_ids)
+        else:
+            shown = token_ids[:-1] if self._ends_with_hidden_token(update) else token_ids
+            text = self._detokenizer.push(shown) + self._detokenizer.flush()
+            self.finish_reason, self.ended_by = update.finish_reason, update.stop_token_id
+        self._made += len(text)
+        self._added.append(text)
+        return text
 
     def _push_tokens(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> str:
         """One by one, so that tokens after what ends the answer are neither shown nor counted."""

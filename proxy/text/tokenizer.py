@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +21,10 @@ _CONTEXT = 8
 _MOST_HELD = 32
 """Tokens that wait for the end of a character: so many have none."""
 _LONG = 4096
-"""Characters, or tokens, from which the library's calls for many texts are used: they let other threads go on."""
+"""Tokens from which the library's call for many texts is used: it lets other threads go on."""
+
+# Texts come one by one, and to hand one to the library's own threads takes as long as to encode it here.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class Tokenizer:
@@ -45,6 +49,8 @@ class Tokenizer:
         self.backend.no_padding()
         self.longest_token = max(map(len, self.backend.get_vocab()), default=1)
         """Characters of the longest token, at least: a text has no fewer tokens than its length by this."""
+        self.vocab_size = int(self.backend.get_vocab_size(with_added_tokens=True))
+        """Number of token ids, added ones included."""
         self.bytes = ByteTable.of(self.backend)
         """For byte-level tokenizers, the short way to text."""
         added = self.backend.get_added_tokens_decoder()
@@ -57,15 +63,11 @@ class Tokenizer:
         normalized = [token.content for token in added.values() if token.normalized]
         self._normalized = _Literals(normalized)
         self._after_normalization = _Literals(map(self._normalize, normalized))
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids, added ones included."""
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
+        self._can_hide = self.backend.normalizer is not None and bool(self._normalized)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; literals of added tokens in it become those tokens."""
-        return self._encode(text, len(text), add_special_tokens)
+        return self._encode(text, add_special_tokens)
 
     def _find_around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         probe = self.backend.encode("a", add_special_tokens=True)
@@ -76,12 +78,10 @@ class Tokenizer:
 
     def encode_pair(self, first: str, second: str) -> list[int]:
         """Token ids of two texts in one sequence, with what the tokenizer puts around and between them."""
-        return self._encode((first, second), len(first) + len(second), True)
+        return self._encode((first, second), True)
 
-    def _encode(self, text: str | tuple[str, str], size: int, add_special_tokens: bool) -> list[int]:
-        if size < _LONG:
-            first, second = text if isinstance(text, tuple) else (text, None)
-            return list(self.backend.encode(first, second, add_special_tokens=add_special_tokens).ids)
+    def _encode(self, text: str | tuple[str, str], add_special_tokens: bool) -> list[int]:
+        # The plain `encode` also finds out where each token stands in the text, which nobody asks for.
         (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 
@@ -107,7 +107,7 @@ class Tokenizer:
 
     def hides_added_token(self, text: str) -> bool:
         """Whether normalisation (NFKC, say) turns part of `text` into a literal that is not there verbatim."""
-        if self.backend.normalizer is None or not self._normalized:
+        if not self._can_hide:
             return False
         return len(self._after_normalization.find(self._normalize(text))) > len(self._normalized.find(text))
 
@@ -142,8 +142,8 @@ class _Literals:
             return False
         if self._pattern.search(text):
             return True
-        # Templates trim, so look at the trimmed text as well.
-        return any(self._touches_border(variant) for variant in (text, text.strip()))
+        trimmed = text.strip()  # as templates do
+        return self._touches_border(text) or (len(trimmed) < len(text) and self._touches_border(trimmed))
 
     def _touches_border(self, text: str) -> bool:
         heads, tails = self._heads.get(text[-1:], ()), self._tails.get(text[:1], ())

@@ -35,13 +35,23 @@ def map_strings(value: Any, change: Callable[[str], str], key: str | None = None
 def strings_of(value: Any) -> list[str]:
     """All that users may have written in messages and tools."""
     found: list[str] = []
-
-    def note(text: str) -> str:
-        found.append(text)
-        return text
-
-    map_strings(value, note)
+    _collect(value, found)
     return found
+
+
+def _collect(value: Any, found: list[str], key: str | None = None) -> None:
+    """`map_strings` without the copy."""
+    if isinstance(value, str):
+        if not (key in _PLAIN_KEYS and _PLAIN_WORD.fullmatch(value)):
+            found.append(value)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if not _PLAIN_WORD.fullmatch(name):
+                found.append(name)
+            _collect(item, found, name)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _collect(item, found, key)
 
 
 def with_tail(messages: Sequence[Message], tail: str) -> list[Message]:

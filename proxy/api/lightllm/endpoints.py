@@ -25,7 +25,7 @@ from proxy.api.lightllm.raw_prompt import raw_prompt
 from proxy.api.lightllm.sampling import grammar_of, sampling_of, text_options_of
 from proxy.api.lightllm.schema import CountRequest, NativeParameters, NativeRequest
 from proxy.api.operations.health import health
-from proxy.api.requests import deadline, documented, read_request, service_of
+from proxy.api.requests import Deadline, documented, read_request, service_of
 from proxy.models.served_model import ServedModel
 from proxy.service import Service
 
@@ -189,13 +189,9 @@ async def _count(client: Client, model: ServedModel, body: CountRequest, arrived
     params = body.multimodal_params
     images = len(params.images or ()) if params is not None else 0
     add = body.parameters is None or body.parameters.add_special_tokens is not False
-    with model.dispatcher.admit():
-        async with deadline(model, arrived):
-            with naming_native_fields():
-                prompt = await raw_prompt(
-                    model, body.text, images, field="text", add_special_tokens=add, adds_markers=True
-                )
-                of_images = await count_image_tokens(params, model) if params is not None else 0
+    with model.dispatcher.admit(), Deadline(model, arrived), naming_native_fields():
+        prompt = await raw_prompt(model, body.text, images, field="text", add_special_tokens=add, adds_markers=True)
+        of_images = await count_image_tokens(params, model) if params is not None else 0
     await client.reply(TokenCount(len(prompt.token_ids) - images + of_images))
 
 

@@ -13,7 +13,7 @@ from proxy.api.answering import tell
 from proxy.api.dialect import Dialect
 from proxy.api.http import Client
 from proxy.api.lightllm.raw_prompt import raw_prompt
-from proxy.api.requests import deadline
+from proxy.api.requests import Deadline
 from proxy.dispatch.work import Work
 from proxy.media.loader import ImageSource
 from proxy.models.served_model import ServedModel
@@ -71,7 +71,7 @@ async def _answer(
     model.require(images=bool(raw.sources))
     model.require_task(None)
     with model.dispatcher.admit():
-        async with deadline(model, arrived):
+        with Deadline(model, arrived):
             sampling = raw.sampling
             if raw.grammar is not None:
                 await model.check_grammar(*raw.grammar)

@@ -31,7 +31,7 @@ from proxy.api.openai.objects import PromptTokensDetails, Usage
 from proxy.api.openai.prompt import count_parts, messages_of
 from proxy.api.openai.sampling import check_supported, sampling_of, text_options_of
 from proxy.api.openai.schema import ChatRequest
-from proxy.api.requests import deadline
+from proxy.api.requests import Deadline
 from proxy.dispatch.generation import Generation
 from proxy.dispatch.work import Work
 from proxy.media.loader import ImageSource
@@ -119,7 +119,7 @@ async def answer_turn(client: Client, sessions: Sessions, model: ServedModel, as
     head = Head.new("chatcmpl", model.name, model.ref.fingerprint)
     with model.dispatcher.admit():
         async with AsyncExitStack() as stack:
-            async with deadline(model, arrived):
+            with Deadline(model, arrived):
                 turn = await _take(stack, client, sessions, asked, head.id)
                 plan = await _plan(client, model, asked, turn, messages)
                 sampling = await with_grammar(model, body, sampling)

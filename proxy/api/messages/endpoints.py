@@ -19,7 +19,7 @@ from proxy.api.messages.object import MessageObject, MessagesError, TokensCount
 from proxy.api.messages.schema import CountTokensRequest, MessagesRequest
 from proxy.api.openai.answer import Wanted
 from proxy.api.openai.prompt import messages_of
-from proxy.api.requests import EVENTS, deadline, decoded, documented, service_of
+from proxy.api.requests import EVENTS, Deadline, decoded, documented, service_of
 from proxy.media.image_tokens import size_of
 from proxy.models.served_model import ServedModel
 from proxy.request_context import REQUEST_ID
@@ -70,18 +70,17 @@ async def _answer(client: Client, model: ServedModel, body: MessagesRequest, arr
 
 async def _count(client: Client, model: ServedModel, body: CountTokensRequest, arrived: float) -> None:
     chat, names = chat_of(body)
-    with names.naming(), model.dispatcher.admit():
-        async with deadline(model, arrived):
-            prompt = await prompt_alone(model, chat)
-            _, sources = messages_of(chat, has_short_ids=model.has_short_call_ids)
-            if sources and model.image_tokens is None:
-                raise InvalidRequest(
-                    "The settings of this model do not tell how many tokens an image takes; ask /v1/messages with "
-                    "max_tokens: 1, whose usage counts them.",
-                    param=sources[0].param,
-                )
-            count = len(prompt.token_ids) - len(sources)
-            for image in await model.load_images(sources):
-                assert model.image_tokens is not None
-                count += model.image_tokens(*size_of(image.data))
+    with names.naming(), model.dispatcher.admit(), Deadline(model, arrived):
+        prompt = await prompt_alone(model, chat)
+        _, sources = messages_of(chat, has_short_ids=model.has_short_call_ids)
+        if sources and model.image_tokens is None:
+            raise InvalidRequest(
+                "The settings of this model do not tell how many tokens an image takes; ask /v1/messages with "
+                "max_tokens: 1, whose usage counts them.",
+                param=sources[0].param,
+            )
+        count = len(prompt.token_ids) - len(sources)
+        for image in await model.load_images(sources):
+            assert model.image_tokens is not None
+            count += model.image_tokens(*size_of(image.data))
     await client.reply(TokensCount(count))

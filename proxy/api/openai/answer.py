@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from proxy.api.dialect import DONE, Head, News, ServerSent, TextEvents, Timings, server_sent
@@ -52,8 +52,7 @@ class UsageSoFar:
         return None if self.count is None else self.count()
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(msgspec.Struct, frozen=True):
     """What an answer holds besides the text."""
 
     texts: TokenTexts

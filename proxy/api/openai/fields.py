@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Annotated, Any
 
 import msgspec
@@ -50,10 +51,20 @@ class Refused(msgspec.Struct, kw_only=True):
     vllm_xargs: Annotated[Any, Meta(description="refused: meant for code that is not here")] = None
     return_prompt_text: Annotated[Any, Meta(description="refused: use `return_token_ids` and `/detokenize`")] = None
 
-    def unsupported(self) -> dict[str, bool]:
-        """Field → whether the request uses it in a way that can't be served."""
-        used = {name: bool(getattr(self, name)) for name in Refused.__struct_fields__}
-        return used | {"length_penalty": self.length_penalty not in (None, 1)}  # 1 changes nothing
+    def unsupported(self) -> list[str]:
+        """Fields that the request uses in a way that can't be served."""
+        if not any(_refused_values(self)):
+            return []
+        # A length penalty of 1 changes nothing.
+        return [
+            name
+            for name, value in zip(_REFUSED_NAMES, _refused_values(self), strict=True)
+            if value and not (name == "length_penalty" and value == 1)
+        ]
+
+
+_REFUSED_NAMES = Refused.__struct_fields__
+_refused_values = attrgetter(*_REFUSED_NAMES)
 
 
 def _reasons() -> dict[str, str]:

@@ -32,9 +32,8 @@ def check_supported(request: ChatRequest | CompletionRequest) -> None:
     Raises:
         InvalidRequest: there is one.
     """
-    for field, is_used in request.unsupported().items():
-        if is_used:
-            raise InvalidRequest(f"{field} is not supported by this server with this value; leave it out.", param=field)
+    for field in request.unsupported():
+        raise InvalidRequest(f"{field} is not supported by this server with this value; leave it out.", param=field)
     if request.cache_salt is not None and not re.fullmatch(CACHE_SALT, request.cache_salt):
         raise InvalidRequest("cache_salt: send 1 to 128 characters without @, /, \\ and NUL.", param="cache_salt")
     if request.stream_options is not None and not request.stream:
@@ -184,9 +183,11 @@ def check_token_ids(token_ids: Iterable[int], tokenizer: Tokenizer, field: str) 
 
 
 def _token_ids(token_ids: Sequence[int] | None, tokenizer: Tokenizer, field: str) -> tuple[int, ...]:
-    if len(token_ids or ()) > tokenizer.vocab_size:
+    if not token_ids:
+        return ()
+    if len(token_ids) > tokenizer.vocab_size:
         raise InvalidRequest(f"{field}: more tokens than the model has.", param=field)
-    known = tuple(dict.fromkeys(token_ids or ()))
+    known = tuple(dict.fromkeys(token_ids))
     check_token_ids(known, tokenizer, field)
     return known
 
@@ -198,7 +199,9 @@ def _allowed(request: SamplingRequest, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _logit_bias(request: SamplingRequest, tokenizer: Tokenizer) -> tuple[tuple[int, float], ...]:
-    biases = request.logit_bias or {}
+    biases = request.logit_bias
+    if not biases:
+        return ()
     if len(biases) > MAX_BIASES:
         raise InvalidRequest(f"logit_bias has {len(biases)} tokens; at most {MAX_BIASES}.", param="logit_bias")
     by_token = {_bias_token(key): float(bias) for key, bias in biases.items()}
@@ -214,7 +217,9 @@ def _bias_token(key: str) -> int:
 
 def _bad_words(request: SamplingRequest, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Each text at the beginning of a word and, with a blank in front, inside a sentence: the tokens differ."""
-    words = request.bad_words or []
+    words = request.bad_words
+    if not words:
+        return ()
     if len(words) > MAX_BAD_WORDS or any(len(word) > MAX_BAD_WORD_CHARACTERS for word in words):
         raise InvalidRequest(
             f"bad_words: at most {MAX_BAD_WORDS} of at most {MAX_BAD_WORD_CHARACTERS} characters.", param="bad_words"

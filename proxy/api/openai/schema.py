@@ -296,14 +296,18 @@ class ChatRequest(SamplingRequest, kw_only=True):
         if isinstance(given, str):
             self.messages = PlainTurn([ChatMessage("user", given)])
 
-    def unsupported(self) -> dict[str, bool]:
+    def unsupported(self) -> list[str]:
         """See `Refused.unsupported`."""
-        return super().unsupported() | {
-            "best_of": self.best_of not in (None, self.n or 1),
-            "modalities": any(kind != "text" for kind in self.modalities or ()),
-            "chat_template": self.chat_template is not None,
-            "documents": bool(self.documents),
-        }
+        found = super().unsupported()
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            found.append("best_of")
+        if self.modalities is not None and any(kind != "text" for kind in self.modalities):
+            found.append("modalities")
+        if self.chat_template is not None:
+            found.append("chat_template")
+        if self.documents:
+            found.append("documents")
+        return found
 
 
 class CompletionRequest(SamplingRequest, kw_only=True):
@@ -328,10 +332,13 @@ class CompletionRequest(SamplingRequest, kw_only=True):
         bool | None, Meta(description="put the tokenizer's own tokens around each text; default: true")
     ] = None
 
-    def unsupported(self) -> dict[str, bool]:
+    def unsupported(self) -> list[str]:
         """See `Refused.unsupported`."""
-        return super().unsupported() | {
-            "suffix": bool(self.suffix),
-            "logprobs": self.logprobs is True,  # a number here
-            "stop": self.stop is True,  # there is no session to stop
-        }
+        found = super().unsupported()
+        if self.suffix:
+            found.append("suffix")
+        if self.logprobs is True:  # a number here
+            found.append("logprobs")
+        if self.stop is True:  # there is no session to stop
+            found.append("stop")
+        return found

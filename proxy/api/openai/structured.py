@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -18,12 +19,20 @@ _REFUSED_OPTIONS = (
 )
 
 
+_asking = attrgetter(
+    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"
+)
+_NOTHING_ASKED = (None,) * 6
+
+
 def grammar_of(request: SamplingRequest) -> tuple[str, Grammar] | None:
     """The field that asks for a form, and the form; None when the answer is free text. Not yet validated.
 
     Raises:
         InvalidRequest: two fields ask for one, or a field has no schema, a type that does not exist, or no choice.
     """
+    if _asking(request) == _NOTHING_ASKED:
+        return None
     asked = dict(_all_asked(request))
     if len(asked) > 1:
         raise InvalidRequest(

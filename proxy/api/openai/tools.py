@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -138,8 +137,7 @@ def _named(name: Any, functions: tuple[Function, ...], field: str) -> Function:
 # -- what that means for one model -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ToolSide:
+class ToolSide(msgspec.Struct, frozen=True):
     """What tools change about prompt, tokens and answer."""
 
     tools: tuple[dict[str, Any], ...] = ()

@@ -15,7 +15,7 @@ from proxy.api.answering import prompt_alone
 from proxy.api.http import Client, Exchange
 from proxy.api.openai.sampling import check_token_ids
 from proxy.api.openai.schema import ChatMessage, ChatRequest, Tool
-from proxy.api.requests import deadline, decoded, documented, service_of
+from proxy.api.requests import Deadline, decoded, documented, service_of
 from proxy.models.served_model import ServedModel
 
 router = APIRouter(tags=["vLLM"])
@@ -95,17 +95,15 @@ async def detokenize(request: Request) -> Response:
 async def _tokenize(client: Client, model: ServedModel, body: TokenizeRequest, arrived: float) -> None:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("Send either prompt or messages.", param="prompt")
-    with model.dispatcher.admit():  # the threads that tokenise are shared with everybody
-        async with deadline(model, arrived):
-            if body.messages is not None:
-                tokens = await _of_messages(model, body, body.messages)
-            else:
-                tokens = await _of_text(
-                    model, body.prompt or "", add_special_tokens=body.add_special_tokens is not False
-                )
-            names = None
-            if body.return_token_strs:
-                names = await model.off_loop_if_large(len(tokens), lambda: _names(model, tokens))
+    # The threads that tokenise are shared with everybody.
+    with model.dispatcher.admit(), Deadline(model, arrived):
+        if body.messages is not None:
+            tokens = await _of_messages(model, body, body.messages)
+        else:
+            tokens = await _of_text(model, body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+        names = None
+        if body.return_token_strs:
+            names = await model.off_loop_if_large(len(tokens), lambda: _names(model, tokens))
     await client.reply(Tokens(len(tokens), model.max_model_len, tokens, names))
 
 
@@ -133,11 +131,10 @@ async def _of_messages(model: ServedModel, body: TokenizeRequest, messages: list
 async def _detokenize(client: Client, model: ServedModel, body: DetokenizeRequest, arrived: float) -> None:
     _check_size("tokens", body.tokens)
     check_token_ids(body.tokens, model.tokenizer, "tokens")
-    with model.dispatcher.admit():
-        async with deadline(model, arrived):
-            text = await model.off_loop_if_large(
-                len(body.tokens), lambda: model.tokenizer.decode(body.tokens, skip_special_tokens=False)
-            )
+    with model.dispatcher.admit(), Deadline(model, arrived):
+        text = await model.off_loop_if_large(
+            len(body.tokens), lambda: model.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        )
     await client.reply(Detokenized(text))
 
 

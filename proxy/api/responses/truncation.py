@@ -15,7 +15,7 @@ from proxy.api.answering import prompt_alone
 from proxy.api.field_names import FieldNames
 from proxy.api.http import Client
 from proxy.api.openai.schema import ChatMessage, ChatRequest
-from proxy.api.requests import deadline
+from proxy.api.requests import Deadline
 from proxy.models.served_model import ServedModel
 
 
@@ -41,9 +41,8 @@ async def answer_what_fits(
         EPDError: nothing was told; `ContextLengthExceeded`: not even the last turn fits.
     """
     first, starts = _instructions(chat.messages), _starts(chat.messages)
-    with model.dispatcher.admit():
-        async with deadline(model, arrived):
-            choice = await _least(len(starts), lambda one: _fits(model, _without(chat, first, starts[one])))
+    with model.dispatcher.admit(), Deadline(model, arrived):
+        choice = await _least(len(starts), lambda one: _fits(model, _without(chat, first, starts[one])))
     while True:
         try:
             with names.without(first, starts[choice] - first):

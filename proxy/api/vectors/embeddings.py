@@ -23,7 +23,7 @@ from proxy.api.http import Client, Exchange
 from proxy.api.openai.length import cut_of
 from proxy.api.openai.prompt import token_prompts
 from proxy.api.openai.schema import ChatMessage, ChatRequest
-from proxy.api.requests import deadline, decoded, documented, service_of
+from proxy.api.requests import Deadline, decoded, documented, service_of
 from proxy.api.vectors.common import MAX_INPUTS, Vectors, VectorUsage, one_by_one, pooled
 from proxy.models.served_model import ServedModel
 
@@ -170,7 +170,7 @@ async def _vectors(
     model.require(images=False)
     model.require_task(pooling)
     with model.dispatcher.admit():
-        async with deadline(model, arrived):
+        with Deadline(model, arrived):
             prompts = await _prompts(model, body)
         found = await pooled(model, request_id, prompts, pooling, arrived, body.priority or 0)
     return Vectors(await one_by_one(found.values, lambda vector: tuple(_cut(vector, body))), found.prompt_tokens)

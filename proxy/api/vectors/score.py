@@ -21,7 +21,7 @@ from proxy.api.http import Client, Exchange
 from proxy.api.lightllm.errors import use_native_errors
 from proxy.api.openai.length import cut_of
 from proxy.api.openai.prompt import naming, token_prompts
-from proxy.api.requests import deadline, decoded, documented, service_of
+from proxy.api.requests import Deadline, decoded, documented, service_of
 from proxy.api.vectors.common import MAX_INPUTS, Vectors, VectorUsage, one_by_one, pooled
 from proxy.api.vectors.embeddings import default_pooling
 from proxy.models.served_model import ServedModel
@@ -215,11 +215,10 @@ async def _get_score(client: Client, model: ServedModel, body: RewardRequest, ar
     model.require(images=False)
     model.require_task(_SCORE)
     with model.dispatcher.admit():
-        async with deadline(model, arrived):
-            with naming("chat"):
-                # The template has put all special tokens there already.
-                prompt = tuple(await model.encode_text(body.chat, add_special_tokens=False))
-                model.check_context(len(prompt), 0)
+        with Deadline(model, arrived), naming("chat"):
+            # The template has put all special tokens there already.
+            prompt = tuple(await model.encode_text(body.chat, add_special_tokens=False))
+            model.check_context(len(prompt), 0)
         found = await pooled(model, Head.new("reward", "").id, [prompt], _SCORE, arrived)
     await client.reply(Reward(found.values[0][0], found.prompt_tokens))
 
@@ -246,9 +245,8 @@ def _listed(texts: _Texts) -> list[str]:
 async def _rewards(job: _Job, pairs: Sequence[tuple[str, str]]) -> Vectors:
     """Each pair is one sequence, joined as the tokenizer joins pairs."""
     among = sum(len(first) + len(second) for first, second in pairs)
-    async with deadline(job.model, job.arrived):
-        with naming(job.field):
-            prompts = [await _joined(job, *pair, among) for pair in pairs]
+    with Deadline(job.model, job.arrived), naming(job.field):
+        prompts = [await _joined(job, *pair, among) for pair in pairs]
     return await job.pooled(prompts, _SCORE)
 
 
@@ -269,7 +267,7 @@ async def _cosines(job: _Job, pairs: Sequence[tuple[str, str]]) -> Vectors:
     """A text that stands in several pairs is computed once."""
     model = job.model
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    async with deadline(model, job.arrived):
+    with Deadline(model, job.arrived):
         prompts = await token_prompts(list(texts), model, field=job.field, limit=len(texts), completion=0, cut=job.cut)
     found = await job.pooled(prompts, Pooling(default_pooling(model)))
     vectors = dict(zip(texts, found.values, strict=True))
