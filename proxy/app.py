@@ -10,7 +10,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from typing import Any
@@ -260,12 +260,12 @@ class _Edge:
         OUTCOME.set(outcome)
         ERROR_WORDS.set(_ERROR_WORDS.get(scope["path"]))
 
-        async def send_with_id(message: Message) -> None:
+        def send_with_id(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 outcome.status = message["status"]
                 # Its body may have named it.
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", REQUEST_ID.get().encode())]
-            await send(message)
+            return send(message)
 
         try:
             with self._budget.lease():

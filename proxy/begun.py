@@ -19,6 +19,8 @@ class Begun(Generic[T]):
         coroutine: to begin. What it raises in its first step is raised here.
     """
 
+    __slots__ = ("_steps", "_value", "_wanted", "is_done")
+
     def __init__(self, coroutine: Awaitable[T]) -> None:
         self._steps: Generator[object, object, T] = coroutine.__await__()
         self._value: T | None = None

@@ -351,7 +351,10 @@ class WorkerConnection:
                 self.pictures.remember(content)
         sink = self._in_hand.take_encode(key)
         if sink is not None:
-            self._judge(result.error, is_end=True)
+            if result.error is None:
+                self.circuit.succeeded()
+            else:
+                self._judge(result.error)
             self._tell(sink, result)
 
     def _deliver(self, output: TokenOutput) -> None:
@@ -360,14 +363,15 @@ class WorkerConnection:
             self.ledger.begun(request_id, units=output.prompt_tokens - output.cached_tokens)
         sink = in_hand.take_generation(request_id) if is_end else in_hand.generations.get(request_id)
         if sink is not None:  # aborted requests still send their last words
-            self._judge(output.error, is_end=is_end)
+            if output.error is None:
+                self.circuit.succeeded()
+            elif is_end:
+                self._judge(output.error)
             self._tell(sink, output)
 
-    def _judge(self, error: ErrorInfo | None, *, is_end: bool) -> None:
-        """Note whether the worker does its work. What it refuses says nothing of that; nor what another one causes."""
-        if error is None:
-            self.circuit.succeeded()
-        elif is_end and error.code == InternalError.code:
+    def _judge(self, error: ErrorInfo) -> None:
+        """Note a failure. What the worker refuses says nothing of it; nor what another one causes."""
+        if error.code == InternalError.code:
             self.circuit.failed()
             if not self.circuit.lets_through:
                 log.warning("%s failed too often and gets nothing for a while: %s", self.member.address, error.message)
