@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from epd.errors import ClientError, EPDError, RequestTooLarge, ShuttingDown, Unauthorized
+from proxy.api.json_body import Body
 from proxy.begun import Begun
 from proxy.byte_budget import hold
 from proxy.request_context import ERROR_WORDS, note_client_left
@@ -32,8 +33,6 @@ _FIRST_LOOK_S = 0.02
 """A client that leaves sooner is found out then."""
 STALLED_CLIENT_S = 120.0
 """A client that takes nothing for so long is treated as gone."""
-LARGE_BYTES = 1 << 20
-"""Bodies from which copying and decoding leave the event loop, or are done in pieces."""
 RETRY_AFTER_S = 1
 LONGEST_RETRY_AFTER_S = 60
 
@@ -75,7 +74,7 @@ class RequestTimeout(ClientError):
     code = "request_timeout"
 
 
-async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+async def read_body(request: Request, max_bytes: int, timeout_s: float) -> Body:
     """The body, kept no further than the limit. The server drops what still comes, so that the client reads why.
 
     Raises:
@@ -111,17 +110,13 @@ def _checked(message: Message, size: int, max_bytes: int) -> bytes:
     return piece
 
 
-async def _read_on(request: Request, first: Begun[Message], max_bytes: int) -> bytes:
-    message = await first
-    pieces = [_checked(message, 0, max_bytes)]
-    size = len(pieces[0])
+async def _read_on(request: Request, first: Begun[Message], max_bytes: int) -> bytearray:
+    message, body = await first, bytearray()  # which grows in place: to join pieces at the end would stop all streams
+    body += _checked(message, 0, max_bytes)
     while message.get("more_body", False):
         message = await request.receive()
-        pieces.append(_checked(message, size, max_bytes))
-        size += len(pieces[-1])
-    if size < LARGE_BYTES:
-        return b"".join(pieces)
-    return await asyncio.to_thread(b"".join, pieces)  # which lets others go on while it copies
+        body += _checked(message, len(body), max_bytes)
+    return body
 
 
 class Client:

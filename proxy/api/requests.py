@@ -13,7 +13,7 @@ from fastapi import Request
 from epd.errors import DeadlineExceeded, InvalidRequest
 from proxy.api.documentation import EVENT, REF
 from proxy.api.http import JSON, read_body
-from proxy.api.json_body import decode_body
+from proxy.api.json_body import Body, decode_body
 from proxy.dispatch.dispatcher import Preparation
 from proxy.models.served_model import ServedModel
 from proxy.request_context import REQUEST_ID, REQUEST_ID_PATTERN
@@ -32,7 +32,7 @@ def service_of(request: Request) -> Service:
     return service
 
 
-async def read_request(request: Request) -> bytes:
+async def read_request(request: Request) -> Body:
     """The body as it came, within the limits of the server.
 
     Raises:

@@ -120,8 +120,9 @@ async def test_pd_comes_back_as_another(cluster: Cluster) -> None:
     await again.stop()
 
 
-async def test_restart_without_a_disconnect_is_noticed(cluster: Cluster) -> None:
+async def test_restart_without_a_disconnect_is_noticed(start_cluster: ClusterFactory) -> None:
     """The pong of another incarnation: whatever was in hand is lost, and the new one gets it."""
+    cluster = await start_cluster(failover_wait=10)
     cluster.pd.script = cluster.pd.say_nothing
     task = asyncio.create_task(cluster.chat("x"))
     await cluster.pd.until(lambda: len(cluster.pd.requests) == 1)

@@ -15,7 +15,7 @@ from epd.errors import InvalidRequest
 from epd.types import SamplingParams, WorkerRole
 from proxy.api.dialect import Head
 from proxy.api.http import Client, Exchange
-from proxy.api.json_body import decode_body
+from proxy.api.json_body import Body, decode_body
 from proxy.api.lightllm.answer import NativeAnswer, NativeDialect, StreamFrame, TGIAnswer, TGIDialect
 from proxy.api.lightllm.docs import native_documentation
 from proxy.api.lightllm.errors import naming_native_fields, use_native_errors
@@ -76,7 +76,7 @@ async def generate_either(request: Request) -> Response:
     return _answered(request, body, arrived, stream=bool(body.stream), is_root=True)
 
 
-async def answer(request: Request, body: bytes, arrived: float) -> Response:
+async def answer(request: Request, body: Body, arrived: float) -> Response:
     """Answer `POST /generate` with `inputs`.
 
     Args:

@@ -19,7 +19,7 @@ from epd.errors import InvalidRequest
 from epd.types import SamplingParams
 from proxy.api.dialect import DONE, Head, News, ServerSent, Timings, server_sent
 from proxy.api.http import Exchange
-from proxy.api.json_body import decode_body
+from proxy.api.json_body import Body, decode_body
 from proxy.api.lightllm.answer import finite
 from proxy.api.lightllm.raw_answer import RawRequest, answer_raw
 from proxy.api.lightllm.token_native_schema import (
@@ -59,7 +59,7 @@ class TokenNativeAnswer(Struct):
     meta_info: MetaInfo
 
 
-async def answer_sglang(request: Request, body: bytes, arrived: float) -> Response:
+async def answer_sglang(request: Request, body: Body, arrived: float) -> Response:
     """Answer `POST /generate` with `text`, or with `input_ids` and `sampling_params`.
 
     Args:
@@ -86,7 +86,7 @@ async def answer_sglang(request: Request, body: bytes, arrived: float) -> Respon
     )
 
 
-async def answer_new_lmdeploy(request: Request, body: bytes, arrived: float) -> Response:
+async def answer_new_lmdeploy(request: Request, body: Body, arrived: float) -> Response:
     """Answer `POST /generate` with a `prompt` or `input_ids` in the words of today's LMDeploy; as `answer_sglang`."""
     asked = decode_body(body, NewLMDeployRequest)
     asked.check()

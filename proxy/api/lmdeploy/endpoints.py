@@ -11,7 +11,7 @@ from starlette.responses import Response
 from epd.errors import InvalidRequest
 from proxy.api.dialect import Head
 from proxy.api.http import Client, Exchange
-from proxy.api.json_body import decode_body
+from proxy.api.json_body import Body, decode_body
 from proxy.api.lmdeploy.answer import INTERACTIVE, OLD, Framing, LMDeployDialect
 from proxy.api.lmdeploy.schema import DEFAULT_OUTPUT_LEN, InteractiveRequest, LMDeployAnswer, LMDeployRequest
 from proxy.api.lmdeploy.session_turns import Asked, Told, answer_turn, session_key, stop_turn
@@ -27,7 +27,7 @@ router = APIRouter(tags=["LMDeploy"])
 DOCUMENTED = (LMDeployRequest, InteractiveRequest, LMDeployAnswer)
 
 
-async def answer(request: Request, body: bytes, arrived: float) -> Response:
+async def answer(request: Request, body: Body, arrived: float) -> Response:
     """Answer `POST /generate` with a `prompt`.
 
     Args:
