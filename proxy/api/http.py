@@ -74,6 +74,11 @@ class RequestTimeout(ClientError):
     code = "request_timeout"
 
 
+def header(scope: Scope, name: bytes) -> bytes:
+    """The value of the first header of that name, in small letters; empty: there is none."""
+    return next((value for given, value in scope["headers"] if given == name), b"")
+
+
 async def read_body(request: Request, max_bytes: int, timeout_s: float) -> Body:
     """The body, kept no further than the limit. The server drops what still comes, so that the client reads why.
 
@@ -82,7 +87,7 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> Body:
         RequestTimeout: it took longer.
         Overloaded: all requests together hold too much.
     """
-    announced = request.headers.get("content-length", "")
+    announced = header(request.scope, b"content-length")
     if announced.isdigit() and int(announced) > max_bytes:
         raise _too_large(max_bytes)
     first = Begun(request.receive())

@@ -12,7 +12,7 @@ from fastapi import Request
 
 from epd.errors import DeadlineExceeded, InvalidRequest
 from proxy.api.documentation import EVENT, REF
-from proxy.api.http import JSON, read_body
+from proxy.api.http import JSON, header, read_body
 from proxy.api.json_body import Body, decode_body
 from proxy.dispatch.dispatcher import Preparation
 from proxy.models.served_model import ServedModel
@@ -67,10 +67,10 @@ async def decoded(request: Request, kind: type[T]) -> T:
 
 def _check_content_type(request: Request) -> None:
     """Refuse what forms and scripts of other web sites may send without asking first, and be as strict as vLLM."""
-    said = request.headers.get("content-type", "")
-    if said == JSON:
+    said = header(request.scope, b"content-type")
+    if said == JSON.encode():
         return
-    given = said.partition(";")[0].strip().lower()
+    given = said.decode("latin-1").partition(";")[0].strip().lower()
     if given != JSON and not (given.startswith("application/") and given.endswith("+json")):
         raise InvalidRequest(
             f"The header Content-Type is {given[:100] or 'missing'}; send Content-Type: {JSON} "

@@ -151,7 +151,8 @@ class Attempt:
 
     async def abort(self, *samples: Sample) -> None:
         """Stop samples at the PD."""
-        await self.pd.abort(*(sample.request_id for sample in samples))
+        if samples:
+            await self.pd.abort(*(sample.request_id for sample in samples))
 
     async def stop(self) -> None:
         """Stop all that still runs. Nothing is heard of it afterwards."""

@@ -217,9 +217,9 @@ class Generation:
         self._is_closed = True  # a PD that fails while others are told finds no heir any more
         for task in self._chores:
             task.cancel()
+        unfinished = [sample for sample in self._samples if not sample.finished]
         for attempt in list(self._attempts):
-            # What it lost a moment ago may still be in hand there.
-            await attempt.abort(*(sample for sample in self._samples if not sample.finished))
+            await attempt.abort(*unfinished)  # what it lost a moment ago may still be in hand there
             await attempt.stop()
         self._let_go()
 
