@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from epd.bench.http_client import HttpClient
 from epd.cluster_view import ClusterView
 from epd.demo import CHECKPOINT_DIR
 from tests.cluster.harness import Process
@@ -123,6 +125,18 @@ class FaultCluster:
             return ""
         return f"{len(ready & workers)} of {len(workers)} workers ready, {len(others)} too many: {view}"
 
+    async def worker_errors(self) -> dict[str, int]:
+        """Address of a worker → what it says went wrong in it, malformed messages included."""
+        views = [view for proxy in self.proxies if (view := await self.view(proxy)) is not None]
+        return {one.address: one.errors or 0 for view in views for one in view.workers}
+
+    async def retries(self, role: str) -> float:
+        """Work of that role that proxies have given to another worker, in all."""
+        urls = [self.url(proxy) for proxy in self.proxies if self.is_running(proxy)]
+        figures = "".join([await _figures(url) for url in urls])
+        found = re.findall(rf'^epd_retries_total{{.*role="{role}".*}} (\S+)$', figures, re.MULTILINE)
+        return sum(map(float, found))
+
     async def wait_idle(self, timeout_s: float = 10.0) -> str:
         """Wait until no request is left anywhere. Returns what is left at the deadline; empty: nothing."""
         deadline = time.monotonic() + timeout_s
@@ -198,6 +212,15 @@ class FaultCluster:
     def relays_of(self, role: str) -> Iterable[Relay]:
         """Those of the encoders or of the PDs."""
         return [relay for name, relay in self.relays.items() if name.startswith(role)]
+
+
+async def _figures(base_url: str) -> str:
+    """What a proxy tells Prometheus."""
+    pieces: list[bytes] = []
+    client = HttpClient(base_url.removesuffix("/v1"))
+    with contextlib.closing(client):
+        await client.request("GET", "/metrics?format=prometheus", on_body=pieces.append)
+    return b"".join(pieces).decode()
 
 
 @asynccontextmanager

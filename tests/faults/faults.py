@@ -25,6 +25,8 @@ from tests.faults.cluster import KEY_PREFIX, FaultCluster
 from tests.faults.traffic import Traffic, make_request
 
 _PAUSE_S = 5.0
+_SHOWS_WITHIN_S = 10.0
+"""What a fault did shows in figures within so long, on few cores."""
 _SLOW_S = 0.1
 _BURST = 400
 _PICTURES = 200
@@ -72,6 +74,8 @@ class Fault:
     """A further process that runs during this fault."""
     excuses: tuple[str, ...] = ()
     """Proxies that it kills: their connections break."""
+    interrupts: str = ""
+    """Role whose work it must hit, and another worker go on with: else it showed nothing."""
 
 
 # -- processes that die ------------------------------------------------------------------------------------------------
@@ -82,6 +86,14 @@ def _kill(name: str) -> Step:
         scene.cluster.kill(name)
 
     return strike
+
+
+async def _until(condition: Callable[[], Awaitable[bool]]) -> bool:
+    """Whether it holds in time."""
+    deadline = time.monotonic() + _SHOWS_WITHIN_S
+    while not (holds := await condition()) and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+    return holds
 
 
 async def _restart_missing(scene: Scene) -> None:
@@ -154,6 +166,7 @@ async def _flush(scene: Scene) -> None:
 async def _send_garbage(scene: Scene) -> None:
     """Random bytes, and messages that look right, to every port of every process."""
     rng = random.Random("garbage")
+    before = await scene.cluster.worker_errors()
     ports = [*scene.cluster.ports.values(), *(relay.port for relay in scene.cluster.relays.values())]
     for port in ports:
         await asyncio.to_thread(_random_bytes, port, rng)
@@ -162,6 +175,12 @@ async def _send_garbage(scene: Scene) -> None:
     ]
     for port in workers:
         await asyncio.to_thread(_forged_messages, port, rng)
+
+    async def all_have_counted() -> bool:
+        return all(count > before.get(worker, 0) for worker, count in (await scene.cluster.worker_errors()).items())
+
+    if not await _until(all_have_counted):
+        scene.problems.append(f"a worker counted no malformed message: {await scene.cluster.worker_errors()}")
 
 
 def _random_bytes(port: int, rng: random.Random) -> None:
@@ -321,7 +340,7 @@ async def _rolling_restart(scene: Scene) -> None:
 
 FAULTS = (
     Fault(name="encoder", title="kill -9 of an encoder", strike=_kill("encoder_0"), mend=_restart_missing),
-    Fault(name="pd", title="kill -9 of a PD", strike=_kill("pd_0"), mend=_restart_missing),
+    Fault(name="pd", title="kill -9 of a PD", strike=_kill("pd_0"), mend=_restart_missing, interrupts="pd"),
     Fault(
         name="proxy",
         title="kill -9 of a proxy",
@@ -330,7 +349,7 @@ FAULTS = (
         excuses=("proxy_0",),
     ),
     Fault(name="redis", title="kill -9 of Redis, started again empty", strike=_kill_redis, mend=_start_redis),
-    Fault(name="stop-pd", title="SIGSTOP of a PD for 5 s", strike=_stop_for_a_while("pd_1")),
+    Fault(name="stop-pd", title="SIGSTOP of a PD for 5 s", strike=_stop_for_a_while("pd_1"), interrupts="pd"),
     Fault(name="stop-encoder", title="SIGSTOP of an encoder for 5 s", strike=_stop_for_a_while("encoder_1")),
     Fault(
         name="slow",
@@ -339,7 +358,7 @@ FAULTS = (
         mend=_fast,
         is_over_when_mended=True,
     ),
-    Fault(name="cut-pd", title="partition: a PD", strike=_cut("pd_0"), mend=_heal("pd_0")),
+    Fault(name="cut-pd", title="partition: a PD", strike=_cut("pd_0"), mend=_heal("pd_0"), interrupts="pd"),
     Fault(name="cut-encoder", title="partition: an encoder", strike=_cut("encoder_0"), mend=_heal("encoder_0")),
     Fault(name="cut-redis", title="partition: Redis from the proxies", strike=_cut("redis"), mend=_heal("redis")),
     Fault(name="lease", title="lost leases: all keys deleted", strike=_lose_leases),

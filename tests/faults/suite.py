@@ -63,11 +63,14 @@ class Suite:
         excused = {self.cluster.url(proxy) for proxy in fault.excuses}
         traffic = Traffic(Asker(self.cluster.urls, excused), self.pool, self.plan.rate, self.plan.seed)
         scene = Scene(self.cluster, traffic)
+        retries = await self.cluster.retries(fault.interrupts) if fault.interrupts else 0
         traffic.start()
         try:
             at = await self._strike_and_mend(fault, scene)
         finally:
             await traffic.stop()
+        if fault.interrupts and await self.cluster.retries(fault.interrupts) <= retries:
+            scene.problems.append(f"no {fault.interrupts} had work that another went on with: nothing was shown")
         if fault.spare:
             await self.cluster.end(fault.spare)
         if left := await self.cluster.wait_idle():
