@@ -104,10 +104,20 @@ class Site:
             yield traffic
             await traffic.answered(STREAMS)
         finally:
+            for host in self.hosts.values():  # what failed here is not to fail the next test too
+                host.heal()
+                host.mend()
             await traffic.stop()
         told = Counter(outcome.verdict for outcome in traffic.outcomes)
         wrong = [one for one in traffic.outcomes if one.verdict is not Verdict.RIGHT]
         assert not wrong, f"{told}: {wrong[:5]}\n{self.cluster.logs()}"
+
+    async def asked(self, *workers: str) -> list[int]:
+        """Pictures (encoders) or prompt tokens (PDs) that each was asked for since its start, as a proxy knows."""
+        view = await self.cluster.view(PROXIES[0])
+        assert view is not None
+        queries = {one.address: one.cache_queries for one in view.workers}
+        return [queries[self.cluster.address(name)] for name in workers]
 
     async def noticed(self, *left: str) -> None:
         """Wait until all proxies have these workers, and only these."""
@@ -184,13 +194,18 @@ def test_an_encoder_that_can_not_reach_one_prefill_decode_worker(site: Site) -> 
 
 
 def test_a_slow_link_that_drops_packets(site: Site) -> None:
-    bad: list[Host] = [site.hosts["pd1"], site.hosts["encoder1"]]
+    names = ("pd1", "encoder1")
+    bad: list[Host] = [site.hosts[name] for name in names]
 
     async def scenario() -> None:
         async with site.traffic(seed=3) as traffic:
             for host in bad:
                 host.impair(delay_ms=20, loss=0.02)
+            before = await site.asked(*names)
             await traffic.answered(20)
+            async with asyncio.timeout(NOTICED_WITHIN_S):  # the others may be chosen first
+                while not all(now > then for now, then in zip(await site.asked(*names), before, strict=True)):
+                    await traffic.answered(1)
             for host in bad:
                 host.mend()
 
