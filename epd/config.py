@@ -17,6 +17,7 @@ from epd.access_options import AccessOptions, check_keys
 from epd.addresses import endpoints, listening_endpoint
 from epd.errors import ConfigError
 from epd.gateway_options import GatewayOptions
+from epd.model_options import DeviceOptions, EngineOptions, MediaOptions
 from epd.options import option, required, secret_option
 from metastore.config import MetastoreConfig
 
@@ -83,7 +84,7 @@ class ModelConfig(ProcessConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProxyConfig(GatewayOptions, AccessOptions, ProcessConfig):
+class ProxyConfig(GatewayOptions, AccessOptions, MediaOptions, ProcessConfig):
     """The HTTP front."""
 
     model: Path | None = option(
@@ -103,9 +104,6 @@ class ProxyConfig(GatewayOptions, AccessOptions, ProcessConfig):
     pd_addr_list: tuple[str, ...] = option((), "addresses of prefill-decode workers", metavar="ADDR")
     transfer_protocol: str | None = option(
         None, "what the addresses in these lists must be; default: as each is written", choices=("ipc", "tcp")
-    )
-    allowed_local_media_path: Path | None = option(
-        None, "folder whose pictures file:// URLs may name; none: file:// is refused", metavar="DIR"
     )
     served_model_name: str | None = option(None, "name of the model in the API; default: --model as given")
     max_model_len: int | None = option(
@@ -153,15 +151,6 @@ class ProxyConfig(GatewayOptions, AccessOptions, ProcessConfig):
     max_images_per_request: int = option(32, "most pictures in one request", minimum=1)
     max_stop_strings: int = option(16, "most stop strings of one request", minimum=1)
     media_timeout: float = option(10.0, "seconds that fetching a picture may take", minimum=0.001)
-    allowed_media_domains: tuple[str, ...] = option(
-        (),
-        "hosts that pictures may be fetched from (example.com, *.example.com for those below), redirects included; "
-        "default: all with a public address",
-        metavar="HOST",
-    )
-    allowed_private_media: tuple[str, ...] = option(
-        (), "private networks that pictures may be fetched from (127.0.0.0/8); default: none", metavar="CIDR"
-    )
     use_tgi_api: bool = option(
         False, "answer /generate, /generate_stream and POST / as TGI does, whichever parameters a request has"
     )
@@ -213,7 +202,7 @@ class ProxyConfig(GatewayOptions, AccessOptions, ProcessConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig(ModelConfig):
+class WorkerConfig(DeviceOptions, ModelConfig):
     """What encoder and prefill-decode workers share."""
 
     served_model_name: str | None = option(
@@ -229,17 +218,6 @@ class WorkerConfig(ModelConfig):
         metavar="HOST:PORT",
     )
     proxy_addr: tuple[str, ...] = option((), "proxies to announce this worker to", metavar="ADDR")
-    device: str = option("auto", "where the model runs; auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
-    load_format: str = option(
-        "auto",
-        "dummy: random weights, for measurements; no weight files needed",
-        choices=("auto", "dummy"),
-    )
-    dtype: str = option(
-        "auto",
-        "precision of weights and embeddings; auto: the checkpoint's",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
     threads: int | None = option(None, "CPU threads of the model; default: one per core", minimum=1)
     share_cores: Path | None = option(
         None,
@@ -294,14 +272,9 @@ class EncoderConfig(WorkerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefillDecodeConfig(WorkerConfig):
+class PrefillDecodeConfig(EngineOptions, WorkerConfig):
     """A prefill-decode worker: the language model and nothing else."""
 
-    task: str = option(
-        "generate",
-        "what the model is served for; score: a reward model with one label; embed: embeddings, no head needed",
-        choices=("generate", "score", "embed"),
-    )
     tp: int = option(
         1,
         "processes that share the model, each with its part of the heads (tensor parallel); on GPUs, one each",
@@ -319,18 +292,6 @@ class PrefillDecodeConfig(WorkerConfig):
         "0: no limit; default: 60 on a CPU, 0 on a GPU",
         minimum=0,
     )
-    max_model_len: int | None = option(None, "context in tokens; default: the model's", minimum=1)
-    quantization: str = option(
-        "none",
-        "int8: round an ordinary checkpoint's linear layers to eight bits at start, on a CPU",
-        choices=("none", "int8"),
-    )
-    compile: str = option(
-        "auto",
-        "compile steps on a CPU, in the background while they run uncompiled; auto: a 16-bit model that is large "
-        "enough to gain, where a C++ compiler is installed",
-        choices=("auto", "on", "off"),
-    )
     gpu_memory_utilization: float = option(0.9, "share of the device's memory to use, weights and KV cache together")
     kv_cache_memory_bytes: int | None = option(
         None,
@@ -340,15 +301,6 @@ class PrefillDecodeConfig(WorkerConfig):
     block_size: int | None = option(None, "tokens in one KV block; default: 16 on a CPU, 256 on a GPU", minimum=1)
     enable_prefix_caching: bool = option(
         True, "keep computed prompts and answers in free KV memory for requests that begin with the same"
-    )
-    enable_cuda_graphs: bool = option(
-        True, "on a GPU, replay decode steps as CUDA graphs; without, a start is faster and a step slower"
-    )
-    pipelining: str = option(
-        "auto",
-        "launch a step before the tokens of the one before it are read, so that the device need not wait; "
-        "auto: on a GPU; on: on a CPU too, where it gains nothing",
-        choices=("auto", "on", "off"),
     )
     embedding_store_bytes: int = option(256 << 20, "memory for embeddings that arrived, in bytes", minimum=0)
     max_waiting: int = option(1024, "requests waiting at most; more are refused as overloaded", minimum=1)

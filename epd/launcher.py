@@ -29,6 +29,7 @@ from epd.access_options import API_KEY_VARIABLE, AccessOptions
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 from epd.gateway_options import GatewayOptions
+from epd.model_options import DeviceOptions, EngineOptions, MediaOptions
 from epd.up_config import UpConfig
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,10 @@ _PR_SET_PDEATHSIG = 1
 _ACCESS_FLAGS = tuple(
     option.name for option in fields(AccessOptions) if option.name not in ("api_key", "allowed_origins")
 )
-_GATEWAY_FLAGS = tuple(option.name for option in fields(GatewayOptions))
+_GATEWAY_FLAGS, _MEDIA_FLAGS, _ENGINE_FLAGS, _DEVICE_FLAGS = (
+    tuple(option.name for option in fields(options))
+    for options in (GatewayOptions, MediaOptions, EngineOptions, DeviceOptions)
+)
 _COMMAND = (sys.executable, "-m", "epd")
 
 
@@ -63,15 +67,12 @@ def plan_cluster(config: UpConfig, folder: Path) -> list[ChildSpec]:
     encoders = [str(folder / f"encoder_{i}") for i in range(config.encoders)]
     pds = [str(folder / f"prefill_decode_{i}") for i in range(config.pds)]
     everywhere = _flags(config, "log_level", "cluster_keys", "metastore_client_config")
-    worker = _flags(config, "model", "load_format", "device", "dtype", "profile_dir") + everywhere
+    worker = _flags(config, "model", "profile_dir", *_DEVICE_FLAGS) + everywhere
     threads = config.threads or _threads_per_worker(config)
     worker += ("--threads", str(threads))
     if config.encoders and _get_in_each_others_way(threads):
         worker += ("--share-cores", str(folder / "turns"))
-    generate = worker + _flags(
-        config, "task", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "quantization", "compile", "tp",
-        "pipelining", "enable_cuda_graphs",
-    )  # fmt: skip
+    generate = worker + _flags(config, "max_num_seqs", "kv_cache_memory_bytes", "tp", *_ENGINE_FLAGS)
     plan = [ChildSpec(Path(a).name, ("encoder", "--worker-addr", a, *worker)) for a in encoders]
     plan += [ChildSpec(Path(a).name, ("pd", "--worker-addr", a, *generate)) for a in pds]
     return plan + [_plan_proxy(config, folder, i, encoders, pds) for i in range(config.proxies)]
@@ -99,9 +100,6 @@ def _plan_proxy(config: UpConfig, folder: Path, index: int, encoders: list[str],
         "model",
         "host",
         "max_model_len",
-        "allowed_local_media_path",
-        "allowed_media_domains",
-        "allowed_private_media",
         "request_timeout",
         "failover_wait",
         "encoder_router",
@@ -112,6 +110,7 @@ def _plan_proxy(config: UpConfig, folder: Path, index: int, encoders: list[str],
         "metastore_client_config",
         *_ACCESS_FLAGS,
         *_GATEWAY_FLAGS,
+        *_MEDIA_FLAGS,
     )
     name = config.served_model_name or ("epd-demo" if config.model == CHECKPOINT_DIR else str(config.model))
     lists = ("--pd-addr-list", *pds) + (("--encode-addr-list", *encoders) if encoders else ())

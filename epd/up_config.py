@@ -10,13 +10,14 @@ from epd.config import ROUTERS, TOOL_CALL_PARSERS, ModelConfig
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 from epd.gateway_options import GatewayOptions
+from epd.model_options import DeviceOptions, EngineOptions, MediaOptions
 from epd.options import option
 
 _LAST_PORT = 65535
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpConfig(GatewayOptions, AccessOptions, ModelConfig):
+class UpConfig(GatewayOptions, AccessOptions, MediaOptions, EngineOptions, DeviceOptions, ModelConfig):
     """A supervised cluster on this host."""
 
     model: Path = option(CHECKPOINT_DIR, "checkpoint folder in Hugging Face format", metavar="DIR")
@@ -27,58 +28,14 @@ class UpConfig(GatewayOptions, AccessOptions, ModelConfig):
     proxies: int = option(1, "HTTP fronts; the second listens on --port + 1, and so on")
     host: str = option("127.0.0.1", "address to serve HTTP on")
     port: int = option(5580, "port to serve HTTP on")
-    device: str = option("auto", "where the models run; auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
-    load_format: str = option(
-        "auto",
-        "dummy: random weights, for measurements; no weight files needed",
-        choices=("auto", "dummy"),
-    )
-    dtype: str = option(
-        "auto",
-        "precision of weights and embeddings; auto: the checkpoint's",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
     threads: int | None = option(
         None, "CPU threads of each worker's model; default: the cores shared among workers of one role", minimum=1
-    )
-    task: str = option("generate", "what the model is served for", choices=("generate", "score", "embed"))
-    max_model_len: int | None = option(None, "context in tokens; default: the model's", minimum=1)
-    quantization: str = option(
-        "none",
-        "int8: round an ordinary checkpoint's linear layers to eight bits at start, on a CPU",
-        choices=("none", "int8"),
-    )
-    compile: str = option(
-        "auto",
-        "compile steps on a CPU, in the background while they run uncompiled; auto: a 16-bit model that is large "
-        "enough to gain, where a C++ compiler is installed",
-        choices=("auto", "on", "off"),
-    )
-    pipelining: str = option(
-        "auto",
-        "launch a step before the tokens of the one before it are read; auto: on a GPU; on: on a CPU too",
-        choices=("auto", "on", "off"),
-    )
-    enable_cuda_graphs: bool = option(
-        True, "on a GPU, replay decode steps as CUDA graphs; without, a start is faster and a step slower"
     )
     max_num_seqs: int | None = option(
         None, "requests that each prefill-decode worker runs at once; default: its own", minimum=1
     )
     kv_cache_memory_bytes: int | None = option(
         None, "memory of each prefill-decode worker for its KV cache, in bytes", minimum=1
-    )
-    allowed_local_media_path: Path | None = option(
-        None, "folder whose pictures file:// URLs may name; none: file:// is refused", metavar="DIR"
-    )
-    allowed_media_domains: tuple[str, ...] = option(
-        (),
-        "hosts that pictures may be fetched from (example.com, *.example.com for those below), redirects included; "
-        "default: all with a public address",
-        metavar="HOST",
-    )
-    allowed_private_media: tuple[str, ...] = option(
-        (), "private networks that pictures may be fetched from (127.0.0.0/8); default: none", metavar="CIDR"
     )
     profile_dir: Path | None = option(
         None,
