@@ -38,7 +38,8 @@ from workers.embedding_cache import EmbeddingCache, EncodedImage
 from workers.embedding_transfer import EmbeddingTransfer
 from workers.encode_pipeline import EncodePipeline, ImageFile, P, StageNote, Vision, for_client
 from workers.images import ImageLimits
-from workers.runtime import Send, WorkerRuntime
+from workers.runtime import WorkerRuntime
+from workers.service import Send
 from workers.stall_watch import Progress
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class _Accepted:
 
 
 class Encoder(Generic[P]):
-    """The encoder's `workers.runtime.Service`.
+    """The encoder's `workers.service.Service`.
 
     Args:
         vision: the model.
@@ -115,7 +116,7 @@ class Encoder(Generic[P]):
         self._draining = False
         self._failed = 0
 
-    # -- workers.runtime.Service -----------------------------------------------------------------------------------
+    # -- workers.service.Service -----------------------------------------------------------------------------------
 
     def handle(self, peer: bytes, message: AnyMessage, buffers: list[memoryview]) -> None:
         """Take a request, an abort or a roster."""

@@ -51,7 +51,7 @@ from workers.engine.request import ImagePlaceholder
 from workers.engine_thread import EngineThread
 from workers.grammar_thread import GrammarThread
 from workers.outbox import Outbox
-from workers.runtime import Send
+from workers.service import Send
 from workers.stall_watch import Progress
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class _Accepted:
 
 
 class PrefillDecodeService:
-    """Implements `workers.runtime.Service` around an engine.
+    """Implements `workers.service.Service` around an engine.
 
     Args:
         engine: not touched by anyone else from now on, but for compiling grammars.

@@ -1,7 +1,7 @@
 """What every worker does beside its work: listen, shake hands, answer pings, announce itself, drain, leave.
 
-The work itself is a `Service`. The runtime calls it on the event loop only, and a malformed or unexpected message
-costs that message, never the process.
+The work itself is a `Service` (`workers.service`). The runtime calls it on the event loop only, and a malformed or
+unexpected message costs that message, never the process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import secrets
 import signal
 import time
 from collections import defaultdict
-from typing import Protocol
 
 import msgspec
 
@@ -27,13 +26,11 @@ from epd.messages import (
     Announcement,
     AnyMessage,
     Hello,
-    Load,
     Pause,
     Ping,
     Pong,
     Profile,
     Refusal,
-    StageStats,
     Welcome,
     WorkerInfo,
 )
@@ -43,7 +40,8 @@ from metastore.base import Record
 from metastore.connect import make_metastore
 from metastore.registry import Registration
 from workers.profiling import Profiler
-from workers.stall_watch import LOOK_INTERVAL_S, Progress, StallWatch
+from workers.service import Service
+from workers.stall_watch import LOOK_INTERVAL_S, StallWatch
 
 log = logging.getLogger(__name__)
 
@@ -60,52 +58,6 @@ MAX_WARNED = 1000
 """Senders of malformed messages that were warned of; of more than these only the count tells."""
 PEER_TIMEOUT_S = 10.0
 """Proxies ping twice a second; one that is silent for so long has gone, and its requests with it."""
-
-
-class Send(Protocol):
-    """Answers a peer. A peer that has vanished is no error for the caller: `Service.peer_gone` tells the service."""
-
-    async def __call__(self, peer: bytes, message: AnyMessage, *buffers: Buffer) -> bool:
-        """True when it was handed to the peer's connection."""
-        ...
-
-
-class Service(Protocol):
-    """The work of one kind of worker. All methods are called on the event loop."""
-
-    def handle(self, peer: bytes, message: AnyMessage, buffers: list[memoryview]) -> None:
-        """Take a message that the runtime does not answer itself. Must not block.
-
-        Raises:
-            ProtocolError: this worker does not take such a message.
-        """
-
-    def peer_gone(self, peer: bytes) -> None:
-        """Stop everything that was done for this peer."""
-
-    async def drain(self) -> None:
-        """Refuse new work from now on; return when the running work is finished and answered."""
-
-    async def hand_over(self) -> None:
-        """End the work that is left with `HandedOver`, so that its askers go on elsewhere; return when they were told.
-
-        Called after `drain`, which may not have returned, when the time for draining is over.
-        """
-
-    async def stop(self) -> None:
-        """End threads and connections. Called once, whether drained or not."""
-
-    def load(self) -> Load:
-        """What `Pong` and the roster show."""
-
-    def progress(self) -> Progress:
-        """Whether the work moves; asked ten times a second."""
-
-    def stages(self) -> dict[str, StageStats]:
-        """Durations since start."""
-
-    def counters(self) -> dict[str, int]:
-        """Counts since start."""
 
 
 class WorkerRuntime:
