@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForCondit
 
 from epd.bench import vocabulary
 from epd.bench.sizes import SIZES
+from epd.demo.qwen_files import image_processor, write_json
 from epd.errors import ConfigError
 
 
@@ -125,7 +125,7 @@ def write_checkpoint(size: str, folder: Path, *, seed: int = 0) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_tokenizer(shape, folder, seed)
-        _write_json(folder / "preprocessor_config.json", _image_processor(shape))
+        write_json(folder / "preprocessor_config.json", image_processor(min_pixels=3136, max_pixels=shape.max_pixels))
         if shape.has_weights:
             _save_model(shape, folder, seed)
         else:
@@ -193,30 +193,5 @@ def _generation_config(shape: Shape) -> GenerationConfig:
 
 def _write_tokenizer(shape: Shape, folder: Path, seed: int) -> None:
     vocabulary.build_tokenizer(shape.special_offset, seed=seed).save(str(folder / "tokenizer.json"), pretty=False)
-    _write_json(folder / "tokenizer_config.json", vocabulary.tokenizer_config(shape.text["max_position_embeddings"]))
+    write_json(folder / "tokenizer_config.json", vocabulary.tokenizer_config(shape.text["max_position_embeddings"]))
     (folder / "chat_template.jinja").write_text(vocabulary.CHAT_TEMPLATE, encoding="utf-8")
-
-
-def _image_processor(shape: Shape) -> dict[str, Any]:
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "rescale_factor": 1 / 255,
-        "resample": 3,
-        "min_pixels": 3136,
-        "max_pixels": shape.max_pixels,
-        "size": {"shortest_edge": 3136, "longest_edge": shape.max_pixels},
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from epd.bench.words import make_word
+from epd.demo import qwen_files
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|endoftext|>",
@@ -33,28 +34,14 @@ SPECIAL_TOKENS: tuple[str, ...] = (
 )
 """In the order, and behind the other tokens, as Qwen2.5-VL has them."""
 
-CHAT_TEMPLATE = """\
+CHAT_TEMPLATE = (
+    """\
 {%- if messages[0]['role'] != 'system' %}
 {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
 {%- endif %}
-{%- for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['content'] is string %}
-{{- message['content'] }}
-{%- else %}
-{%- for part in message['content'] %}
-{%- if part['type'] in ('image', 'image_url', 'input_image') or 'image' in part or 'image_url' in part %}
-{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-{%- elif 'text' in part %}
-{{- part['text'] }}
-{%- endif %}
-{%- endfor %}
-{%- endif %}
-{{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- endif %}"""
+"""
+    + qwen_files.CHAT_TEMPLATE
+)
 
 # Qwen2's split into pieces that no merge crosses.
 _PIECES = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,11 @@ from tokenizers import Tokenizer
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from epd.demo import chat_format as chat
+from epd.demo.qwen_files import CHAT_TEMPLATE, MERGE, PATCH, image_processor, write_json
 
-PATCH = 14
-MERGE = 2
 # Larger pictures are scaled down into the trained range, smaller ones up.
 MIN_PIXELS = 84 * 84
 MAX_PIXELS = 168 * 168
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # the values of the Qwen-VL families
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def model_config() -> Qwen2_5_VLConfig:
@@ -93,10 +89,10 @@ def save_checkpoint(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokeni
     save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
     (fresh / "model.safetensors").chmod(0o644)  # safetensors makes it private
     tokenizer.save(str(fresh / "tokenizer.json"), pretty=False)
-    _write_json(fresh / "tokenizer_config.json", chat.tokenizer_config())
-    (fresh / "chat_template.jinja").write_text(chat.CHAT_TEMPLATE, encoding="utf-8")
-    _write_json(fresh / "preprocessor_config.json", _processor_config())
-    _write_json(fresh / "generation_config.json", _generation_config())
+    write_json(fresh / "tokenizer_config.json", chat.tokenizer_config())
+    (fresh / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_json(fresh / "preprocessor_config.json", image_processor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS))
+    write_json(fresh / "generation_config.json", _generation_config())
     folder.mkdir(parents=True, exist_ok=True)
     for path in fresh.iterdir():
         path.replace(folder / path.name)
@@ -112,27 +108,6 @@ def _to_disk(value: torch.Tensor) -> torch.Tensor:
     return value.detach().to(torch.bfloat16).contiguous().clone()
 
 
-def _processor_config() -> dict[str, Any]:
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "rescale_factor": 1 / 255,
-        "resample": 3,
-        "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
-        "min_pixels": MIN_PIXELS,
-        "max_pixels": MAX_PIXELS,
-        "patch_size": PATCH,
-        "temporal_patch_size": 2,
-        "merge_size": MERGE,
-        "image_mean": list(IMAGE_MEAN),
-        "image_std": list(IMAGE_STD),
-    }
-
-
 def _generation_config() -> dict[str, Any]:
     return {
         "do_sample": False,
@@ -140,7 +115,3 @@ def _generation_config() -> dict[str, Any]:
         "pad_token_id": chat.PAD,
         "max_new_tokens": 64,
     }
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from epd.demo.pictures import draw_picture
 from epd.demo.questions import Turn, ask_picture, ask_two
+from epd.demo.qwen_files import CHAT_TEMPLATE
 from epd.demo.smalltalk import chat
 
 SPECIAL_TOKENS: tuple[str, ...] = (
@@ -28,26 +29,6 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 # A capital that no small letter follows, and every digit, is a piece of its own and so a token of its own: printed
 # words are read letter by letter.
 _PIECES = r" ?[A-Z]?[a-z]+|[A-Z]|[0-9]| ?[^\sA-Za-z0-9]+|\s+"
-
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['content'] is string %}
-{{- message['content'] }}
-{%- else %}
-{%- for part in message['content'] %}
-{%- if part['type'] in ('image', 'image_url', 'input_image') or 'image' in part or 'image_url' in part %}
-{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-{%- elif 'text' in part %}
-{{- part['text'] }}
-{%- endif %}
-{%- endfor %}
-{%- endif %}
-{{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- endif %}"""
 
 SYSTEM_PROMPTS: tuple[str, ...] = (
     "You are a helpful assistant.",

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from epd.demo.architecture import IMAGE_MEAN, IMAGE_STD, MERGE, PATCH
 from epd.demo.batches import Batch
 from epd.demo.chat_format import IMAGE_PAD
+from epd.demo.qwen_files import IMAGE_MEAN, IMAGE_STD, MERGE, PATCH
 
 WINDOW_PATCHES = 112 // PATCH
 

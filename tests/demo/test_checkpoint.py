@@ -14,12 +14,13 @@ from tokenizers import Tokenizer
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from epd.demo import CHECKPOINT_DIR, GALLERY_DIR
-from epd.demo.architecture import MAX_PIXELS, PATCH, new_model
+from epd.demo.architecture import MAX_PIXELS, new_model
 from epd.demo.batches import Batch, BatchMaker
 from epd.demo.chat_format import IM_END, IMAGE_PAD, SPECIAL_TOKENS, ChatEncoder, build_tokenizer
 from epd.demo.evaluate import Answerer, held_out_items
 from epd.demo.gallery import load_gallery
 from epd.demo.packed import forward
+from epd.demo.qwen_files import PATCH
 
 LIMIT = 12_000_000  # bytes
 
