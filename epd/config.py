@@ -259,7 +259,12 @@ class EncoderConfig(WorkerConfig):
     """An encoder: the vision tower and nothing else."""
 
     embedding_cache_bytes: int = option(512 << 20, "memory for embeddings of pictures seen before, in bytes", minimum=0)
-    max_batch_patches: int = option(16384, "patches in one batch of the vision tower at most", minimum=1)
+    max_batch_patches: int | None = option(
+        None,
+        "patches in one batch of the vision tower at most; a larger picture goes alone; default: 16384 on a GPU, 1024 "
+        "on a CPU, which is no faster with more",
+        minimum=1,
+    )
     max_queued_images: int = option(256, "pictures waiting at most; more are refused as overloaded", minimum=1)
     nice: int = option(
         5,

@@ -10,6 +10,8 @@ _LEAST_SHARE = 0.2
 """Of a mixed step's duration that is put down to its prompts, whatever the decodes are thought to take."""
 _LEAST_TOKENS = 16
 """Prompts go on, if slowly."""
+_MOST_PATIENCE = 4.0
+"""Times the target that a step may take while so many more prompts wait than answers run."""
 _MOST_MIXED_STEPS = 32
 """After so many in a row, one without prompts."""
 
@@ -47,12 +49,21 @@ class PrefillPace:
         self._prefill_s = _DECAY * self._prefill_s + duration_s
         self._prefill_tokens = _DECAY * self._prefill_tokens + prefill_tokens
 
-    def limit(self) -> int | None:
-        """How many prompt tokens the next step should have at most if answers run; None: any number."""
+    def limit(self, prompts: int = 0, answers: int = 1) -> int | None:
+        """How many prompt tokens the next step should have at most; None: any number.
+
+        Where more prompts wait than answers run, the few are kept waiting for longer, so that the many begin sooner:
+        small steps for one answer's sake would cost all of them more than they give to it.
+
+        Args:
+            prompts: that wait or are under way.
+            answers: that run, one at least.
+        """
         if self._target_s == 0 or self._prefill_s == 0:
             return None
         if self._mixed_steps >= _MOST_MIXED_STEPS:
             return 0
         # Where decoding alone takes longer than the target, prompts may add half as much: they have to go on too.
-        left_s = max(self._target_s - self._decode_s, self._decode_s / 2)
+        target_s = self._target_s * min(_MOST_PATIENCE, max(1.0, prompts / answers))
+        left_s = max(target_s - self._decode_s, self._decode_s / 2)
         return max(_LEAST_TOKENS, int(left_s * self._prefill_tokens / self._prefill_s))

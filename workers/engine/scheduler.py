@@ -6,7 +6,8 @@ Policy:
    order of their ranks: by arrival, but each level of priority counts as `PRIORITY_STEP_S` of waiting. So a smaller
    priority goes first, and no stream of others keeps a request from its turn for longer than that.
 3. A prompt that exceeds what is left of the step is computed in chunks, over several steps. While answers run, prompts
-   get no more of a step than keeps it near its target duration (`prefill_pace`).
+   get no more of a step than keeps it near its target duration, which is longer while more prompts wait than answers
+   run (`prefill_pace`).
 4. A chunk never ends inside an atomic span. The first prompt of a step may exceed what the decodes have left of the
    step, by as much as its atomic span needs, so that it can't be put off for ever.
 5. A request is admitted when blocks for its whole prompt are free, beside one for each that runs, and takes them all.
@@ -190,7 +191,8 @@ class Scheduler:
         preemptions = self.num_preemptions
         chunks = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(chunks)
-        limit = self._pace.limit() if chunks else None
+        prompts = len(self._waiting) + len(self._running) - len(chunks)
+        limit = self._pace.limit(prompts, len(chunks)) if chunks else None
         budget = budget if limit is None else min(budget, limit)
         budget = self._schedule_prefills(chunks, budget)
         if self.num_preemptions == preemptions:  # else a newcomer would take the blocks just freed

@@ -70,3 +70,11 @@ def test_prompts_go_on_where_decoding_alone_takes_longer_than_the_target() -> No
     assert pace.limit() == pytest.approx(50, abs=1)
     pace.observe(100, 0, 10.0)
     assert pace.limit() == 16
+
+
+def test_few_answers_wait_longer_for_many_prompts() -> None:
+    pace = PrefillPace(0.06)
+    pace.observe(200, 0, 0.2)
+    assert [pace.limit(prompts, 4) for prompts in (0, 1, 4)] == [60, 60, 60]
+    assert pace.limit(prompts=8, answers=4) == 120
+    assert [pace.limit(prompts, 4) for prompts in (16, 1000)] == [240, 240]
