@@ -121,18 +121,28 @@ class Ranks:
     def stop(self) -> None:
         """End the processes: those that carry out no order at once, the others by force."""
         self._is_stopping.set()
+        leaving = threading.Thread(target=self._leave, name="leave", daemon=True)
         for process in self._processes:
             with contextlib.suppress(OSError):  # it is gone
                 _pipe(process).close()
+        # All leave at once: with NCCL they wait for each other there. One that is gone would be waited for in vain.
+        if self._group is not None and all(process.poll() in (None, 0) for process in self._processes):
+            leaving.start()
         for process in self._processes:
             try:
                 process.wait(_GRACE_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        if all(process.returncode == 0 for process in self._processes):  # else it may wait for one that died
-            tensor_parallel.leave(self._group)
+        if leaving.ident is not None:
+            leaving.join(_GRACE_S)
         self._folder.cleanup()
+
+    def _leave(self) -> None:
+        try:
+            tensor_parallel.leave(self._group)
+        except Exception:  # the thread's edge, and the end of the process anyway
+            log.exception("the ranks could not part")
 
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
