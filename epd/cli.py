@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 EXIT_CONFIG_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_NO_READER = 141
+"""As the shell tells of a process that SIGPIPE ended."""
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -45,6 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_CONFIG_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        return EXIT_NO_READER
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads what is printed any more (`epd chat … | head -1`). Nothing is printed from then on."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # errors are told in any case
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -86,6 +88,16 @@ def test_a_server_that_can_not_be_asked(
     monkeypatch.setattr(Handler, "models", models)
     assert main(["chat", "--url", url, "hi"]) == code
     assert told in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error_of_ours(url: str) -> None:
+    """As with `epd chat … | head -1`."""
+    command = [sys.executable, "-m", "epd", "chat", "--url", url, "hi"]
+    chat = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert chat.stdout is not None
+    chat.stdout.close()
+    _, told = chat.communicate(timeout=60)
+    assert (chat.returncode, told) == (141, b"")
 
 
 @pytest.mark.parametrize(
