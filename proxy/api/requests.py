@@ -48,12 +48,11 @@ async def read_request(request: Request) -> Body:
 
 
 def is_admin(request: Request, admin_key: str | None) -> bool:
-    """Whether a request brings the key of the operators, as `Authorization: Bearer KEY` or `X-Admin-Key: KEY`."""
-    given = request.headers.get("x-admin-key", "")
+    """Whether a request brings the key of the operators, in one of the headers that keys come in."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and not given:
-        given = token.strip()
-    return admin_key is not None and hmac.compare_digest(given.encode(), admin_key.encode())
+    given = [request.headers.get(name, "") for name in ("x-admin-key", "x-api-key")]
+    given.append(token.strip() if scheme.lower() == "bearer" else "")
+    return admin_key is not None and any(hmac.compare_digest(one.encode(), admin_key.encode()) for one in given)
 
 
 async def decoded(request: Request, kind: type[T]) -> T:

@@ -65,6 +65,9 @@ async def test_the_admin_key_is_needed_where_there_is_one(start_cluster: Cluster
         ({"x-api-key": "client"}, 403),
         ({"x-admin-key": "operator"}, 200),
         ({"authorization": "Bearer operator"}, 200),
+        ({"x-api-key": "operator"}, 200),
+        ({"authorization": "Bearer operator", "x-admin-key": "wrong"}, 200),
+        ({"x-api-key": "client", "x-admin-key": "wrong"}, 403),
     ):
         assert (await cluster.http.post("/stop_profile", headers=headers)).status_code == status
 
