@@ -294,7 +294,7 @@ class PrefillDecodeConfig(EngineOptions, WorkerConfig):
     target_step_ms: float | None = option(
         None,
         "milliseconds that a step should take while answers run: prompts beside them go in chunks that keep to it; "
-        "0: no limit; default: 60 on a CPU, 0 on a GPU",
+        "0: no limit; default: 50 on a CPU, 0 on a GPU",
         minimum=0,
     )
     gpu_memory_utilization: float = option(0.9, "share of the device's memory to use, weights and KV cache together")

@@ -17,8 +17,11 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-SLICE_S = 0.03
-"""After so long, work that can pause should `give_way`."""
+SLICE_S = 0.02
+"""Work that can pause has so long at least before it gives way."""
+PERIOD_S = 0.06
+"""So long it has together with what the others' turn before took. Beside steps of answers alone, which are short, it
+goes on for longer; beside long ones, the pauses of answers stay bearable."""
 _LONGEST_WAIT_S = 0.5
 """Then a worker computes without a turn: side by side is slow, but it goes on when another one hangs in its turn. Well
 below the two seconds after which a worker without finished steps may count as stuck (`workers.stall_watch`)."""
@@ -38,7 +41,8 @@ class CoreTurns:
     def __init__(self, path: Path | None, *, longest_wait_s: float = _LONGEST_WAIT_S) -> None:
         self._longest_wait_s = longest_wait_s
         self._is_hopeful = True
-        self._began = 0.0
+        self._ends = 0.0
+        """When work that can pause should give way."""
         self._files: tuple[int, int] | None = None
         if path is not None:
             next_, cores = (_open(path.with_name(path.name + ending)) for ending in (".next", ".cores"))
@@ -49,10 +53,12 @@ class CoreTurns:
         if self._files is None:
             return
         next_, cores = self._files
-        give_up = time.monotonic() + self._longest_wait_s * self._is_hopeful
+        asked = time.monotonic()
+        give_up = asked + self._longest_wait_s * self._is_hopeful
         self._is_hopeful = _lock(next_, give_up) and _lock(cores, give_up)
         fcntl.flock(next_, fcntl.LOCK_UN)
-        self._began = time.monotonic()
+        began = time.monotonic()
+        self._ends = max(began + SLICE_S, asked + PERIOD_S)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -62,8 +68,8 @@ class CoreTurns:
             fcntl.flock(self._files[1], fcntl.LOCK_UN)
 
     def give_way(self) -> None:
-        """Within a turn that has lasted for `SLICE_S`: end it and wait for the next one. Else nothing."""
-        if self._files is not None and time.monotonic() - self._began >= SLICE_S:
+        """Within a turn that has lasted long enough: end it and wait for the next one. Else nothing."""
+        if self._files is not None and time.monotonic() >= self._ends:
             self.__exit__(None, None, None)
             self.__enter__()
 

@@ -81,6 +81,7 @@ def test_who_hangs_in_a_turn_does_not_stop_the_others(holder: subprocess.Popen[s
 def test_who_waits_goes_before_who_wants_another_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one gets in although this one takes its next turn at once."""
     monkeypatch.setattr(core_turns, "SLICE_S", 0.0)
+    monkeypatch.setattr(core_turns, "PERIOD_S", 0.0)
     turns, entered = CoreTurns(tmp_path / "turns", longest_wait_s=60), threading.Event()
     with turns:
         thread = take(tmp_path / "turns", entered)

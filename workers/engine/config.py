@@ -32,7 +32,7 @@ class EngineConfig:
     None: 512 on a CPU, 4096 on a GPU."""
     target_step_ms: float | None = None
     """Milliseconds that a step should take while answers run: prompts beside them go in chunks that keep to it.
-    0: no limit. None: 60 on a CPU, 0 on a GPU."""
+    0: no limit. None: 50 on a CPU, 0 on a GPU."""
     max_model_len: int | None = None
     """Context in tokens, prompt and answer; None: the model's, or what fits into the KV cache."""
     block_size: int | None = None

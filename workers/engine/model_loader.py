@@ -123,7 +123,7 @@ def load(config: EngineConfig, group: ParallelGroup | None = None) -> LoadedMode
     if isinstance(forward, CompiledForward):
         forward.start()
     runner = ModelRunner(forward, info.adapter, device, _grammars(config, info))
-    target_step_ms = (0 if on_gpu else 60) if config.target_step_ms is None else config.target_step_ms
+    target_step_ms = (0 if on_gpu else 50) if config.target_step_ms is None else config.target_step_ms
     return LoadedModel(
         runner, forward, language_model, info, num_blocks, block_size, batched_tokens, target_step_ms / 1000
     )
