@@ -59,12 +59,15 @@ def router_defaults(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def api_key_default(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """The keys of `EPD_API_KEY`.
+    """The keys of `EPD_API_KEY`; none if it is empty, as where a compose file passes on what is not set.
 
     Raises:
-        ConfigError: one is malformed.
+        ConfigError: one is malformed, or there is something in it but no key.
     """
-    keys = tuple(key for part in environment.get(API_KEY_VARIABLE, "").split(",") if (key := part.strip()))
+    text = environment.get(API_KEY_VARIABLE, "")
+    keys = tuple(key for part in text.split(",") if (key := part.strip()))
+    if text and not keys:  # none, where some were meant, would let everybody in
+        raise ConfigError(f"{API_KEY_VARIABLE}: there is no key in it; unset it to let everybody ask")
     check_keys(keys, API_KEY_VARIABLE)
     return keys
 

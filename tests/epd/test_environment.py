@@ -58,3 +58,18 @@ def test_routers_of_roles_that_do_not_exist_yet_are_checked_and_named() -> None:
     assert ["LM_SERVICE_P_INSTANCE_ROUTER" in line for line in unused_variables(variables)] == [True]
     with pytest.raises(ConfigError, match="LM_SERVICE_D_INSTANCE_ROUTER=x"):
         router_defaults({"LM_SERVICE_D_INSTANCE_ROUTER": "x"})
+
+
+def test_keys_of_the_environment(
+    proxy_config: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in ("EPD_API_KEY", "EPD_ADMIN_KEY"):
+        monkeypatch.setenv(variable, "")  # as a compose file passes on what is not set
+    assert (proxy_config().api_key, proxy_config().admin_key) == ((), None)
+    monkeypatch.setenv("EPD_API_KEY", " one, two,\n")
+    monkeypatch.setenv("EPD_ADMIN_KEY", "three\n")
+    assert (proxy_config().api_key, proxy_config().admin_key) == (("one", "two"), "three")
+    for nothing in (" ", ",", "\n"):
+        monkeypatch.setenv("EPD_API_KEY", nothing)
+        assert cli.main(["proxy", "--model", str(CHECKPOINT_DIR)]) == 2
+        assert "EPD_API_KEY: there is no key in it" in capsys.readouterr().err
