@@ -72,10 +72,10 @@ def ask_and_print(question: ChatQuestion) -> int:
         if printed.anything:
             print(f"{printed.end}epd: the connection ended before the answer did", file=sys.stderr)
             return 1
-        reason = f" ({cause})" if isinstance(cause := _first_cause(error), ssl.SSLError) else ""
-        raise ConfigError(
-            f"no cluster answers at {question.url}{reason}: start one with `epd up`, or give --url"
-        ) from error
+        cause = _first_cause(error)
+        if isinstance(cause, ssl.SSLError):
+            raise ConfigError(f"{question.url}: {cause}; --ca-file FILE names who signed its certificate") from error
+        raise ConfigError(f"no cluster answers at {question.url}: start one with `epd up`, or give --url") from error
     except openai.AuthenticationError as error:
         # Without one, the client sends a word of its own, which the server calls wrong.
         wanted = f"{question.url} wants an API key: give --api-key, or set {API_KEY_VARIABLE}"
