@@ -1,6 +1,6 @@
-"""The helper process of `compiled_forward`: compiles a model's graph for its files in the cache folder alone.
+"""The helper process of `compiled_forward`: compiles a model's graph and leaves it in a file.
 
-    python -m workers.engine.compile_helper THREADS < engine settings as JSON
+    python -m workers.engine.compile_helper THREADS FILE < engine settings as JSON
 
 The weights are random: the graph does not depend on them.
 """
@@ -12,11 +12,12 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 
 from workers.engine import model_loader
-from workers.engine.compiled_forward import compile_hidden
+from workers.engine.compiled_forward import compile_hidden, save_hidden
 from workers.engine.config import EngineConfig
 
 _PR_SET_PDEATHSIG = 1
@@ -29,7 +30,7 @@ def main() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a worker that is gone needs no graph
     torch.set_num_threads(int(sys.argv[1]))
     config = EngineConfig(**json.load(sys.stdin))
-    compile_hidden(model_loader.load(config).model)
+    save_hidden(compile_hidden(model_loader.load(config).model), Path(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Steps through a graph that torch's compiler made of what lies between the attention calls.
 
-A worker serves by plain calls from the start, and switches when the graph is ready. One graph takes any number of
-tokens, decoding rows and prompt chunks alike; attention and packed linear layers are calls out of it. Preparing takes
-two stages, so that running answers notice little of it:
+A worker serves by plain calls from the start, and switches when the graph is there. One graph takes any number of
+tokens, decoding rows and prompt chunks alike; attention and packed linear layers are calls out of it.
 
-1. a helper process at the lowest priority compiles the same graph, for its files in the cache folder alone. It is
-   left out where a mark says that this was done before for this model, code and machine;
-2. a thread of this process waits for an idle moment, traces the model and finds everything compiled.
+A helper process at the lowest priority traces and compiles the model, once for this model, code and machine, and leaves
+the graph in the cache folder. A thread of this process takes it from there, about a second's work, and tries it. Such
+files are programs, as the compiler's own in that folder and the kernels are: who may write there may run code here.
 
 Whatever fails on the way is logged, and steps go on by plain calls.
 """
@@ -43,20 +42,18 @@ _EXAMPLE_TOKENS = 16
 _LARGEST_DIFFERENCE = 0.1
 """Between a compiled and a plain step, relative to the largest hidden state; rounding alone gives a few hundredths."""
 _HELPER_TIMEOUT_S = 1800
-_IDLE_S = 2.0
-_LONGEST_WAIT_S = 600.0
-"""A worker that is never idle is better off compiled after a few slow seconds."""
 _SWITCH_INTERVAL_S = 0.0005
-"""How long the tracing thread may keep the engine's thread waiting: 5 ms, the default, are half a step."""
+"""How long the loading thread may keep the engine's thread waiting: 5 ms, the default, are half a step."""
 
 _SOURCES = (
     "compiled_forward.py", "attention.py", "packed_linear.py", "bf16_kernel.py", "int8_linear.py", "int8_kernel.py",
-    "shared_product.py",
+    "shared_product.py", "language_model.py", "adapter.py",
 )  # fmt: skip
 """What of ours is part of the graph."""
 _FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 Hidden = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Graph = Callable[[LanguageModel, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class CompiledForward(LocalForward):
@@ -67,7 +64,6 @@ class CompiledForward(LocalForward):
         super().__init__(model, backend)
         self._config = config
         self._compiled: Hidden | None = None
-        self._last_step = time.monotonic()
         self.compiled_steps = 0
         """Steps that ran by the graph."""
         self.ended = threading.Event()
@@ -82,24 +78,22 @@ class CompiledForward(LocalForward):
         """Prepare the graph on a thread of its own."""
         threading.Thread(target=self._prepare_in_background, name="compile", daemon=True).start()
 
-    def prepare(self) -> None:
-        """Make the graph, here and now; compiled files come from the cache folder or go there."""
-        compiled = compile_hidden(self._model)
+    def prepare(self, graph: Graph | None = None) -> None:
+        """Switch to a graph once it was tried; default: one that is made here and now."""
+        compiled = _for_all_sizes(compile_hidden(self._model) if graph is None else graph, self._model)
         _check(compiled, self._model)
         self._compiled = compiled
 
     def hidden(self, inputs: StepInputs) -> torch.Tensor:
         """See `Forward`."""
-        self._last_step = time.monotonic()
         compiled = self._compiled
         if compiled is None or any(image.deepstack is not None for image in inputs.images):
             return super().hidden(inputs)
         self._backend.prepare(inputs.chunks)
         try:
-            # The graph is the only one and takes any step, so that asking whether it fits would be time lost.
-            with attention.use_backend(self._backend), torch.compiler.set_stance(_STANCE, skip_guard_eval_unsafe=True):
+            with attention.use_backend(self._backend):
                 hidden = compiled(self._model.embed(inputs), inputs.positions)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # the graph looks at the sizes of what it gets
             # The step is run again, plainly, and so are all that follow.
             self._compiled = None
             log.warning("steps are not compiled any more: %s", _first_line(error))
@@ -107,27 +101,19 @@ class CompiledForward(LocalForward):
         self.compiled_steps += 1
         return hidden
 
-    def _wait_for_idle(self) -> None:
-        """Return when no step ran for a while: steps beside the tracing take many times as long as usual."""
-        give_up = time.monotonic() + _LONGEST_WAIT_S
-        while (wait_s := self._last_step + _IDLE_S - time.monotonic()) > 0 and time.monotonic() < give_up:
-            time.sleep(wait_s)
-
     def _prepare_in_background(self) -> None:
         started = time.monotonic()
         interval = sys.getswitchinterval()
         try:
-            mark = _mark(self._config)
-            if not mark.exists():
-                _run_helper(self._config)
-                mark.touch()
-            self._wait_for_idle()
-            traced = time.monotonic()
+            file = _graph_file(self._config)
+            if not file.exists():
+                _run_helper(self._config, file)
+            loading = time.monotonic()
             sys.setswitchinterval(_SWITCH_INTERVAL_S)
-            self.prepare()
+            self._prepare_from(file)
             log.info(
                 "steps are compiled now, %.0f s after the start (%.1f s of it in this process)",
-                time.monotonic() - started, time.monotonic() - traced,
+                time.monotonic() - started, time.monotonic() - loading,
             )  # fmt: skip
         except Exception as error:
             # The edge of the thread. Compilers fail in many ways, and none of them may cost a request.
@@ -137,13 +123,16 @@ class CompiledForward(LocalForward):
             sys.setswitchinterval(interval)
             self.ended.set()
 
+    def _prepare_from(self, file: Path) -> None:
+        try:
+            self.prepare(load_hidden(file))
+        except BaseException:
+            file.unlink(missing_ok=True)  # so that the next start makes another one
+            raise
+
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or repr(error)
-
-
-_STANCE: Any = "fail_on_recompile"
-"""A step that the graph does not fit is an error, not half a minute of compiling."""
 
 
 def use_cache_folder() -> None:
@@ -157,26 +146,67 @@ def use_cache_folder() -> None:
     settings.compile_threads = 1
 
 
-def compile_hidden(model: LanguageModel, compiler: str | Callable[..., Any] = "inductor") -> Hidden:
-    """`model.hidden` as one graph for two tokens or more; what it returns takes one token too."""
+def _hidden(model: LanguageModel, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """What is compiled. The weights are reached through `model`, so that the graph holds for others of its kind."""
+    return model.hidden(embeds, positions)
+
+
+def compile_hidden(model: LanguageModel, compiler: str | Callable[..., Any] = "inductor") -> Graph:
+    """`_hidden` as one graph for two tokens or more."""
+    from torch._dynamo import config  # noqa: PLC0415  # takes seconds, and few need it
+
     use_cache_folder()
-    attention.register_compiled()
-    packed_linear.register_compiled()
-    int8_linear.register_compiled()
-    graph = torch.compile(lambda embeds, positions: model.hidden(embeds, positions), backend=compiler, fullgraph=True)
-
-    def hidden(embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        if embeds.shape[0] > 1:
-            return graph(embeds, positions.contiguous())
-        # The compiler takes 1 for a number that never varies, so a lone token gets company, which nobody looks at.
-        return graph(embeds.expand(2, -1).contiguous(), positions.expand(-1, 2).contiguous())[:1]
-
-    # Inputs of inference mode, as those of steps are: for others the compiler would make a second graph.
-    with attention.use_backend(_Echo()), torch.inference_mode():
+    _register_operators()
+    packed_linear.register_lowerings()
+    int8_linear.register_lowerings()
+    # Conditions that the compiler found are not looked at again: the graph is tried before it is used.
+    options: Any = {"guard_filter_fn": lambda conditions: [False for _ in conditions]}
+    settings: Any = config
+    compiled: Any = torch.compile(_hidden, fullgraph=True, backend=compiler, options=options)
+    # Inputs of inference mode, as those of steps are: a graph for others is another one.
+    with attention.use_backend(_Echo()), torch.inference_mode(), settings.patch(enable_aot_compile=True):
         embeds, positions = _example(model, _EXAMPLE_TOKENS)
         torch._dynamo.mark_dynamic(embeds, 0)
         torch._dynamo.mark_dynamic(positions, 1)
-        graph(embeds, positions)
+        graph: Graph = compiled.aot_compile(((model, embeds, positions), {}))
+    return graph
+
+
+def save_hidden(graph: Graph, file: Path) -> None:
+    """Leave what `compile_hidden` made to others; all of the file is there or nothing."""
+    made: Any = graph
+    made.save_compiled_function(str(file))
+
+
+def load_hidden(file: Path) -> Graph:
+    """The graph that `save_hidden` left.
+
+    Raises:
+        Exception: of any kind: it is broken, or of another version of the compiler.
+    """
+    use_cache_folder()
+    _register_operators()
+    with file.open("rb") as opened:
+        graph: Any = torch.compiler.load_compiled_function(opened)
+    graph.disable_guard_check()
+    return graph  # type: ignore[no-any-return]
+
+
+def _register_operators() -> None:
+    attention.register_compiled()
+    packed_linear.register_compiled()
+    int8_linear.register_compiled()
+
+
+def _for_all_sizes(graph: Graph, model: LanguageModel) -> Hidden:
+    """The graph for one token too."""
+
+    def hidden(embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if embeds.shape[0] > 1:
+            return graph(model, embeds, positions.contiguous())
+        # The compiler takes 1 for a number that never varies, so a lone token gets company, which nobody looks at.
+        return graph(model, embeds.expand(2, -1).contiguous(), positions.expand(-1, 2).contiguous())[:1]
+
     return hidden
 
 
@@ -222,8 +252,8 @@ class _Echo(AttentionBackend):
         raise NotImplementedError
 
 
-def _mark(config: EngineConfig) -> Path:
-    """The file whose presence says that the cache folder holds what this model needs."""
+def _graph_file(config: EngineConfig) -> Path:
+    """Where the graph of this model, code and machine is kept."""
     here = Path(__file__).parent
     parts = [
         (Path(config.model) / "config.json").read_bytes(),
@@ -232,13 +262,13 @@ def _mark(config: EngineConfig) -> Path:
         build.processor(),
         *((here / name).read_bytes() for name in _SOURCES),
     ]
-    return build.cache_folder() / f"compiled-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}"
+    return build.cache_folder() / f"graph-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}.bin"
 
 
-def _run_helper(config: EngineConfig) -> None:
+def _run_helper(config: EngineConfig, file: Path) -> None:
     """Compile in a process that stands back for every other. Raises RuntimeError when it fails."""
     settings = asdict(replace(config, load_format="dummy", compile="off", kv_cache_memory_bytes=64 << 20))
-    words = [sys.executable, "-m", "workers.engine.compile_helper", str(torch.get_num_threads())]
+    words = [sys.executable, "-m", "workers.engine.compile_helper", str(torch.get_num_threads()), str(file)]
     use_cache_folder()
     done = subprocess.run(  # noqa: S603  # ourselves
         words,

@@ -133,10 +133,7 @@ def _share(layers: Sequence[KernelLinear]) -> None:
 
 @functools.cache
 def register_compiled() -> Any:
-    """Let torch's compiler call products with weights that are packed already, and fuse what stands around them."""
-    from torch._inductor import lowering  # noqa: PLC0415  # the compiler takes seconds to import, and few need it
-
-    rules: Any = lowering
+    """Products with weights that are packed already, as operators that stand in compiled graphs."""
     library: Any = torch.library.Library("epd_int8", "DEF")  # type: ignore[no-untyped-call]
     library.define("linear(Tensor rows, Tensor weight, Tensor scales, Tensor? bias) -> Tensor")
     library.impl("linear", int8_kernel.linear, "CompositeExplicitAutograd")
@@ -146,10 +143,18 @@ def register_compiled() -> Any:
     torch.library.register_fake(
         "epd_int8::products", lambda codes, _, scales, __: _shape(codes, scales, torch.float32), lib=library
     )
+    return library
+
+
+@functools.cache
+def register_lowerings() -> None:
+    """Let torch's compiler make them direct calls of oneDNN and fuse what stands around, after `register_compiled`."""
+    from torch._inductor import lowering  # noqa: PLC0415  # the compiler takes seconds to import, and few need it
+
+    rules: Any = lowering
     plain = rules.fallback_handler(torch.ops.onednn.qlinear_pointwise.default, add_to_fallback_set=False)
     lower = rules.register_lowering(torch.ops.epd_int8.products.default, type_promotion_kind=None)
     lower(lambda codes, *weights: plain(codes, *_arguments(*weights)))
-    return library
 
 
 def _shape(rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -108,15 +108,8 @@ def _share(layers: Sequence[KernelLinear]) -> None:
 
 @functools.cache
 def register_compiled() -> Any:
-    """Let torch's compiler call products with weights that are packed already.
-
-    Its own rule for `mkldnn::_linear_pointwise` wants constants of the graph, which it would pack itself, beside the
-    weights of the plain model.
-    """
-    from torch._inductor import lowering  # noqa: PLC0415  # the compiler takes seconds to import, and few need it
-
+    """Products with weights that are packed already, as operators that stand in compiled graphs."""
     call: Any = torch.ops.mkldnn._linear_pointwise.default
-    rules: Any = lowering
     library: Any = torch.library.Library("epd_linear", "DEF")  # type: ignore[no-untyped-call]
     library.define("packed(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
     library.impl(
@@ -125,13 +118,25 @@ def register_compiled() -> Any:
     torch.library.register_fake(
         "epd_linear::packed", lambda rows, weight, _: _shape(rows, weight.shape[0]), lib=library
     )
-    plain = rules.fallback_handler(call, add_to_fallback_set=False)
-    lower = rules.register_lowering(torch.ops.epd_linear.packed.default, type_promotion_kind=None)
-    lower(lambda rows, weight, bias: plain(rows, weight, bias, "none", [], ""))
     library.define("panels(Tensor rows, Tensor weight, Tensor? bias, int outputs) -> Tensor")
     library.impl("panels", bf16_kernel.linear, "CompositeExplicitAutograd")
     torch.library.register_fake("epd_linear::panels", lambda rows, _, __, outputs: _shape(rows, outputs), lib=library)
     return library
+
+
+@functools.cache
+def register_lowerings() -> None:
+    """Let torch's compiler make them direct calls of oneDNN, behind `register_compiled`.
+
+    Its own rule for `mkldnn::_linear_pointwise` wants constants of the graph, which it would pack itself, beside the
+    weights of the plain model.
+    """
+    from torch._inductor import lowering  # noqa: PLC0415  # the compiler takes seconds to import, and few need it
+
+    rules: Any = lowering
+    plain = rules.fallback_handler(torch.ops.mkldnn._linear_pointwise.default, add_to_fallback_set=False)
+    lower = rules.register_lowering(torch.ops.epd_linear.packed.default, type_promotion_kind=None)
+    lower(lambda rows, weight, bias: plain(rows, weight, bias, "none", [], ""))
 
 
 def _shape(rows: torch.Tensor, outputs: int) -> torch.Tensor:

@@ -40,10 +40,7 @@ class SharedProduct:
         """`multiply` gives the columns of all `layers`, in the order in which they are called."""
         self._multiply = multiply
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Input and product, as one value: the thread that compiles steps calls layers beside the engine's."""
-        self._traced: tuple[torch.Tensor, torch.Tensor] | None = None
-        """The same for the compiler, which must not find what the engine's thread holds at that moment: a graph that
-        expects it fits no other moment."""
+        """Input and product, as one value: the thread that tries a graph calls layers beside the engine's."""
         ends = itertools.accumulate((layer.out_features for layer in layers), initial=0)
         self.columns = [slice(*pair) for pair in itertools.pairwise(ends)]
         """Of each layer."""
@@ -51,12 +48,7 @@ class SharedProduct:
 
     def __call__(self, rows: torch.Tensor, columns: slice) -> torch.Tensor:
         """Columns of the product. The last layer's call ends it: the product is not kept."""
-        is_tracing = torch.compiler.is_dynamo_compiling()  # of this thread; `is_compiling` is of the process
-        last = self._traced if is_tracing else self._last
+        last = self._last
         product = last[1] if last is not None and last[0] is rows else self._multiply(rows)
-        kept = None if columns.stop == self.outputs else (rows, product)
-        if is_tracing:
-            self._traced = kept
-        else:
-            self._last = kept
+        self._last = None if columns.stop == self.outputs else (rows, product)
         return product[..., columns]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.aot_compile_types import SerializableCallable
 
 from tests.workers.engine.oracle import Encoded, Oracle, add, greedy, make_engine, picture, provide, run
 from workers.engine import attention, attention_cpu, compiled_forward, int8_kernel, int8_linear
@@ -17,11 +17,6 @@ from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler deprecates parts of itself
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_forward, "_IDLE_S", 0.0)
 
 
 HAS_COMPILER = attention_cpu.is_available(torch.float32)
@@ -63,6 +58,24 @@ def test_compiled_steps_give_the_same_tokens(qwen2_5_vl: Oracle) -> None:
     assert forward.is_compiled == HAS_COMPILER  # no step fell back
 
 
+class Plain(SerializableCallable):
+    """A graph as it was traced."""
+
+    def __init__(self, graph: torch.fx.GraphModule) -> None:
+        self.graph = graph
+
+    def __call__(self, *tensors: Any) -> Any:
+        return self.graph(*tensors)
+
+    @classmethod
+    def serialize_compile_artifacts(cls, _: Any) -> bytes:
+        raise NotImplementedError
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, _: bytes) -> Any:
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_a_model_is_traced_once(qwen2_5_vl: Oracle, quantization: str) -> None:
     """One graph, which takes seconds to make, for any number of tokens; compiled by something quick here."""
@@ -73,12 +86,13 @@ def test_a_model_is_traced_once(qwen2_5_vl: Oracle, quantization: str) -> None:
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
 
-    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Plain:
         graphs.append(graph)
-        return graph.forward
+        return Plain(graph)
 
-    compiled = compiled_forward.compile_hidden(runner._forward._model, keep)
-    compiled_forward._check(compiled, runner._forward._model)
+    plain = runner._forward
+    forward = CompiledForward(plain._model, plain._backend, EngineConfig(model=""))
+    forward.prepare(compiled_forward.compile_hidden(forward._model, keep))
     assert len(graphs) == 1
     int8_ops = (torch.ops.epd_int8.linear, torch.ops.epd_int8.products)
     products = [node for node in graphs[0].graph.nodes if node.target in int8_ops]
@@ -110,35 +124,14 @@ def test_compiled_steps_in_eight_bits_are_the_plain_ones_but_for_rounding(qwen2_
     assert rows.max() < 0.02
 
 
-def test_a_graph_does_not_depend_on_what_the_engine_does_meanwhile(qwen2_5_vl: Oracle) -> None:
-    """Steps run while the compiler traces, and may be between two layers that share a product in eight bits."""
-    if not int8_kernel.is_available():
-        pytest.skip("needs a processor with AVX512-VNNI and a C++ compiler")
-    _, forward = engine_with(qwen2_5_vl.path, quantization="int8")
-    model = forward._model
-    layers = [layer for layer in model._model.modules() if isinstance(layer, int8_linear.KernelLinear)]
-    shared = {layer.shared for layer in layers if layer.shared is not None}
-    assert shared
-    for product in shared:
-        product._last = (torch.ones(1, 64), torch.ones(1, product.outputs))
-    torch._dynamo.reset()
-
-    def go_on(graph: torch.fx.GraphModule, _: Any) -> Any:
-        for product in shared:
-            product._last = None
-        return graph.forward
-
-    compiled_forward._check(compiled_forward.compile_hidden(model, go_on), model)
-
-
 def test_steps_go_on_plainly_when_the_compiler_fails(
     qwen2: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("no such compiler\nand its many lines")
 
-    monkeypatch.setattr(compiled_forward, "compile_hidden", fail)
-    monkeypatch.setattr(compiled_forward, "_mark", lambda _: tmp_path)
+    monkeypatch.setattr(compiled_forward, "_run_helper", fail)
+    monkeypatch.setattr(compiled_forward, "_graph_file", lambda _: tmp_path / "graph")
     engine, forward = engine_with(qwen2.path)
     with caplog.at_level(logging.WARNING):
         forward.start()
@@ -164,34 +157,42 @@ def test_a_graph_that_fails_costs_no_request(qwen2: Oracle, caplog: pytest.LogCa
 def test_a_graph_that_computes_something_else_is_not_used(
     qwen2: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compiled_forward, "compile_hidden", lambda model: lambda *x: -model.hidden(*x))
-    monkeypatch.setattr(compiled_forward, "_mark", lambda _: tmp_path)
+    monkeypatch.setattr(compiled_forward, "load_hidden", lambda _: lambda model, *x: -model.hidden(*x))
+    monkeypatch.setattr(compiled_forward, "_graph_file", lambda _: tmp_path / "graph")
+    (tmp_path / "graph").touch()
     _, forward = engine_with(qwen2.path)
     with caplog.at_level(logging.WARNING):
         forward.start()
         assert forward.ended.wait(60)
     assert not forward.is_compiled
     assert "differ from plain ones by 200%" in caplog.text
+    assert not (tmp_path / "graph").exists()  # the next start makes another one
 
 
-def test_tracing_waits_for_an_idle_moment(qwen2: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that only sleeping moves; a step runs during the first two sleeps."""
-    now, sleeps = 100.0, list[float]()
+def test_a_broken_file_is_made_anew_at_the_next_start(
+    qwen2: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiled_forward, "_graph_file", lambda _: tmp_path / "graph")
+    (tmp_path / "graph").write_bytes(b"half of a")
     _, forward = engine_with(qwen2.path)
+    with caplog.at_level(logging.WARNING):
+        forward.start()
+        assert forward.ended.wait(60)
+    assert not forward.is_compiled
+    assert "steps are not compiled" in caplog.text
+    assert not (tmp_path / "graph").exists()
 
-    def sleep(duration_s: float) -> None:
-        nonlocal now
-        if len(sleeps) < 2:
-            forward._last_step = now + duration_s / 2
-        now += duration_s
-        sleeps.append(duration_s)
 
-    monkeypatch.setattr(compiled_forward, "_IDLE_S", 2.0)
-    monkeypatch.setattr(compiled_forward, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
-    forward._last_step = now
-    forward._wait_for_idle()
-    assert sleeps == [2.0, 1.0, 1.5]
-    monkeypatch.setattr(compiled_forward, "_LONGEST_WAIT_S", 0.0)
-    forward._last_step = now
-    forward._wait_for_idle()
-    assert len(sleeps) == 3
+def test_a_graph_is_made_once_and_serves_other_processes(qwen2_5_vl: Oracle, tmp_path: Path) -> None:
+    """The helper has other weights, and addresses of its own."""
+    if not HAS_COMPILER:
+        pytest.skip("needs a C++ compiler")
+    settings = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "enable_prefix_caching": False}
+    encoded = qwen2_5_vl.encode(picture(1), "p")
+    expected = answers_of(make_engine(qwen2_5_vl.path, compile="off", **settings), qwen2_5_vl, encoded)
+    engine, forward = engine_with(qwen2_5_vl.path, **settings)
+    compiled_forward._run_helper(forward._config, tmp_path / "graph")
+    forward._prepare_from(tmp_path / "graph")
+    assert answers_of(engine, qwen2_5_vl, encoded) == expected
+    assert forward.is_compiled
+    assert forward.compiled_steps > 0
