@@ -235,7 +235,7 @@ class _Ours:
         self.engine.step()
 
     def settle(self, seconds: float) -> bool:
-        """Stay idle, since compiled steps wait for that, until they are there or the time is over. Returns which."""
+        """Stay idle until compiled steps are there or the time is over. Returns which."""
         if not isinstance(self._forward, CompiledForward):
             return False
         self._forward.ended.wait(seconds)
