@@ -185,7 +185,7 @@ class Generation:
         except Exception:
             log.exception("bug in telling %s", self.work.request_id)
             self.fail(InternalError("A bug in the proxy ended the request."))
-            return
+            has_news = True
         self._has_news = has_news
         if has_news or not can_tell:
             self._call()
