@@ -130,7 +130,7 @@ class Teller:
                 self._unsent = self._dialect.ping
 
     def _tell_at_once(self, client: Client, update: Update) -> bool:
-        """Implements `proxy.dispatch.generation.Teller`."""
+        """Implements `proxy.dispatch.consumer.Teller`."""
         words = self._words(update)
         if self._answers[update.index].finish_reason is not None:  # there is a stop string in it
             self._unsent += words

@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
-from contextvars import copy_context
 
 from epd.errors import DeadlineExceeded, EPDError, InternalError, NoWorker, WorkerFailed
 from epd.messages import TokenOutput
@@ -30,6 +28,7 @@ from epd.types import FinishReason, WorkerRole
 from proxy.cluster.worker_connection import PROXY_TTFT, WorkerConnection
 from proxy.cluster.worker_pool import WorkerPool
 from proxy.dispatch.attempt import Attempt
+from proxy.dispatch.consumer import Consumer, Teller
 from proxy.dispatch.encoding import Encoding
 from proxy.dispatch.retries import RetryLimits, Trouble, trouble_of
 from proxy.dispatch.sample import Sample
@@ -39,12 +38,8 @@ from proxy.figures.metrics import ModelFigures
 from proxy.request_context import KEY_ID, REQUEST_ID
 from proxy.routing.picker import Picker
 from proxy.routing.placement import Plan
-from proxy.timers import Alarm
 
 log = logging.getLogger(__name__)
-
-Teller = Callable[[Update], bool]
-"""Tells an update at once. False: the consumer has something to wait for before more can be told."""
 
 
 class Generation:
@@ -67,17 +62,7 @@ class Generation:
         self._error: EPDError | None = None
         self._wants_logprobs = work.sampling.logprobs is not None
         self._has_news = False
-        self._waiter: asyncio.Future[None] | None = None
-        self._teller: Teller | None = None
-        """Of the consumer that waits."""
-        self._is_due = False
-        """Whether it will be asked to tell something."""
-        self._is_called = False
-        """The consumer is, to look for itself."""
-        self._heard_at = 0.0
-        """`time.perf_counter()` when the consumer last heard of anything."""
-        self._loop, self._context = asyncio.get_running_loop(), copy_context()
-        self._alarm = Alarm(self._wake)
+        self._consumer = Consumer(self._tell_all)
         self._chores: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -123,7 +108,7 @@ class Generation:
         Raises:
             EPDError: the request failed; its last words were given before.
         """
-        if not self._has_news and not await self._wait(timeout_s, teller):
+        if not self._has_news and not await self._consumer.wait(self._time_left, timeout_s, teller):
             self.fail(self._too_late())
         updates = [sample.take() for sample in self._samples if sample.has_news]
         if not updates and self._error is not None:
@@ -131,51 +116,12 @@ class Generation:
         self._has_news = self._error is not None
         return updates
 
-    async def _wait(self, timeout_s: float | None, teller: Teller | None) -> bool:
-        """Until there is something for the consumer, or nothing was heard for `timeout_s`.
-
-        Returns:
-            Whether the request has time left, or news.
-        """
-        patience_s = math.inf if timeout_s is None else timeout_s
-        self._heard_at = time.perf_counter()
-        self._teller, self._is_called = teller, False
-        try:
-            while not self._is_called:
-                left_s, silence_s = self._time_left(), self._heard_at + patience_s - time.perf_counter()
-                if min(left_s, silence_s) <= 0:
-                    return left_s > 0
-                self._waiter = self._loop.create_future()
-                self._alarm.set(min(left_s, silence_s))
-                await self._waiter
-        finally:
-            self._alarm.clear()
-            self._waiter = self._teller = None
-        return True
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _call(self) -> None:
-        """Let the consumer look for itself."""
-        self._teller, self._is_called = None, True
-        self._wake()
-
     def _tell_news(self) -> None:
         self._has_news = True
-        if self._teller is None:
-            self._call()
-        elif not self._is_due:
-            # Later, so that what has come by then is told in one piece.
-            self._is_due = True
-            self._loop.call_soon(self._tell_at_once, context=self._context)
+        self._consumer.notify()
 
-    def _tell_at_once(self) -> None:
-        self._is_due, teller = False, self._teller
-        if teller is None:
-            return  # the consumer looks for itself
-        self._heard_at = time.perf_counter()
+    def _tell_all(self, teller: Teller) -> bool:
+        """Tell all that can be told. Returns whether the consumer may go on waiting."""
         can_tell, has_news = True, self._error is not None
         try:
             for sample in self._samples:
@@ -187,8 +133,7 @@ class Generation:
             self.fail(InternalError("A bug in the proxy ended the request."))
             has_news = True
         self._has_news = has_news
-        if has_news or not can_tell:
-            self._call()
+        return can_tell and not has_news
 
     async def finish(self, index: int) -> None:
         """End a sample early: the proxy found a stop string in it."""
@@ -213,7 +158,7 @@ class Generation:
         """Stop what still runs. Safe to call again, and after a failure."""
         if not self._is_closed:
             self._count_tokens()
-        self._alarm.stop()
+        self._consumer.stop()
         self._is_closed = True  # a PD that fails while others are told finds no heir any more
         for task in self._chores:
             task.cancel()
