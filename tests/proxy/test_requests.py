@@ -80,6 +80,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": HI, "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ({"messages": HI, "priority": "high"}, "priority"),
     ({"messages": HI, "use_beam_search": True}, "use_beam_search"),
+    ({"messages": HI, "length_penalty": 0}, "length_penalty"),
     ({"messages": HI, "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ({"messages": HI, "kv_transfer_params": {"host": "x"}}, "kv_transfer_params"),
     ({"messages": HI, "response_format": {"type": "xml"}}, "response_format.type"),
@@ -324,6 +325,15 @@ async def test_bugs_are_500_in_the_same_shape(cluster: Cluster, monkeypatch: pyt
     assert_error(response.json(), 500, code="internal_error")
     assert response.headers["x-request-id"] in response.json()["message"]
     assert "division" not in response.text
+
+
+async def test_bugs_behind_the_long_way_are_too(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Endpoints that FastAPI itself routes to."""
+    monkeypatch.setattr(cluster.service, "named_models", lambda: 1 / 0)
+    response = await cluster.http.get("/v1/models")
+    assert response.status_code == 500
+    assert_error(response.json(), 500, code="internal_error")
+    assert response.headers["x-request-id"] in response.json()["message"]
 
 
 async def test_doubled_slashes_of_base_urls(cluster: Cluster) -> None:

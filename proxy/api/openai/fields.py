@@ -53,13 +53,13 @@ class Refused(msgspec.Struct, kw_only=True):
 
     def unsupported(self) -> list[str]:
         """Fields that the request uses in a way that can't be served."""
-        if not any(_refused_values(self)):
+        if self.length_penalty is None and not any(_refused_values(self)):
             return []
-        # A length penalty of 1 changes nothing.
+        # A length penalty of 1 changes nothing; 0 would.
         return [
             name
             for name, value in zip(_REFUSED_NAMES, _refused_values(self), strict=True)
-            if value and not (name == "length_penalty" and value == 1)
+            if (value not in (None, 1) if name == "length_penalty" else value)
         ]
 
 
