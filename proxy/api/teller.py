@@ -126,7 +126,7 @@ class Teller:
             updates = await self._generation.next(PING_INTERVAL_S, partial(self._tell_at_once, client))
             if client.lags:
                 await client.catch_up()
-            elif not (updates or self._unsent or self._generation.done):
+            elif not (updates or self._generation.done or self._has_ends):
                 self._unsent = self._dialect.ping
 
     def _tell_at_once(self, client: Client, update: Update) -> bool:
@@ -139,14 +139,24 @@ class Teller:
 
     async def _end_samples(self) -> None:
         """Say what there is to say about the ends of samples that have come to theirs."""
-        for index, answer in enumerate(self._answers):
-            if answer.finish_reason is not None and not self._told[index].end:
+        for index in range(len(self._answers)):
+            if self._has_end(index):
                 self._told[index].end = True
                 self._unsent += await self._words_at_end(index)
+
+    def _has_end(self, index: int) -> bool:
+        """Whether a sample has come to its end, and nothing was said about that."""
+        return self._answers[index].finish_reason is not None and not self._told[index].end
+
+    @property
+    def _has_ends(self) -> bool:
+        return any(map(self._has_end, range(len(self._answers))))
 
     def _words(self, update: Update) -> bytes:
         """What a dialect has to say about tokens. Every token of every stream passes here."""
         index, dialect = update.index, self._dialect
+        if self._answers[index].finish_reason is not None:
+            return b""  # it came behind a stop string, before the worker knew of that
         text = self._answers[index].push(update)
         is_news = text or len(self._answers[index].call_deltas) > self._told[index].calls
         if is_news or (dialect.tells_every_token and update.token_ids):

@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 
-from epd.types import FinishReason
+from epd.types import FinishReason, SamplingParams
 from proxy.api import teller
-from proxy.api.openai.answer import ChatDialect
+from proxy.api.dialect import Dialect, Head
+from proxy.api.http import Client
+from proxy.api.lightllm.token_native import TokenNativeDialect
+from proxy.api.openai.answer import ChatDialect, Wanted
+from proxy.dispatch.consumer import Teller
 from proxy.dispatch.generation import Generation
+from proxy.dispatch.work import Update, Work
+from proxy.models.catalog import ModelRef
+from proxy.text.answer import TextOptions
+from proxy.text.token_text import TokenTexts
 from proxy.text.tokenizer import Tokenizer
 from tests.proxy.conftest import Cluster, ask
 from tests.proxy.fakes import Received
@@ -100,6 +108,59 @@ async def test_a_stop_string_told_on_the_spot_ends_the_answer(cluster: Cluster, 
     assert '"finish_reason":"stop"' in lines[-2]
     assert lines[-1] == "data: [DONE]"
     await cluster.pd.until(lambda: cluster.pd.aborted == [cluster.pd.requests[0].request_id])
+
+
+class Scripted:
+    """A generation of one sample. Each turn is what is told on the spot, and what the consumer finds when it looks."""
+
+    num_samples, prompt_tokens, cached_tokens, done = 1, 3, 0, False
+
+    def __init__(self, *turns: tuple[list[int], list[int]]) -> None:
+        self.work = Work(
+            request_id="r", model=ModelRef("f", "m"), prompts=((1, 2, 3),), sampling=SamplingParams(), arrived=0.0,
+            timeout_s=60.0,
+        )  # fmt: skip
+        self._turns = list(turns)
+
+    async def next(self, timeout_s: float | None = None, teller: Teller | None = None) -> list[Update]:
+        told, found = self._turns.pop(0)
+        if told:
+            assert teller is not None
+            assert not teller(Update(0, told))  # there is a stop string in it
+        return [Update(0, found)] if found else []
+
+    async def finish(self, index: int) -> None:
+        self.done = True
+
+
+async def told_of(generation: Any, dialect: Dialect, tokenizer: Tokenizer, options: TextOptions) -> str:
+    pieces = []
+
+    async def send(message: Any) -> None:
+        pieces.append(message.get("body", b""))
+
+    one = teller.Teller(generation, dialect, tokenizer, options, with_timings=False)
+    await one.tell(Client(send), stream=True)
+    return b"".join(pieces).decode()
+
+
+async def test_what_comes_behind_a_stop_string_takes_nothing_away(tokenizer: Tokenizer) -> None:
+    """The worker sends more before it hears of the stop; the event that ends the answer has its last text."""
+    hello, more = tokenizer.encode("hello world"), tokenizer.encode("how")
+    options = TextOptions(stop=("world",), with_pieces=True)
+    dialect = TokenNativeDialect("a", 0.0, with_logprobs=False, is_cumulative=False)
+    told = await told_of(Scripted(([], []), (hello, more)), dialect, tokenizer, options)
+    [event] = [json.loads(line.removeprefix("data: ")) for line in told.splitlines() if line.startswith("data: {")]
+    assert event["text"] == "hello "
+    assert event["output_ids"] == hello[: len(event["output_ids"])] != []
+
+
+async def test_a_stop_string_that_nothing_stands_before_is_no_silence(tokenizer: Tokenizer) -> None:
+    first, stop = tokenizer.encode("hello "), tokenizer.encode("world")
+    dialect = ChatDialect(Head("a", 0, "m"), Wanted(TokenTexts(tokenizer.backend)))
+    told = await told_of(Scripted(([], first), (stop, [])), dialect, tokenizer, TextOptions(stop=("world",)))
+    assert content_of(told.splitlines()) == "hello "
+    assert ": ping" not in told
 
 
 async def test_silence_after_tokens_told_on_the_spot_is_broken(
