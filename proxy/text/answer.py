@@ -194,6 +194,7 @@ class Answer:
             shown = token_ids[:-1] if self._ends_with_hidden_token(update) else token_ids
             text = self._detokenizer.push(shown) + self._detokenizer.flush()
             self.finish_reason, self.ended_by = update.finish_reason, update.stop_token_id
+            self.logprobs += self._unshown.take(None)  # an end that came alone
         self._made += len(text)
         self._added.append(text)
         return text

@@ -33,6 +33,17 @@ def test_a_character_that_never_ends_belongs_to_its_last_token(tokenizer: Tokeni
     assert answer.text == "\ufffd"
 
 
+def test_an_end_that_comes_alone_tells_what_was_held_back(tokenizer: Tokenizer) -> None:
+    """Part of a character, with its log probabilities."""
+    answer = Answer(tokenizer, TextOptions())
+    first, second, *_ = tokenizer.encode("🙂")
+    push(answer, first, second)
+    assert (answer.text, answer.logprobs) == ("", [])
+    push(answer, finish=FinishReason.STOP)
+    assert answer.text == "\ufffd"
+    assert [shown.logprobs.token_id for shown in answer.logprobs] == [first, second]
+
+
 def test_the_token_that_ends_the_answer_is_a_piece_without_text(tokenizer: Tokenizer) -> None:
     end = tokenizer.token_id("<|im_end|>")
     assert end is not None
