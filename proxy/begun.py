@@ -5,8 +5,7 @@ Timers and tasks are for those that do. Both cost more than the rest of what a t
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator
-from functools import partial
+from collections.abc import Awaitable, Generator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -31,21 +30,18 @@ class Begun(Generic[T]):
         except StopIteration as end:
             self._value, self.is_done = end.value, True
 
-    def _step(self, step: Callable[[], object]) -> None:
-        try:
-            self._wanted = step()
-        except StopIteration as end:
-            self._value, self.is_done = end.value, True
-
     def __await__(self) -> Generator[object, object, T]:
         """Go on to the end. Returns what the coroutine does."""
         while not self.is_done:
             try:
-                news = yield self._wanted
-            except BaseException as error:  # cancellation among others
-                self._step(partial(self._steps.throw, error))
-            else:
-                self._step(partial(self._steps.send, news))
+                try:
+                    news = yield self._wanted
+                except BaseException as error:  # cancellation among others; nothing else here may hold it: a cycle
+                    self._wanted = self._steps.throw(error)
+                else:
+                    self._wanted = self._steps.send(news)
+            except StopIteration as end:
+                self._value, self.is_done = end.value, True
         return self._value  # type: ignore[return-value]
 
     def close(self) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
+from typing import Any
 
 import pytest
 
@@ -104,3 +107,30 @@ async def test_who_is_not_awaited_is_closed() -> None:
     begun.close()
     assert seen == ["left"]
     event.set()  # it waits for it no more
+
+
+async def test_a_cancelled_one_leaves_no_cycle() -> None:
+    """What its callers hold, pictures among it, does not wait in memory until Python looks for cycles."""
+
+    class Held:
+        pass
+
+    seen: list[Any] = []
+
+    async def holds() -> None:
+        held = Held()
+        seen.append(weakref.ref(held))
+        await Begun(asyncio.Event().wait())
+
+    gc.collect()
+    gc.disable()
+    try:
+        task = asyncio.ensure_future(holds())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        del task
+        await asyncio.sleep(0)
+        assert seen[0]() is None
+    finally:
+        gc.enable()
