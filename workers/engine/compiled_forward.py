@@ -42,6 +42,7 @@ _EXAMPLE_TOKENS = 16
 _LARGEST_DIFFERENCE = 0.1
 """Between a compiled and a plain step, relative to the largest hidden state; rounding alone gives a few hundredths."""
 _HELPER_TIMEOUT_S = 1800
+_HELPER_CACHE_BYTES = 64 << 20
 _SWITCH_INTERVAL_S = 0.0005
 """How long the loading thread may keep the engine's thread waiting: 5 ms, the default, are half a step."""
 
@@ -267,7 +268,9 @@ def _graph_file(config: EngineConfig) -> Path:
 
 def _run_helper(config: EngineConfig, file: Path) -> None:
     """Compile in a process that stands back for every other. Raises RuntimeError when it fails."""
-    settings = asdict(replace(config, load_format="dummy", compile="off", kv_cache_memory_bytes=64 << 20))
+    # The graph does not depend on the context, for which so small a cache may have no room.
+    small: dict[str, Any] = {"kv_cache_memory_bytes": _HELPER_CACHE_BYTES, "max_model_len": 1}
+    settings = asdict(replace(config, load_format="dummy", compile="off", **small))
     words = [sys.executable, "-m", "workers.engine.compile_helper", str(torch.get_num_threads()), str(file)]
     use_cache_folder()
     done = subprocess.run(  # noqa: S603  # ourselves

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 import torch
 from torch._dynamo.aot_compile_types import SerializableCallable
 
+from epd.errors import ConfigError
 from tests.workers.engine.oracle import Encoded, Oracle, add, greedy, make_engine, picture, provide, run
-from workers.engine import attention, attention_cpu, compiled_forward, int8_kernel, int8_linear
+from workers.engine import attention, attention_cpu, compiled_forward, int8_kernel, int8_linear, model_loader
 from workers.engine.compiled_forward import CompiledForward
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
@@ -181,6 +184,25 @@ def test_a_broken_file_is_made_anew_at_the_next_start(
     assert not forward.is_compiled
     assert "steps are not compiled" in caplog.text
     assert not (tmp_path / "graph").exists()
+
+
+def test_the_helper_has_room_for_any_context(qwen2: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cache is small, and what does not fit into a cache is refused where it was asked for."""
+    given: list[dict[str, Any]] = []
+
+    def note(*_: Any, **arguments: Any) -> subprocess.CompletedProcess[str]:
+        given.append(json.loads(arguments["input"]))
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr(subprocess, "run", note)
+    monkeypatch.setattr(compiled_forward, "_HELPER_CACHE_BYTES", 1 << 14)
+    context = qwen2.model.config.max_position_embeddings
+    config = EngineConfig(model=str(qwen2.path), dtype="float32", max_model_len=context)
+    compiled_forward._run_helper(config, tmp_path / "graph")
+    settings = given[0]
+    with pytest.raises(ConfigError, match="has room for"):
+        model_loader.load(EngineConfig(**settings | {"max_model_len": context}))
+    assert model_loader.load(EngineConfig(**settings)).model is not None
 
 
 def test_a_graph_is_made_once_and_serves_other_processes(qwen2_5_vl: Oracle, tmp_path: Path) -> None:
