@@ -153,7 +153,11 @@ def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow], guesses: list[tor
 
 def _greedy(logits: torch.Tensor) -> torch.Tensor:
     # On a CPU, finding the largest of bfloat16 values takes several times as long as converting them first.
-    return logits.float().argmax(dim=-1)
+    logits = logits.float()
+    if logits.device.type != "cpu":
+        return logits.argmax(dim=-1)
+    # And numpy finds it in a tenth of torch's time; of several, both give the first.
+    return torch.from_numpy(logits.numpy().argmax(axis=-1))
 
 
 def _with_logprobs(

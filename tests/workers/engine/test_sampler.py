@@ -37,6 +37,13 @@ def test_greedy_takes_the_best() -> None:
     assert sample(logits, rows(2, temperature=0)) == [0, 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_takes_the_first_of_equals_as_transformers_do(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = torch.randint(0, 50, (16, 1000)).to(dtype)  # each number many times
+    assert sample(logits.clone(), rows(16, temperature=0.0)) == logits.float().argmax(dim=-1).tolist()
+
+
 def test_a_hardly_positive_temperature_is_greedy() -> None:
     assert sample(LOGITS[None].clone(), rows(1, temperature=1e-40)) == [0]
 
