@@ -286,6 +286,7 @@ class _Edge:
             await error_response(error)(scope, receive, send_with_id)
         finally:
             self._metrics.answered(scope, outcome, arrived)
+            outcome.error = None  # its traceback leads to pictures, and the connection's timers know the outcome
 
     def _cut_root(self, path: str) -> str:
         """The path as routes know it. Gateways cut `--root-path` off or don't; both are right."""

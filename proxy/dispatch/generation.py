@@ -171,6 +171,7 @@ class Generation:
     def _let_go(self) -> None:
         """Of all that holds this in turn: pictures are not to wait in memory until Python looks for cycles."""
         self._attempts.clear()
+        self._error = None  # its traceback leads to whoever waited here
         for sample in self._samples:
             sample.attempt = None
 

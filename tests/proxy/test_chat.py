@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from epd.errors import InvalidRequest
 from epd.types import FinishReason
 from proxy.media.loader import LoadedImage
 from proxy.text.tokenizer import Tokenizer
@@ -234,15 +235,26 @@ async def test_low_detail_bounds_the_pixels(cluster: Cluster) -> None:
     assert len(cluster.encoder.pictures) == 2
 
 
+async def refuse(received: Received) -> None:
+    await received.send(finish=FinishReason.ERROR, error=InvalidRequest("The prompt is not welcome.").to_info())
+
+
+async def break_off(received: Received) -> None:
+    await received.send(5)
+    await refuse(received)
+
+
+@pytest.mark.parametrize("script", [None, refuse, break_off])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_pictures_are_let_go_with_the_answer(cluster: Cluster, stream: bool) -> None:
+async def test_pictures_are_let_go_with_the_answer(cluster: Cluster, stream: bool, script: Any) -> None:
     """They must not wait until Python looks for cycles, which it does by counting objects, not bytes."""
+    cluster.pd.script = script or cluster.pd.script
     await cluster.chat("what is this?", png(), stream=stream)
     gc.collect()
     gc.disable()
     try:
         response = await cluster.chat("what is this?", png(), png("blue"), stream=stream)
-        assert response.status_code == 200
+        assert ("not welcome" in response.text) is (script is not None)
         await eventually(lambda: not any(type(one) is LoadedImage for one in gc.get_objects()))
     finally:
         gc.enable()
