@@ -139,13 +139,14 @@ async def test_answers_that_take_too_long_for_a_proxy_that_shuts_down_end_with_a
 @asynccontextmanager
 async def slow_picture(cluster: Cluster, sent: int = 0) -> AsyncIterator[asyncio.Task[httpx.Response]]:
     """A chat whose picture is being fetched: so many of its bytes have left a host that sends no more."""
-    come = asyncio.Event()
+    come, gone = asyncio.Event(), asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n" + bytes(sent))
         come.set()
         await reader.read()  # until the proxy hangs up
         writer.close()
+        gone.set()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server, asyncio.timeout(15):
@@ -154,6 +155,7 @@ async def slow_picture(cluster: Cluster, sent: int = 0) -> AsyncIterator[asyncio
         chat = asyncio.create_task(cluster.http.post("/v1/chat/completions", json=body, headers=headers))
         await come.wait()
         yield chat
+        await gone.wait()  # else its socket is left to whoever looks for garbage later
 
 
 @pytest.fixture
