@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from epd.errors import ConfigError
+from proxy.text.ascii_encoder import AsciiEncoder
 from proxy.text.byte_level import REPLACEMENT, ByteDetokenizer, ByteTable
 
 _CONTEXT = 8
@@ -22,6 +23,8 @@ _MOST_HELD = 32
 """Tokens that wait for the end of a character: so many have none."""
 _LONG = 4096
 """Tokens from which the library's call for many texts is used: it lets other threads go on."""
+_LONG_TEXT = 1 << 14
+"""Characters from which the library encodes, for the same reason."""
 
 # Texts come one by one, and to hand one to the library's own threads takes as long as to encode it here.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -59,6 +62,8 @@ class Tokenizer:
         """Tokens that stand for their literal in any text, special or not, by that literal."""
         self.around = self._find_around()
         """What the tokenizer itself puts before and behind a text."""
+        self._has_around = self.around != ((), ())
+        self._ascii = AsciiEncoder.of(self.backend)
         self._literals = _Literals(token.content for token in added.values())
         normalized = [token.content for token in added.values() if token.normalized]
         self._normalized = _Literals(normalized)
@@ -67,6 +72,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; literals of added tokens in it become those tokens."""
+        if self._ascii is not None and len(text) < _LONG_TEXT and not (add_special_tokens and self._has_around):
+            return self._ascii.encode(text)
         return self._encode(text, add_special_tokens)
 
     def _find_around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
