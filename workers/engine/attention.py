@@ -15,9 +15,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from transformers import AttentionInterface
 
@@ -29,8 +29,7 @@ ATTENTION_NAME = "epd_paged"
 _active: ContextVar[AttentionBackend] = ContextVar("epd_attention_backend")
 
 
-@dataclass(frozen=True)
-class PackedChunk:
+class PackedChunk(msgspec.Struct, frozen=True):
     """Rows [first_row, first_row + length) of the packed batch are tokens [start, start + length) of one sequence."""
 
     first_row: int

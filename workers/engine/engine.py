@@ -23,6 +23,7 @@ from epd.errors import (
 from epd.tasks import check_task
 from epd.types import Pooling, SamplingParams, TokenLogprobs
 from workers.engine import admission, grammar
+from workers.engine.chunks import ScheduledChunk
 from workers.engine.deadlines import Deadlines, out_of_time
 from workers.engine.embeddings import EmbeddingStore
 from workers.engine.endings import Ending, ending_of, stopped
@@ -35,7 +36,7 @@ from workers.engine.pipeline import StepPipeline
 from workers.engine.placement import Placement
 from workers.engine.request import Clock, EngineRequest, ImagePlaceholder, RequestStatus
 from workers.engine.sampler import NOTHING, Sampled
-from workers.engine.scheduler import ScheduledChunk, Scheduler
+from workers.engine.scheduler import Scheduler
 from workers.engine.warm_up import warm_up
 from workers.engine.work_estimate import WorkEstimate
 

@@ -92,10 +92,11 @@ class KVCacheManager:
             False, with nothing changed, when too few blocks are free.
         """
         missing = self.blocks_for(num_tokens) - len(self._tables.get(request_id, ()))
-        if missing > 0 and missing + spare > self._pool.num_free:
+        if missing <= 0:
+            return True
+        if missing + spare > self._pool.num_free:
             return False
-        if missing > 0:
-            self._tables.setdefault(request_id, []).extend(self._pool.allocate(missing))
+        self._tables.setdefault(request_id, []).extend(self._pool.allocate(missing))
         return True
 
     def block_table(self, request_id: str) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from epd.types import TokenLogprobs
-from workers.engine.scheduler import ScheduledChunk
+from workers.engine.chunks import ScheduledChunk
 from workers.engine.step_inputs import row_slices
 
 _MOST_TOP = 20
@@ -32,7 +32,7 @@ def logprobs_of(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequenc
     chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
     ranks = (logits > chosen).sum(dim=-1) + 1
     # Always as many, for the same ones to be listed whatever others ask for.
-    best, best_ids = best_tokens(logits, min(max(_MOST_TOP, *num_top), logits.shape[1]) if any(num_top) else 0)
+    best, best_ids = most_likely(logits, min(max(_MOST_TOP, *num_top), logits.shape[1]) if any(num_top) else 0)
     values = (chosen - total).squeeze(1)
     if bool(values.isnan().any()):
         raise ArithmeticError("the model computed NaN; another --dtype may help, such as bfloat16")
@@ -45,7 +45,7 @@ def logprobs_of(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequenc
     ]
 
 
-def best_tokens(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def most_likely(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` best of each row: scores, falling, and token ids, rising among equals.
 
     Of those that equal the worst of them, some may be missing. In bfloat16 there are many equals, and without an order

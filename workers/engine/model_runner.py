@@ -10,13 +10,13 @@ import torch
 from epd.types import TokenLogprobs
 from workers.engine import step_inputs
 from workers.engine.adapter import PlacedImage, PlainPositions
+from workers.engine.chunks import ScheduledChunk
 from workers.engine.compiled_forward import CompiledForward
 from workers.engine.forward import Forward
 from workers.engine.grammar import GrammarCompiler
 from workers.engine.logprobs import PromptLogprobs
 from workers.engine.pooling import Pooler
-from workers.engine.sampler import Draw, Sampled, SamplingRow
-from workers.engine.scheduler import ScheduledChunk
+from workers.engine.sampler import Draw, Sampled, SamplingRow, sample
 from workers.engine.step_inputs import PlacedPrompt
 from workers.engine.transfer import to_device
 
@@ -36,6 +36,8 @@ class Runner(Protocol):
 
     def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[Sampled]:
         """Compute a step: one token for each chunk that `samples`, in order; `rows` belongs to those.
+
+        The chunks are `in_batch_order`.
 
         May raise anything. The same chunks, or some of them, may then be run again.
         """
@@ -136,36 +138,42 @@ class ModelRunner:
         self._pooler.remove(request_id)
         self._prompt_logprobs.remove(request_id)
 
+    @torch.inference_mode()
     def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[Sampled]:
         """See `Runner`."""
-        return self._launch(chunks, rows, None, waits=True).read()
+        logits, keep = self._compute(chunks, None)
+        sampled = [] if logits is None else sample(logits, rows, self.grammars)
+        keep()
+        return sampled
 
+    @torch.inference_mode()
     def launch(
         self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow], before: LaunchedStep | None = None
     ) -> LaunchedStep:
         """See `LaunchingRunner`."""
-        return self._launch(chunks, rows, before, waits=False)
+        logits, keep = self._compute(chunks, before.unread if isinstance(before, _Launched) else None)
+        draw = None if logits is None else Draw(logits, rows, self.grammars, waits=False)
+        return _Launched(draw, [chunk.request.request_id for chunk in chunks if chunk.samples], keep)
 
-    @torch.inference_mode()
-    def _launch(
-        self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow], before: LaunchedStep | None, *, waits: bool
-    ) -> _Launched:
-        unread = before.unread if isinstance(before, _Launched) else None
+    def _compute(
+        self, chunks: Sequence[ScheduledChunk], unread: step_inputs.UnreadTokens | None
+    ) -> tuple[torch.Tensor | None, Callable[[], None]]:
+        """Logits of the chunks that sample, None without any, and what to call when all is well."""
         inputs = step_inputs.build(chunks, self._prompts, self._adapter.num_axes, unread)
         hidden = self._forward.hidden(inputs)
+        if inputs.wanted is None:
+            return self._forward.logits(hidden), _keep_nothing
         pools = self._pooler.compute(chunks, hidden)
         prompts = self._prompt_logprobs.compute(chunks, hidden)
-        draw = None
-        if rows:
-            (wanted,) = to_device([inputs.wanted], self.device)
-            logits = self._forward.logits(hidden.index_select(0, wanted))
-            draw = Draw(logits, rows, self.grammars, waits=waits)
 
         def keep() -> None:
             self._prompt_logprobs.keep(prompts)
             self._pooler.keep(pools)
 
-        return _Launched(draw, [chunk.request.request_id for chunk in chunks if chunk.samples], keep)
+        if len(inputs.wanted) == 0:
+            return None, keep
+        (wanted,) = to_device([inputs.wanted], self.device)
+        return self._forward.logits(hidden.index_select(0, wanted)), keep
 
     def prompt_logprobs(self, request_id: str) -> tuple[TokenLogprobs, ...] | None:
         """See `Runner`."""
@@ -174,3 +182,7 @@ class ModelRunner:
     def pooled(self, request_id: str) -> tuple[float, ...]:
         """See `Runner`."""
         return self._pooler.result(request_id)
+
+
+def _keep_nothing() -> None:
+    """Of steps of answers alone, which end nothing that takes several steps."""

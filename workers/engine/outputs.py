@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 from epd.errors import EPDError, ErrorInfo
 from epd.types import FinishReason, TokenLogprobs
@@ -13,8 +15,7 @@ PromptLogprobs = tuple[TokenLogprobs | None, ...]
 """As in `epd.messages.TokenOutput.prompt_logprobs`; () where none are told."""
 
 
-@dataclass(frozen=True)
-class StepOutput:
+class StepOutput(msgspec.Struct, frozen=True):
     """New tokens of one request, or its end; the fields mean what they mean in `epd.messages.TokenOutput`."""
 
     request_id: str
@@ -27,7 +28,7 @@ class StepOutput:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: PromptLogprobs = ()
     pooled: tuple[float, ...] = ()
-    timings_ms: dict[str, float] = field(default_factory=dict)
+    timings_ms: dict[str, float] = msgspec.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+from workers.engine.chunks import ScheduledChunk, in_batch_order
 from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.model_runner import LaunchedStep, LaunchingRunner, Runner
 from workers.engine.request import Clock, EngineRequest
 from workers.engine.sampler import Sampled, SamplingRow
-from workers.engine.scheduler import ScheduledChunk, Scheduler
+from workers.engine.scheduler import Scheduler
 from workers.engine.work_estimate import WorkEstimate
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,8 @@ class StepPipeline:
         self._kv_cache.hold([] if following is None else [chunk.request.request_id for chunk in following.chunks])
         return self._landed(flight, sampled)
 
-    def _launch(self, chunks: list[ScheduledChunk], before: _Flight | None = None) -> _Flight:
+    def _launch(self, chunks: Sequence[ScheduledChunk], before: _Flight | None = None) -> _Flight:
+        chunks = in_batch_order(chunks)
         sampling = [chunk for chunk in chunks if chunk.samples]
         rows = [SamplingRow(chunk.request.sampling, chunk.end, chunk.request.logits_state) for chunk in sampling]
         launched_at = self._clock()
@@ -171,13 +173,18 @@ class StepPipeline:
         # A step that was launched ahead began when the one before it ended.
         duration_s = now - max(flight.launched_at, self._read_at)
         self._read_at = now
-        self._scheduler.note_duration(flight.chunks, duration_s)
-        self._estimate.observe_step(flight.chunks, duration_s)
-        chunks = _unfinished(flight.chunks)
+        decode_tokens = sum(chunk.is_decode for chunk in flight.chunks)
+        prefill_tokens = sum(chunk.length for chunk in flight.chunks) - decode_tokens
+        self._scheduler.note_duration(prefill_tokens, decode_tokens, duration_s)
+        self._estimate.observe_step(prefill_tokens, decode_tokens, duration_s)
+        chunks = flight.chunks
+        pairs = list(zip(flight.sampling, sampled, strict=True))
+        if self._ahead:  # else nothing else has happened since it was launched
+            chunks = _unfinished(chunks)
+            pairs = [pair for pair in pairs if not pair[0].status.is_finished]
         for chunk in chunks:
             self._scheduler.advance(chunk)
-        pairs = zip(flight.sampling, sampled, strict=True)
-        return StepResult(chunks, [pair for pair in pairs if not pair[0].status.is_finished])
+        return StepResult(chunks, pairs)
 
     def _one_by_one(self, chunks: Sequence[ScheduledChunk]) -> StepResult:
         """Compute the chunks of a step that failed, each alone. Called where the failure is caught."""

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from epd.types import Pooling, PoolingKind
-from workers.engine.scheduler import ScheduledChunk
+from workers.engine.chunks import ScheduledChunk
 from workers.engine.step_inputs import row_slices
 
 

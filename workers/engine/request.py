@@ -188,7 +188,8 @@ class EngineRequest:
     @property
     def is_decoding(self) -> bool:
         """Whether a step of it is one token, as opposed to a chunk of prompt (or of a recomputation)."""
-        return self.num_output_tokens > 0 and self.num_uncomputed_tokens == 1
+        num_tokens = len(self.token_ids)
+        return self.num_computed_tokens == num_tokens - 1 and num_tokens > self.num_prompt_tokens
 
     @property
     def finish_reason(self) -> FinishReason | None:

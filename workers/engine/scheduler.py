@@ -24,9 +24,9 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from epd.errors import InvalidRequest, Overloaded
+from workers.engine.chunks import ScheduledChunk
 from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.prefill_pace import PrefillPace
 from workers.engine.request import EngineRequest, RequestStatus
@@ -35,34 +35,6 @@ log = logging.getLogger(__name__)
 
 PRIORITY_STEP_S = 30.0
 """A request of priority p has the rank of one of priority 0 that comes p times so much later."""
-
-
-@dataclass(frozen=True)
-class ScheduledChunk:
-    """Tokens [start, start + length) of a request are computed in this step."""
-
-    request: EngineRequest
-    start: int
-    length: int
-    block_table: tuple[int, ...]
-    """Blocks that cover tokens [0, start + length), and perhaps some more."""
-    is_ahead: bool = False
-    """Whether its one token was not known yet when it was scheduled: the step before makes it."""
-
-    @property
-    def end(self) -> int:
-        """One past the last token of the chunk."""
-        return self.start + self.length
-
-    @property
-    def samples(self) -> bool:
-        """Whether the chunk reaches the request's last token, so that its output gives the next one."""
-        return self.is_last and self.request.pooling is None
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the chunk reaches the last token that the request has."""
-        return self.is_ahead or self.end == self.request.num_tokens
 
 
 def _rank(request: EngineRequest) -> tuple[float, int]:
@@ -196,7 +168,7 @@ class Scheduler:
         budget = budget if limit is None else min(budget, limit)
         budget = self._schedule_prefills(chunks, budget)
         if self.num_preemptions == preemptions:  # else a newcomer would take the blocks just freed
-            in_flight = {name for chunk in chunks if not chunk.request.is_decoding for name in self._names(chunk)}
+            in_flight = {name for chunk in chunks if not chunk.is_decode for name in self._names(chunk)}
             budget = self._admit(chunks, budget, in_flight)
             self._compute_early(chunks, budget, in_flight)
         return chunks
@@ -223,15 +195,11 @@ class Scheduler:
             return []
         if not all(self._kv_cache.grow(chunk.request.request_id, chunk.end + 1) for chunk in going_on):
             return []
-        return [
-            ScheduledChunk(request, end, 1, tuple(self._kv_cache.block_table(request.request_id)), is_ahead=True)
-            for request, end in ((chunk.request, chunk.end) for chunk in going_on)
-        ]
+        return [self._decode(chunk.request, chunk.end) for chunk in going_on]
 
-    def note_duration(self, chunks: Sequence[ScheduledChunk], duration_s: float) -> None:
-        """Learn how long a step took. Before `advance`."""
-        decode_tokens = sum(chunk.request.is_decoding for chunk in chunks)
-        self._pace.observe(sum(chunk.length for chunk in chunks) - decode_tokens, decode_tokens, duration_s)
+    def note_duration(self, prefill_tokens: int, decode_tokens: int, duration_s: float) -> None:
+        """Learn how long a step of so many tokens took."""
+        self._pace.observe(prefill_tokens, decode_tokens, duration_s)
 
     def advance(self, chunk: ScheduledChunk) -> None:
         """Record that a chunk's keys and values are in the cache now."""
@@ -286,10 +254,12 @@ class Scheduler:
                 if not self._take_from_early():
                     self._preempt(self._running[-1])
             if request.status is RequestStatus.RUNNING:
-                chunks.append(self._chunk(request, 1))
+                chunks.append(self._decode(request, request.num_computed_tokens))
         return chunks
 
     def _schedule_prefills(self, chunks: list[ScheduledChunk], budget: int) -> int:
+        if len(chunks) == len(self._running):  # all decode
+            return budget
         for request in self._running:
             if budget <= 0:
                 break
@@ -394,15 +364,16 @@ class Scheduler:
         end = min(until, start + budget)
         divided = request.atomic_span_around(end)
         if divided is not None:
-            is_first = all(chunk.request.is_decoding for chunk in chunks)
+            is_first = all(chunk.is_decode for chunk in chunks)
             end = divided[1] if divided[0] <= start and is_first else max(divided[0], start)
         if end > start:
-            chunks.append(self._chunk(request, end - start))
+            table = tuple(self._kv_cache.block_table(request.request_id))
+            chunks.append(ScheduledChunk(request, start, end - start, table, is_last=end == request.num_tokens))
         return end - start
 
-    def _chunk(self, request: EngineRequest, length: int) -> ScheduledChunk:
+    def _decode(self, request: EngineRequest, start: int) -> ScheduledChunk:
         table = tuple(self._kv_cache.block_table(request.request_id))
-        return ScheduledChunk(request, request.num_computed_tokens, length, table)
+        return ScheduledChunk(request, start, 1, table, is_last=True, is_decode=True)
 
     def _grow(self, request: EngineRequest, spare: int = 0) -> bool:
         return self._kv_cache.grow(request.request_id, request.num_tokens, spare=spare)

@@ -1,20 +1,23 @@
 """From the scheduler's integers to the tensors of one forward call.
 
-A step is one packed row of tokens: those of decoding requests first, short contexts before long ones, then the prompt
-chunks. Everything behind this module sees only `StepInputs`.
+A step is one packed row of tokens, chunk by chunk, `in_batch_order`. Everything behind this module sees only
+`StepInputs`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
+import numpy as np
 import torch
 
 from workers.engine.adapter import PlacedImage, PlainPositions
 from workers.engine.attention import PackedChunk
+from workers.engine.chunks import ScheduledChunk
 from workers.engine.request import EngineRequest
-from workers.engine.scheduler import ScheduledChunk
 from workers.engine.transfer import large_to_device, to_device
 
 Place = tuple[ScheduledChunk, PackedChunk]
@@ -79,8 +82,8 @@ class StepInputs:
     """int64 [axes, tokens]."""
     images: tuple[ImageRows, ...]
     """By row."""
-    wanted: torch.Tensor
-    """int64 [rows whose logits are wanted]: chunk by chunk in the scheduler's order, not in that of the batch."""
+    wanted: torch.Tensor | None
+    """int64 [rows whose logits are wanted], rising; None where answers are all that is computed: all rows are."""
     is_unread: bool = False
     """Whether `token_ids` are on the device already, where the step before makes them; the host does not know them."""
 
@@ -131,28 +134,45 @@ def build(
     """Pack the chunks of a step, on the CPU but for `unread` tokens.
 
     Args:
-        chunks: one or more, at most one for each request.
+        chunks: one or more, at most one for each request, `in_batch_order`.
         prompts: request id → prompt, for each of them.
         num_axes: of positions.
         unread: has the tokens of the chunks, of one token each, which the host does not know yet.
     """
+    if all(chunk.is_decode for chunk in chunks):
+        return _build_decodes(chunks, prompts, num_axes, unread)
+    assert unread is None, "a step with prompts is launched when all tokens are known"
     places = [_with_spans(chunk, place, prompts[chunk.request.request_id]) for chunk, place in _pack(chunks)]
-    token_ids = _token_ids(places) if unread is None else unread.of(chunk.request for chunk, _ in places)
+    token_ids = [token for chunk in chunks for token in chunk.request.token_ids[chunk.start : chunk.end]]
     return StepInputs(
         chunks=tuple(place for _, place in places),
-        token_ids=token_ids,
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
         positions=_positions(places, prompts, num_axes, len(token_ids)),
         images=tuple(
             rows for chunk, place in places for rows in _images(chunk, place, prompts[chunk.request.request_id])
         ),
-        wanted=torch.tensor(_wanted(chunks, places), dtype=torch.int64),
-        is_unread=unread is not None,
+        wanted=torch.tensor([place.rows.stop - 1 for chunk, place in places if chunk.samples], dtype=torch.int64),
     )
 
 
-def wanted_offsets(chunk: ScheduledChunk) -> Sequence[int]:
-    """Tokens of a chunk whose logits are wanted, counted from its first: the last one where the chunk samples."""
-    return (chunk.length - 1,) if chunk.samples else ()
+def _build_decodes(
+    chunks: Sequence[ScheduledChunk], prompts: dict[str, PlacedPrompt], num_axes: int, unread: UnreadTokens | None
+) -> StepInputs:
+    """The short way of a step of answers alone, of which there are many, each soon over."""
+    positions = np.empty((num_axes, len(chunks)), dtype=np.int64)
+    positions[:] = [chunk.start + prompts[chunk.request.request_id].delta for chunk in chunks]
+    if unread is None:
+        token_ids = torch.from_numpy(np.array([chunk.request.token_ids[chunk.start] for chunk in chunks], np.int64))
+    else:
+        token_ids = unread.of(chunk.request for chunk in chunks)
+    return StepInputs(
+        chunks=tuple([PackedChunk(row, 1, chunk.start, chunk.block_table) for row, chunk in enumerate(chunks)]),
+        token_ids=token_ids,
+        positions=torch.from_numpy(positions),
+        images=(),
+        wanted=None,
+        is_unread=unread is not None,
+    )
 
 
 def row_slices(chunks: Sequence[ScheduledChunk]) -> dict[str, slice]:
@@ -161,43 +181,28 @@ def row_slices(chunks: Sequence[ScheduledChunk]) -> dict[str, slice]:
 
 
 def _pack(chunks: Sequence[ScheduledChunk]) -> list[Place]:
-    """Give each chunk its rows: those of one token first, short contexts before long ones."""
+    """Give each chunk its rows."""
     places: list[Place] = []
     first_row = 0
-    for chunk in sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.end)):
+    for chunk in chunks:
         places.append((chunk, PackedChunk(first_row, chunk.length, chunk.start, chunk.block_table)))
         first_row += chunk.length
     return places
-
-
-def _token_ids(places: Sequence[Place]) -> torch.Tensor:
-    token_ids = [token for chunk, _ in places for token in chunk.request.token_ids[chunk.start : chunk.end]]
-    return torch.tensor(token_ids, dtype=torch.int64)
 
 
 def _with_spans(chunk: ScheduledChunk, place: PackedChunk, prompt: PlacedPrompt) -> Place:
     if not prompt.bidirectional or chunk.start >= prompt.length:
         return chunk, place
     spans = tuple(span for span in prompt.bidirectional if chunk.start <= span[0] and span[1] <= chunk.end)
-    return chunk, replace(place, bidirectional=spans)
-
-
-def _wanted(chunks: Sequence[ScheduledChunk], places: Sequence[Place]) -> list[int]:
-    first_rows = {chunk.request.request_id: place.first_row for chunk, place in places}
-    return [first_rows[chunk.request.request_id] + offset for chunk in chunks for offset in wanted_offsets(chunk)]
+    return chunk, msgspec.structs.replace(place, bidirectional=spans)
 
 
 def _positions(
     places: Sequence[Place], prompts: dict[str, PlacedPrompt], num_axes: int, num_tokens: int
 ) -> torch.Tensor:
-    decoding = []
-    for chunk, _ in places:  # those come first
-        prompt = prompts[chunk.request.request_id]
-        if chunk.length > 1 or chunk.start < prompt.length:
-            break
-        decoding.append(chunk.start + prompt.delta)
-    if len(decoding) == num_tokens:
-        return torch.tensor(decoding).expand(num_axes, -1)
+    # Most of one token, which come first, are decodes: together, they take one operation.
+    decodes = itertools.takewhile(lambda place: place[0].is_decode, places)
+    decoding = [chunk.start + prompts[chunk.request.request_id].delta for chunk, _ in decodes]
     positions = torch.empty(num_axes, num_tokens, dtype=torch.int64)
     positions[:, : len(decoding)] = torch.tensor(decoding, dtype=torch.int64)
     for chunk, place in places[len(decoding) :]:

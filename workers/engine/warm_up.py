@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from epd.types import Pooling, PoolingKind, SamplingParams, WorkerTask
+from workers.engine.chunks import ScheduledChunk
 from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.model_runner import Runner
 from workers.engine.request import EngineRequest
 from workers.engine.sampler import SamplingRow
-from workers.engine.scheduler import ScheduledChunk
 
 _ID = "(warm-up)"
 _POOLING = {
@@ -31,7 +31,7 @@ def warm_up(runner: Runner, kv_cache: KVCacheManager, task: WorkerTask) -> None:
         runner.add(_ID, request.token_ids, [])
         table = tuple(kv_cache.block_table(_ID))
         for start, length in ((0, 2), (2, 1)) if pooling is None else ((0, 2),):
-            chunk = ScheduledChunk(request, start, length, table)
+            chunk = ScheduledChunk(request, start, length, table, is_last=True)
             rows = [SamplingRow(request.sampling, request.num_tokens)] if chunk.samples else []
             request.token_ids += [sampled.token_id for sampled in runner.run([chunk], rows)]
     finally:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from workers.engine.request import Clock, EngineRequest
-from workers.engine.scheduler import ScheduledChunk
 from workers.load_model import PrefillDecodeModel
 
 _INTERVAL_S = 0.1
@@ -30,10 +29,8 @@ class WorkEstimate:
         self._due = 0.0
         """When the work at hand is added up again."""
 
-    def observe_step(self, chunks: Sequence[ScheduledChunk], duration_s: float) -> None:
-        """A step has ended; its requests have not been advanced yet."""
-        decode_tokens = sum(chunk.request.is_decoding for chunk in chunks)
-        prefill_tokens = sum(chunk.length for chunk in chunks) - decode_tokens
+    def observe_step(self, prefill_tokens: int, decode_tokens: int, duration_s: float) -> None:
+        """A step of so many tokens has ended."""
         self._durations.observe_step(prefill_tokens, decode_tokens, duration_s * 1000)
 
     def observe_answer(self, num_tokens: int) -> None:

@@ -10,12 +10,13 @@ from typing import Any, cast
 import torch
 
 from workers.engine.adapter import PlacedImage, PlainPositions
+from workers.engine.chunks import ScheduledChunk
 from workers.engine.embeddings import EmbeddingStore, ImageEmbeddings
 from workers.engine.engine import Engine
 from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.model_loader import ModelInfo
 from workers.engine.sampler import Sampled, SamplingRow
-from workers.engine.scheduler import ScheduledChunk, Scheduler
+from workers.engine.scheduler import Scheduler
 
 VOCAB = 100
 HIDDEN = 4

@@ -15,10 +15,10 @@ from epd.errors import ContextLengthExceeded, EPDError, InvalidRequest, Overload
 from epd.types import FinishReason, SamplingParams
 from tests.workers.engine.fakes import CONTEXT, EOS, HIDDEN, IMAGE_TOKEN, VOCAB, FakeClock, FakeRunner, fake_engine
 from tests.workers.engine.oracle import Answers, run
+from workers.engine.chunks import ScheduledChunk
 from workers.engine.engine import Engine
 from workers.engine.request import ImagePlaceholder
 from workers.engine.sampler import Sampled, SamplingRow
-from workers.engine.scheduler import ScheduledChunk
 
 PROMPT = [1, 2, IMAGE_TOKEN, 3]
 IMAGES = (ImagePlaceholder("k", 2),)

@@ -14,9 +14,9 @@ from epd.types import FinishReason, SamplingParams
 from tests.workers.engine.fakes import HIDDEN, IMAGE_TOKEN, FakeClock, FakeRunner, fake_engine
 from tests.workers.engine.oracle import Answers
 from workers.engine.adapter import PlacedImage
+from workers.engine.chunks import ScheduledChunk
 from workers.engine.request import EngineRequest, ImagePlaceholder
 from workers.engine.sampler import Sampled, SamplingRow
-from workers.engine.scheduler import ScheduledChunk
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 18

@@ -161,3 +161,33 @@ def test_greedy_takes_the_first_of_equals_in_bfloat16_too() -> None:
     logits = torch.randint(0, 4, (20, 500), generator=torch.Generator().manual_seed(0)).bfloat16()
     first = [row.index(max(row)) for row in logits.tolist()]
     assert sample(logits, rows(20, temperature=0)) == first
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [0.0, -60.0])  # with values of both signs in each row, and with none above zero
+def test_the_best_of_16_bit_floats_is_that_of_the_floats(dtype: torch.dtype, shift: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.cat([torch.randn(20, 999, generator=generator) * 8 + shift, torch.full((20, 1), -torch.inf)], dim=1)
+    logits[0] = -torch.inf
+    logits[1].clamp_(max=-0.0)[7] = 0.0  # behind others that equal it
+    logits[2, 5] = torch.inf
+    logits = logits.to(dtype)
+    assert sample(logits, rows(20, temperature=0)) == logits.float().argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("is_negative", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "same_size", "nan"),
+    [
+        (torch.float32, torch.int32, 0x7FC00000),
+        (torch.bfloat16, torch.int16, 0x7FC0),
+        (torch.float16, torch.int16, 0x7E00),
+    ],
+)
+def test_one_value_that_is_no_number_is_found_wherever_it_stands(
+    dtype: torch.dtype, same_size: torch.dtype, nan: int, is_negative: bool
+) -> None:
+    logits = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits.view(same_size)[2, 17] = nan + (torch.iinfo(same_size).min if is_negative else 0)
+    with pytest.raises(ArithmeticError, match="NaN"):
+        sample(logits, rows(4, temperature=0))

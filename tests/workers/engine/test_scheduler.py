@@ -7,9 +7,10 @@ import pytest
 
 from epd.errors import InvalidRequest, Overloaded
 from epd.types import SamplingParams
+from workers.engine.chunks import ScheduledChunk
 from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.request import EngineRequest, ImagePlaceholder, RequestStatus
-from workers.engine.scheduler import PRIORITY_STEP_S, ScheduledChunk, Scheduler
+from workers.engine.scheduler import PRIORITY_STEP_S, Scheduler
 
 BLOCK_SIZE = 4
 
@@ -161,7 +162,7 @@ def test_prompts_beside_decodes_keep_to_the_target_duration(target_s: float, lim
     scheduler = make_scheduler(num_blocks=200, tokens=100, target_s=target_s)
     scheduler.add(make_request("first", 100))
     chunks = scheduler.schedule()
-    scheduler.note_duration(chunks, 0.1)
+    scheduler.note_duration(100, 0, 0.1)
     scheduler.advance(chunks[0])
     chunks[0].request.append(1)
     scheduler.add(make_request("second", 200))
