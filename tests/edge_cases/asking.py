@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -48,18 +45,6 @@ def say(*steps: list[int], **end: Any) -> Any:
         await received.send(**end)
 
     return script
-
-
-@asynccontextmanager
-async def connection(cluster: Cluster) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A bare TCP connection to the proxy."""
-    host, port = cluster.url.removeprefix("http://").split(":")
-    async with asyncio.timeout(15):
-        reader, writer = await asyncio.open_connection(host, int(port), limit=2**16)
-        try:
-            yield reader, writer
-        finally:
-            writer.close()
 
 
 def head(path: str = CHAT, *lines: str) -> bytes:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from epd.types import FinishReason
-from tests.edge_cases.asking import CHAT, HI, TEXT, connection, error_of, head, say, text_of, whole
+from tests.edge_cases.asking import CHAT, HI, TEXT, error_of, head, say, text_of, whole
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, eventually, png
 from tests.proxy.fakes import Received
 from tests.proxy.test_admission import slow_picture
@@ -20,7 +20,7 @@ from tests.proxy.test_failover import Script, die
 
 async def first_lines(cluster: Cluster, request: bytes) -> tuple[int, bytes]:
     """Status and all that a bare connection is answered until the proxy closes it."""
-    async with connection(cluster) as (reader, writer):
+    async with cluster.connection() as (reader, writer):
         writer.write(request)
         answer = await reader.read()
     return int(answer.split()[1]), answer
@@ -179,7 +179,7 @@ async def test_e39_clients_are_told_what_not_to_try_again(cluster: Cluster) -> N
 
 async def test_e40_bodies_that_are_too_large_are_not_read(start_cluster: ClusterFactory) -> None:
     cluster = await start_cluster(max_body_bytes=100_000)
-    async with connection(cluster) as (reader, writer):
+    async with cluster.connection() as (reader, writer):
         writer.write(head(CHAT, "Content-Length: 100000000000"))
         assert b" 413 " in await reader.readline(), "from the header alone"
 
@@ -222,7 +222,7 @@ async def test_e40_a_client_that_stops_reading(cluster: Cluster, monkeypatch: py
             await asyncio.sleep(0.001)
 
     cluster.pd.script = endless
-    async with connection(cluster) as (_, writer):
+    async with cluster.connection() as (_, writer):
         writer.write(whole({"messages": HI, "stream": True, "max_tokens": 4000, "logprobs": True, "top_logprobs": 20}))
         await cluster.pd.until(lambda: len(cluster.pd.aborted) == 1)
         await eventually(lambda: not cluster.service.dispatcher.active)

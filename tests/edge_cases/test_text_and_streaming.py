@@ -12,7 +12,7 @@ import pytest
 
 from epd.types import FinishReason, TokenLogprobs
 from proxy.text.tokenizer import StopChecker, Tokenizer
-from tests.edge_cases.asking import CHAT, HI, TEXT, connection, error_of, post_bytes, say, text_of, whole
+from tests.edge_cases.asking import CHAT, HI, TEXT, error_of, post_bytes, say, text_of, whole
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, eventually, png
 from tests.proxy.fakes import Received
 from tests.proxy.test_chat import events
@@ -132,7 +132,7 @@ async def test_e06_characters_split_over_transport_chunks(start_cluster: Cluster
     assert text_of(response) == "日本 👩‍👩‍👧"
     prompt = cluster.model.tokenizer.decode(cluster.pd.requests[0].prompt_token_ids)
     assert "日本" in prompt
-    async with connection(cluster) as (reader, writer):
+    async with cluster.connection() as (reader, writer):
         writer.write(whole({"messages": HI, "stream": True}))
         await reader.readuntil(b"\r\n\r\n")
         while size := int(await reader.readline(), 16):

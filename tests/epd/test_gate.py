@@ -18,6 +18,9 @@ from epd import codec, gate
 from epd.keys import ClusterKeys, new_key_file
 from epd.messages import PROTOCOL_VERSION, Hello, Ping
 from epd.transport import Dealer, HandshakeFailed, Router
+from tests.tcp import TcpServer, connected
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 """ZMTP 3.0 (https://rfc.zeromq.org/spec/23/), without security, as a client."""
@@ -118,15 +121,12 @@ async def test_what_is_said_is_not_readable(keys: ClusterKeys) -> None:
     with contextlib.closing(Router("127.0.0.1:0", any_port=True)) as router:
         router.bind()
         recorded = bytearray()
-        relay = await asyncio.start_server(
-            lambda reader, writer: pass_on(reader, writer, router.address, recorded), "127.0.0.1", 0
-        )
-        port = relay.sockets[0].getsockname()[1]
-        with contextlib.closing(Dealer(f"127.0.0.1:{port}")) as dealer:
-            dealer.connect()
-            hello = Hello(protocol_version=PROTOCOL_VERSION, sender="the sender's name", model="m")
-            await dealer.send(hello)
-            assert (await asyncio.wait_for(router.receive(), 10))[1] == hello
+        async with TcpServer(lambda reader, writer: pass_on(reader, writer, router.address, recorded)) as relay:
+            with contextlib.closing(Dealer(f"127.0.0.1:{relay.port}")) as dealer:
+                dealer.connect()
+                hello = Hello(protocol_version=PROTOCOL_VERSION, sender="the sender's name", model="m")
+                await dealer.send(hello)
+                assert (await asyncio.wait_for(router.receive(), 10))[1] == hello
         assert b"CURVE" in recorded
         assert b"the sender's name" not in recorded
         receiving = asyncio.create_task(router.receive())
@@ -134,14 +134,11 @@ async def test_what_is_said_is_not_readable(keys: ClusterKeys) -> None:
         await until(lambda: router.refused == 1)
         assert not receiving.done()
         receiving.cancel()
-        relay.close()
 
 
 async def pass_on(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str, recorded: bytearray
 ) -> None:
-    there, back = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
-
     async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter, record: bytearray | None) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await source.read(65536):
@@ -150,32 +147,35 @@ async def pass_on(
                 sink.write(data)
         sink.close()
 
-    await asyncio.gather(copy(reader, back, recorded), copy(there, writer, None))
+    async with connected(port_of(address)) as (there, back):
+        await asyncio.gather(copy(reader, back, recorded), copy(there, writer, None))
 
 
-async def dial(router: Router) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_connection("127.0.0.1", int(router.address.rpartition(":")[2]))
+def port_of(address: str) -> int:
+    return int(address.rpartition(":")[2])
 
 
-async def shake_hands(router: Router, **properties: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+@contextlib.asynccontextmanager
+async def shaken_hands(router: Router, **properties: bytes) -> AsyncIterator[Streams]:
     """A connection on which messages may follow: libzmq takes none before it has sent its own READY."""
-    reader, writer = await dial(router)
-    writer.write(GREETING + ready(**properties))
-    async with asyncio.timeout(10):
-        await reader.readexactly(len(GREETING))
-        _, size = await reader.readexactly(2)
-        await reader.readexactly(size)
-    return reader, writer
+    async with connected(port_of(router.address)) as (reader, writer):
+        writer.write(GREETING + ready(**properties))
+        async with asyncio.timeout(10):
+            await reader.readexactly(len(GREETING))
+            _, size = await reader.readexactly(2)
+            await reader.readexactly(size)
+        yield reader, writer
 
 
 async def send_raw(router: Router, data: bytes) -> None:
     """Send bytes, then read until the other side hangs up."""
-    await send_until_cut(*await dial(router), data)
+    async with connected(port_of(router.address)) as streams:
+        await send_until_cut(*streams, data)
 
 
 async def send_until_cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes) -> None:
     writer.write(data)
-    with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+    with contextlib.suppress(ConnectionError):
         async with asyncio.timeout(10):
             await reader.read()
 
@@ -218,7 +218,8 @@ async def test_an_oversized_frame_costs_its_connection_before_it_is_read(tcp_rou
         other.connect()
         await other.send(Ping(sequence=1))
         await tcp_router.receive()
-        await send_until_cut(*await shake_hands(tcp_router), b"\x02" + size.to_bytes(8, "big") + bytes(1000))
+        async with shaken_hands(tcp_router) as streams:
+            await send_until_cut(*streams, b"\x02" + size.to_bytes(8, "big") + bytes(1000))
         await until(lambda: tcp_router.refused == 1)
         await other.send(Ping(sequence=2))  # nobody else's connection is touched
         assert (await tcp_router.receive())[1] == Ping(sequence=2)
@@ -233,9 +234,7 @@ async def test_a_replayed_greeting_opens_a_connection_of_its_own_and_disturbs_no
         first, _, _ = await tcp_router.receive()
         [header] = codec.encode(hello)
         replay = bytes([0, len(header)]) + bytes(header)
-        _, honest = await shake_hands(tcp_router)
-        _, liar = await shake_hands(tcp_router, Identity=first)
-        with contextlib.closing(honest), contextlib.closing(liar):
+        async with shaken_hands(tcp_router) as (_, honest), shaken_hands(tcp_router, Identity=first) as (_, liar):
             liar.write(replay)
             honest.write(replay)
             second, message, _ = await asyncio.wait_for(tcp_router.receive(), 10)

@@ -7,6 +7,8 @@ import contextlib
 import time
 from collections import deque
 
+from tests.tcp import TcpServer, connected
+
 _PIECE_BYTES = 1 << 16
 _HELD_BYTES = 8 << 20
 """A direction that holds so much reads no further."""
@@ -27,22 +29,17 @@ class Relay:
         """Added to each piece, in each direction."""
         self._open = asyncio.Event()
         self._open.set()
-        self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._server = TcpServer(self._accept, port=port)
         self._seen: deque[tuple[float, bytes]] = deque()
         self._seen_bytes = 0
 
     async def start(self) -> None:
         """Listen."""
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        await self._server.start()
 
     async def close(self) -> None:
         """Stop listening and drop all connections."""
-        if self._server is not None:
-            self._server.close()
-        for task in list(self._connections):
-            task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        await self._server.close()
 
     def cut(self) -> None:
         """Forward nothing from now on, and close nothing: what the ends see of a partition. New connections hang."""
@@ -59,22 +56,12 @@ class Relay:
     # -- one connection ------------------------------------------------------------------------------------------------
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)
         try:
             await self._open.wait()
-            with contextlib.suppress(OSError):
-                other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self.target)
-                try:
-                    await self._both_ways(reader, writer, other_reader, other_writer)
-                finally:
-                    other_writer.transport.abort()
-        except asyncio.CancelledError:
-            pass
+            async with connected(self.target) as (other_reader, other_writer):
+                await self._both_ways(reader, writer, other_reader, other_writer)
         finally:
             writer.transport.abort()
-            self._connections.discard(task)
 
     async def _both_ways(
         self,

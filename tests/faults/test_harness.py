@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 
@@ -17,6 +17,7 @@ from tests.faults.relay import Relay
 from tests.faults.report import table
 from tests.faults.traffic import make_pool
 from tests.ports import free_port
+from tests.tcp import TcpServer, connected
 
 REQUEST = SoakRequest("text", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6})
 RIGHT = (Sample("xxxxxx", (), "length"),)
@@ -106,11 +107,9 @@ async def http_server(answer: bytes) -> AsyncIterator[str]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(answer)
-        writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    async with TcpServer(serve) as server:
+        yield f"{server.url}/v1"
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -162,18 +161,22 @@ async def relayed() -> AsyncIterator[tuple[Relay, asyncio.StreamReader, asyncio.
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(1 << 16):
             writer.write(data)
-        writer.close()
 
-    server = await asyncio.start_server(echo, "127.0.0.1", 0)
-    relay = Relay(free_port(), server.sockets[0].getsockname()[1])
-    await relay.start()
-    reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
-    try:
+    async with (
+        TcpServer(echo) as server,
+        started(Relay(free_port(), server.port)) as relay,
+        connected(relay.port) as (reader, writer),
+    ):
         yield relay, reader, writer
+
+
+@asynccontextmanager
+async def started(relay: Relay) -> AsyncIterator[Relay]:
+    await relay.start()
+    try:
+        yield relay
     finally:
-        writer.close()
         await relay.close()
-        server.close()
 
 
 async def test_relay_holds_back_while_it_is_cut_and_loses_nothing() -> None:
@@ -200,13 +203,6 @@ async def test_relay_delays_each_way() -> None:
 
 
 async def test_relay_closes_when_nobody_listens() -> None:
-    relay = Relay(free_port(), free_port())
-    await relay.start()
-    reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
-    try:
-        assert await reader.read() == b""
-    except ConnectionError:
-        pass
-    finally:
-        writer.close()
-        await relay.close()
+    async with started(Relay(free_port(), free_port())) as relay, connected(relay.port) as (reader, _):
+        with suppress(ConnectionError):
+            assert await reader.read() == b""

@@ -21,6 +21,7 @@ from metastore.sessions import Hold, SessionKey, SessionLimits
 from tests.metastore.conftest import Hosts, until
 from tests.ports import free_port
 from tests.redis_server import TIMEOUT_S, RedisServer, program, redis_server
+from tests.tcp import TcpServer, connected
 
 NEVER_S = 3600.0
 USER = "epd on >secret resetchannels ~epd:* &epd:* +@read +@write +@scripting +@pubsub +@connection +select +time"
@@ -104,12 +105,11 @@ async def tls_in_front_of(server: RedisServer, context: ssl.SSLContext) -> Async
         target.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        inner_reader, inner_writer = await asyncio.open_connection(server.host, server.port)
-        await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
+        async with connected(server.port) as (inner_reader, inner_writer):
+            await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
 
-    front = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-    async with front:
-        yield front.sockets[0].getsockname()[1]
+    async with TcpServer(serve, ssl=context) as front:
+        yield front.port
 
 
 async def test_tls_with_certificates_on_both_sides(hosts: Hosts, redis: RedisServer, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from proxy.service import Service
 from proxy.text.tokenizer import Tokenizer
 from tests.proxy.fakes import FakeEncoder, FakePrefillDecode
 from tests.proxy.model_files import write_model
+from tests.tcp import connected
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +109,13 @@ class Cluster:
         await self.http.aclose()
         if "openai" in self.__dict__:
             await self.openai.close()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        """A bare TCP connection to the proxy, for 20 seconds."""
+        port = int(self.url.rpartition(":")[2])
+        async with asyncio.timeout(20), connected(port, limit=2**16) as streams:
+            yield streams
 
     async def ready(self, pds: int, encoders: int) -> None:
         """Wait until the proxy sees so many workers."""

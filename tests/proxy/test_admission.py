@@ -19,6 +19,7 @@ from tests.proxy.conftest import Cluster, ClusterFactory, ask, data_url, eventua
 from tests.proxy.fakes import Received
 from tests.proxy.test_chat import events
 from tests.proxy.test_failures import code
+from tests.tcp import TcpServer
 
 
 async def test_full_workers_are_not_asked(start_cluster: ClusterFactory) -> None:
@@ -145,17 +146,15 @@ async def slow_picture(cluster: Cluster, sent: int = 0) -> AsyncIterator[asyncio
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n" + bytes(sent))
         come.set()
         await reader.read()  # until the proxy hangs up
-        writer.close()
         gone.set()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server, asyncio.timeout(15):
-        part = {"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"}}
+    async with TcpServer(serve) as server, asyncio.timeout(15):
+        part = {"type": "image_url", "image_url": {"url": f"{server.url}/"}}
         body, headers = {"messages": [{"role": "user", "content": [part]}]}, {"x-request-id": "slow-1"}
         chat = asyncio.create_task(cluster.http.post("/v1/chat/completions", json=body, headers=headers))
         await come.wait()
         yield chat
-        await gone.wait()  # else its socket is left to whoever looks for garbage later
+        await gone.wait()
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from proxy.cluster.worker_connection import PROXY_TO_INSTANCE
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, eventually, png
 from tests.proxy.fakes import FakeEncoder, FakePrefillDecode, Received
 from tests.proxy.test_chat import events
+from tests.tcp import TcpServer
 
 
 def code(response: httpx.Response) -> Any:
@@ -231,12 +232,10 @@ async def test_client_leaves_while_a_picture_is_fetched(start_cluster: ClusterFa
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         came.set()
         await reader.read()  # until the proxy hangs up
-        writer.close()
         gone.set()
 
-    server = await asyncio.start_server(silent, "127.0.0.1", 0)
-    async with server, asyncio.timeout(10):
-        part = {"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"}}
+    async with TcpServer(silent) as server, asyncio.timeout(10):
+        part = {"type": "image_url", "image_url": {"url": f"{server.url}/"}}
         async with httpx.AsyncClient(base_url=cluster.url, trust_env=False) as leaving:
             body = {"messages": [{"role": "user", "content": [part]}]}
             task = asyncio.create_task(leaving.post("/v1/chat/completions", json=body))
@@ -261,19 +260,15 @@ async def test_slow_reader_costs_one_slot(cluster: Cluster) -> None:
         sent.set()
 
     cluster.pd.script = flood
-    host, port = cluster.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port), limit=2**16)
     fields = {"messages": ask("x"), "stream": True, "stream_options": {"include_usage": True}, "logprobs": True}
     body = json.dumps(fields).encode()
-    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
-    writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
-    async with asyncio.timeout(10):
+    async with cluster.connection() as (reader, writer):
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
         await sent.wait()
-    received = b""
-    while b"[DONE]" not in received:
-        received += await reader.read(2**16)
-    writer.close()
-    await writer.wait_closed()
+        received = b""
+        while b"[DONE]" not in received:
+            received += await reader.read(2**16)
     assert f'"completion_tokens":{total}'.encode() in received
     assert received.count(b'"top_logprobs"') == total
 
@@ -414,13 +409,10 @@ async def test_deadline_while_a_picture_is_fetched(start_cluster: ClusterFactory
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()  # until the proxy gives up
-        writer.close()
         gone.set()
 
-    server = await asyncio.start_server(silent, "127.0.0.1", 0)
-    async with server:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x.png"
-        part = {"type": "image_url", "image_url": {"url": url}}
+    async with TcpServer(silent) as server:
+        part = {"type": "image_url", "image_url": {"url": f"{server.url}/x.png"}}
         body = {"messages": [{"role": "user", "content": [part]}]}
         response = await cluster.http.post("/v1/chat/completions", json=body)
         assert (response.status_code, code(response)) == (504, "timeout")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import ipaddress
 import os
 import random
@@ -30,6 +29,7 @@ from proxy.media.file import read_file_url
 from proxy.media.http import Domains, HttpFetcher, is_allowed, parse_networks
 from proxy.media.loader import ImageSource, MediaLimits, MediaLoader, content_key, count_pixels, parse_data_url
 from tests.proxy.conftest import data_url, png
+from tests.tcp import TcpServer
 
 PNG = png()
 BASE64 = base64.b64encode(PNG).decode()
@@ -261,15 +261,11 @@ async def web_server(answer: Callable[[str, bytes], bytes]) -> AsyncIterator[int
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
-        with contextlib.suppress(ConnectionError):  # the client may have seen enough
-            writer.write(answer(head.split()[1].decode(), head))
-            await writer.drain()
-            writer.close()
-            await writer.wait_closed()
+        writer.write(answer(head.split()[1].decode(), head))
+        await writer.drain()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        yield server.sockets[0].getsockname()[1]
+    async with TcpServer(serve) as server:
+        yield server.port
 
 
 def ok(body: bytes, *headers: str) -> bytes:

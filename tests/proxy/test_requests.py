@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from pathlib import Path
@@ -343,13 +342,9 @@ async def test_doubled_slashes_of_base_urls(cluster: Cluster) -> None:
 
 async def test_body_that_trickles_in(start_cluster: ClusterFactory) -> None:
     cluster = await start_cluster(request_timeout=0.1)
-    host, port = cluster.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n")
-    writer.write(b"Content-Type: application/json\r\n\r\n{")
-    async with asyncio.timeout(10):
+    async with cluster.connection() as (reader, writer):
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n")
+        writer.write(b"Content-Type: application/json\r\n\r\n{")
         answer = await reader.read()  # until the server closes
-    writer.close()
-    await writer.wait_closed()
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert_error(json.loads(answer.partition(b"\r\n\r\n")[2]), 408, code="request_timeout")

@@ -228,18 +228,14 @@ async def test_a_client_that_lags_gets_all_in_order(cluster: Cluster, tokenizer:
         sent.set()
 
     cluster.pd.script = flood
-    host, port = cluster.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port), limit=2**16)
     body = json.dumps({"messages": ask("x"), "stream": True}).encode()
-    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
-    writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
-    async with asyncio.timeout(20):
+    async with cluster.connection() as (reader, writer):
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
         await sent.wait()
         received = b""
         while b"[DONE]" not in received[-100:]:
             received += await reader.read(2**16)
-    writer.close()
-    await writer.wait_closed()
     lines = [line for line in received.decode().splitlines() if line.startswith("data: {")]
     assert content_of(lines) == "hello world" * total
     assert len(lines) < total * len(tokens) / 2

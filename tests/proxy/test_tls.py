@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import ssl
 import subprocess
@@ -19,6 +18,7 @@ from epd.bench.http_client import HttpClient, ServerGone
 from epd.cli import main
 from epd.credentials import Credentials
 from proxy.certificate import Renewals
+from tests.tcp import TcpServer, connected
 
 
 @dataclass
@@ -107,18 +107,17 @@ async def test_a_renewed_certificate_is_taken_up(tmp_path: Path) -> None:
     async def serial() -> str:
         trusting = ssl.create_default_context()
         authority.configure_trust(trusting)
-        _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting, server_hostname="localhost")
-        shown = writer.get_extra_info("peercert")["serialNumber"]
-        writer.close()
-        await writer.wait_closed()
-        return str(shown)
+        async with connected(server.port, ssl=trusting, server_hostname="localhost") as (_, writer):
+            return str(writer.get_extra_info("peercert")["serialNumber"])
+
+    async def hang_up(*_: object) -> None:
+        pass
 
     renew()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(file)
     renewals = Renewals(context, file, None)
-    async with await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0, ssl=context) as server:
-        port = server.sockets[0].getsockname()[1]
+    async with TcpServer(hang_up, ssl=context) as server:
         first = await serial()
         assert not renewals.look()
         assert await serial() == first

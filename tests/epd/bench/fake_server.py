@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from tests.tcp import TcpServer
+
 Body = dict[str, Any]
 PROBE_TOKENS = 4
 
@@ -39,8 +41,7 @@ class FakeServer:
         self.most_running = 0
         self._gather = gather
         self._gathered = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
+        self._server = TcpServer(self._connection, limit=1 << 22)
 
     @property
     def streams(self) -> list[Body]:
@@ -49,39 +50,26 @@ class FakeServer:
 
     @property
     def base_url(self) -> str:
-        assert self._server is not None
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
+        return f"{self._server.url}/v1"
 
     async def __aenter__(self) -> FakeServer:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=1 << 22)
+        await self._server.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._tasks.add(asyncio.ensure_future(self._connection(reader, writer)))
+        await self._server.close()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        try:
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode()
-                length = next((int(x[15:]) for x in head.splitlines() if x.lower().startswith("content-length:")), 0)
-                content = await reader.readexactly(length)
-                if head.startswith("GET"):
-                    _write_json(writer, 200, {"data": [{"id": "fake-model"}]})
-                elif not await self._chat(writer, json.loads(content)):
-                    return
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
+        while True:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            length = next((int(x[15:]) for x in head.splitlines() if x.lower().startswith("content-length:")), 0)
+            content = await reader.readexactly(length)
+            if head.startswith("GET"):
+                _write_json(writer, 200, {"data": [{"id": "fake-model"}]})
+            elif not await self._chat(writer, json.loads(content)):
+                return
+            await writer.drain()
 
     async def _chat(self, writer: asyncio.StreamWriter, body: Body) -> bool:
         named = [name for name in self.refuses if name in body]
