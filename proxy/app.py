@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import re
-import secrets
 import signal
 import socket
 import time
@@ -46,6 +46,7 @@ from proxy.api.responses import endpoints as responses
 from proxy.api.vectors import embeddings, score
 from proxy.byte_budget import ByteBudget
 from proxy.certificate import Renewals
+from proxy.connection import Connection
 from proxy.figures.metrics import CLIENT_CLOSED_REQUEST, Metrics
 from proxy.request_context import ERROR_WORDS, OUTCOME, REQUEST_ID, REQUEST_ID_PATTERN, Outcome, note_client_left
 from proxy.service import Service
@@ -300,7 +301,7 @@ def _request_id(scope: Scope) -> str:
             text: str = value.decode("latin-1")
             if re.fullmatch(REQUEST_ID_PATTERN, text):
                 return text
-    return secrets.token_hex(16)
+    return os.urandom(16).hex()
 
 
 # -- process ---------------------------------------------------------------------------------------------------------
@@ -369,7 +370,7 @@ async def _serve(config: ProxyConfig) -> int:
     server = _Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=Connection,
             log_config=None,
             log_level="warning",  # its info says what ours says
             access_log=False,

@@ -30,7 +30,7 @@ from proxy.api.openai.sampling import (
 from proxy.api.openai.schema import ChatRequest, CompletionRequest, SamplingRequest
 from proxy.api.openai.structured import grammar_of
 from proxy.api.openai.tools import ToolSide, tool_side_of
-from proxy.api.requests import Deadline
+from proxy.api.requests import in_time
 from proxy.api.teller import AtEnd, Teller
 from proxy.dispatch.work import Work
 from proxy.media.loader import LoadedImage
@@ -79,13 +79,16 @@ async def answer_chat(
     model.require(images=bool(sources))
     model.require_task(None)
     with model.dispatcher.admit():
-        with Deadline(model, arrived):
+
+        async def prepare() -> tuple[ToolSide, SamplingParams, Prompt, list[LoadedImage]]:
             side = await tool_side_of(body, model)
-            sampling = await _with_form(model, body, side, sampling)
-            prompt = await _chat_prompt(model, body, messages, side, sampling.max_tokens)
-            model.check_context(len(prompt.token_ids), None if fits_context else sampling.max_tokens)
-            check_prompt_logprobs(sampling, len(prompt.token_ids))
-            images = await model.load_images(sources)
+            formed = await _with_form(model, body, side, sampling)
+            prompt = await _chat_prompt(model, body, messages, side, formed.max_tokens)
+            model.check_context(len(prompt.token_ids), None if fits_context else formed.max_tokens)
+            check_prompt_logprobs(formed, len(prompt.token_ids))
+            return side, formed, prompt, await model.load_images(sources)
+
+        side, sampling, prompt, images = await in_time(model, arrived, prepare())
         head, counts = Head.new(id_prefix, model.name, model.ref.fingerprint), UsageSoFar()
         sampling = _within_context(model, sampling, len(prompt.token_ids))
         offsets, n = prompt.image_offsets, body.n or 1
@@ -113,13 +116,16 @@ async def answer_text(client: Client, model: ServedModel, body: CompletionReques
     model.require(images=False)
     model.require_task(None)
     with model.dispatcher.admit():
-        with Deadline(model, arrived):
-            sampling = await with_grammar(model, body, sampling)
-            prompts = await prompts_of(body, model, sampling.max_tokens)
+
+        async def prepare() -> tuple[SamplingParams, list[tuple[int, ...]], list[Echo]]:
+            formed = await with_grammar(model, body, sampling)
+            prompts = await prompts_of(body, model, formed.max_tokens)
             check_answers(len(prompts), samples_of(body))
             for prompt in prompts:
-                check_prompt_logprobs(sampling, len(prompt))
-            echoes = await _echoes(model, body, prompts)
+                check_prompt_logprobs(formed, len(prompt))
+            return formed, prompts, await _echoes(model, body, prompts)
+
+        sampling, prompts, echoes = await in_time(model, arrived, prepare())
         head, samples, counts = Head.new("cmpl", model.name, model.ref.fingerprint), samples_of(body), UsageSoFar()
         work = work_of(model, body, head, arrived, sampling, prompts, n=samples)
         wanted = _wanted(model, body, work, shown_logprobs(body), counts)

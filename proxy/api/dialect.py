@@ -6,6 +6,7 @@ are ready for the socket, so that a stream costs one write for all that came in 
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,7 +79,7 @@ class Head(msgspec.Struct, frozen=True):
 
 def unguessable(prefix: str) -> str:
     """A new id: `chatcmpl-…`, or `resp_…` where the prefix ends with its own `_`."""
-    return f"{prefix}{'' if prefix.endswith('_') else '-'}{secrets.token_hex(16)}"
+    return f"{prefix}{'' if prefix.endswith('_') else '-'}{os.urandom(16).hex()}"
 
 
 class News(msgspec.Struct, frozen=True):

@@ -76,7 +76,10 @@ class RequestTimeout(ClientError):
 
 def header(scope: Scope, name: bytes) -> bytes:
     """The value of the first header of that name, in small letters; empty: there is none."""
-    return next((value for given, value in scope["headers"] if given == name), b"")
+    for given, value in scope["headers"]:
+        if given == name:
+            return bytes(value)
+    return b""
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float) -> Body:

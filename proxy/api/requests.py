@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import re
 import time
+from collections.abc import Awaitable
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from epd.errors import DeadlineExceeded, InvalidRequest
 from proxy.api.documentation import EVENT, REF
 from proxy.api.http import JSON, header, read_body
 from proxy.api.json_body import Body, decode_body
+from proxy.begun import Begun
 from proxy.dispatch.dispatcher import Preparation
 from proxy.models.served_model import ServedModel
 from proxy.request_context import REQUEST_ID, REQUEST_ID_PATTERN
@@ -122,6 +124,15 @@ class Deadline:
             raise ended_with or over from None
         if ended_with is not None and kind is None:  # it came too late to stop anything
             raise ended_with
+
+
+async def in_time(model: ServedModel, arrived: float, work: Awaitable[T]) -> T:
+    """What `work` returns, within a `Deadline` unless it returns at once, as most does. Arguments are those."""
+    begun = Begun(work)
+    if begun.is_done:
+        return await begun
+    with Deadline(model, arrived):
+        return await begun
 
 
 def documented(body: type[Any], answer: type[Any], *, stream: str | None = None) -> dict[str, Any]:

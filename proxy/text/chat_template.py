@@ -202,9 +202,9 @@ class ChatTemplate:
         """
         strings = strings_of(conversation)
         plain = render(conversation)
-        if any(self._tokenizer.hides_added_token(text) for text in strings):
+        if any(map(self._tokenizer.hides_added_token, strings)):
             raise InvalidRequest("The text normalises to a control token of this model.", param="messages")
-        if any(self._tokenizer.could_hold_added_token(text) for text in strings):
+        if any(map(self._tokenizer.could_hold_added_token, strings)):
             return self._split_safely(conversation, plain, render)
         return [plain]
 
@@ -333,9 +333,11 @@ class _GenerationBlock(Extension):
 
 def _compiled(source: str) -> jinja2.Template:
     try:
-        return _environment().from_string(source)
+        template = _environment().from_string(source)
     except jinja2.TemplateError as error:
         raise ConfigError(f"the chat template does not compile: {error}") from error
+    template.globals = dict(template.globals)  # each rendering copies them, from a chain of dicts slowly
+    return template
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -176,7 +176,9 @@ class Detokenizer:
         context: Sequence[int] = (),
         shown_ids: frozenset[int] = frozenset(),
     ) -> None:
-        hidden = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset()
+        hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
+        if shown_ids:
+            hidden = hidden - shown_ids
         self._one: ByteDetokenizer | _StreamDetokenizer
         if tokenizer.bytes is not None:
             self._one = ByteDetokenizer(tokenizer.bytes, hidden)
