@@ -138,11 +138,11 @@ class ModelRunner:
         self._pooler.remove(request_id)
         self._prompt_logprobs.remove(request_id)
 
-    @torch.inference_mode()
     def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[Sampled]:
         """See `Runner`."""
-        logits, keep = self._compute(chunks, None)
-        sampled = [] if logits is None else sample(logits, rows, self.grammars)
+        with torch.inference_mode():
+            logits, keep = self._compute(chunks, None)
+            sampled = [] if logits is None else sample(logits, rows, self.grammars)
         keep()
         return sampled
 

@@ -17,7 +17,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NamedTuple, cast
 
 from workers.engine.chunks import ScheduledChunk, in_batch_order
 from workers.engine.kv_cache_manager import KVCacheManager
@@ -45,8 +45,7 @@ class StepResult:
     """Those that the model fails on, also alone."""
 
 
-@dataclass(frozen=True)
-class _Flight:
+class _Flight(NamedTuple):
     """A step that was launched."""
 
     chunks: list[ScheduledChunk]

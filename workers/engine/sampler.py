@@ -123,7 +123,7 @@ class Draw:
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], grammars: GrammarCompiler | None = None) -> list[Sampled]:
     """Choose a token for each row, now; arguments and errors as of `Draw`."""
-    if logits.device.type == "cpu" and all(_wants_best(row) for row in rows):
+    if logits.is_cpu and all(map(_wants_best, rows)):
         tokens, has_nan = best_on_host(logits)
         if has_nan:
             raise _overflowed()

@@ -70,8 +70,7 @@ class ImageRows:
     """[levels, rows, hidden size]: added to the hidden states behind each of the first layers."""
 
 
-@dataclass(frozen=True)
-class StepInputs:
+class StepInputs(msgspec.Struct, frozen=True):
     """What one forward call needs."""
 
     chunks: tuple[PackedChunk, ...]
@@ -106,7 +105,7 @@ class StepInputs:
             )
             for image, targets in zip(self.images, moved, strict=True)
         )
-        return replace(self, token_ids=token_ids, positions=positions, images=images)
+        return msgspec.structs.replace(self, token_ids=token_ids, positions=positions, images=images)
 
 
 @dataclass(frozen=True)

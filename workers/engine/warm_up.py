@@ -10,6 +10,8 @@ from workers.engine.request import EngineRequest
 from workers.engine.sampler import SamplingRow
 
 _ID = "(warm-up)"
+_STEPS = ((0, 2, SamplingParams(top_p=0.9)), (2, 1, SamplingParams(temperature=0.0)))
+"""Of the two steps: first token, tokens, and how the next one is chosen, which differs in what it needs."""
 _POOLING = {
     WorkerTask.GENERATE: None,
     WorkerTask.SCORE: Pooling(PoolingKind.SCORE),
@@ -18,21 +20,21 @@ _POOLING = {
 
 
 def warm_up(runner: Runner, kv_cache: KVCacheManager, task: WorkerTask) -> None:
-    """Compute a prompt, and a token if the model gives any. Nothing of it stays.
+    """Compute a prompt, and tokens if the model gives any. Nothing of it stays.
 
     Raises:
         Exception: whatever the model raises.
     """
     pooling = _POOLING[task]
-    request = EngineRequest(_ID, [0, 0], SamplingParams(top_p=0.9), pooling=pooling)
+    request = EngineRequest(_ID, [0, 0], SamplingParams(), pooling=pooling)
     if not kv_cache.grow(_ID, 3):
         return  # all blocks hold requests, so it is warm
     try:
         runner.add(_ID, request.token_ids, [])
         table = tuple(kv_cache.block_table(_ID))
-        for start, length in ((0, 2), (2, 1)) if pooling is None else ((0, 2),):
+        for start, length, sampling in _STEPS[: 1 if pooling else 2]:
             chunk = ScheduledChunk(request, start, length, table, is_last=True)
-            rows = [SamplingRow(request.sampling, request.num_tokens)] if chunk.samples else []
+            rows = [SamplingRow(sampling, request.num_tokens)] if chunk.samples else []
             request.token_ids += [sampled.token_id for sampled in runner.run([chunk], rows)]
     finally:
         runner.remove(_ID)

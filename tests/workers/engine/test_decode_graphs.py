@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -85,7 +85,7 @@ def test_tokens_that_the_host_does_not_know_come_from_the_device() -> None:
     static = StaticInputs(4, LAYOUT, CPU)
     first = step((5, (3, 1)), (0, (2,)))
     static.load(first)
-    static.load(replace(step((6, (3, 1)), (1, (2,))), token_ids=torch.tensor([70, 71]), is_unread=True))
+    static.load(msgspec.structs.replace(step((6, (3, 1)), (1, (2,))), token_ids=torch.tensor([70, 71]), is_unread=True))
     assert static.rows.token_ids.tolist() == [70, 71, 0, 0]
     assert static.rows.lengths.tolist() == [7, 2, 1, 1]
 
