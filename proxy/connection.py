@@ -1,6 +1,7 @@
-"""Connections of clients: the head of an answer goes out with what follows at once.
+"""Connections of clients: the head of an answer goes out with what follows at once, and pieces of streams go straight.
 
-Uvicorn writes head and body apart: two system calls, two packets, and a client that wakes up twice.
+Uvicorn writes head and body apart: two system calls, two packets, and a client that wakes up twice. And each piece of a
+stream passes through several calls between here and the socket, of which a token needs none.
 """
 
 from __future__ import annotations
@@ -8,14 +9,53 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _HEAD, _INTERIM = b"HTTP/1.1 ", b"HTTP/1.1 1"
 """What the heads of answers begin with, and those of which the client waits for before it goes on."""
 
 
+_KEY = "epd.connection"
+
+
 class Connection(HttpToolsProtocol):
     """One connection of a client."""
+
+    @staticmethod
+    def of(scope: Scope) -> Connection | None:
+        """That which a request came by; None: it came by another server."""
+        found: Connection | None = scope.get("extensions", {}).get(_KEY)
+        return found
+
+    def write_piece(self, scope: Scope, words: bytes) -> bool:
+        """Write a piece of an answer that has begun and goes on, past ASGI.
+
+        Args:
+            scope: of the request.
+            words: not the last ones.
+
+        Returns:
+            False where nothing was written and ASGI's `send` is to do it: the client lags or is gone, or the answer is
+            not sent in chunks.
+        """
+        cycle = self.cycle
+        is_stream = cycle.scope is scope and cycle.chunked_encoding and not cycle.response_complete
+        if not is_stream or self.flow.write_paused or cycle.disconnected or not words:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(words), words))
+        return True
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self.scope["extensions"] = {_KEY: self}  # type: ignore[dict-item]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Implements `asyncio.Protocol`."""
+        super().connection_lost(exc)
+        if self.scope is not None:
+            self.scope["extensions"] = {}  # they hold each other
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Implements `asyncio.Protocol`."""

@@ -17,6 +17,7 @@ from epd.errors import ClientError, EPDError, RequestTooLarge, ShuttingDown, Una
 from proxy.api.json_body import Body
 from proxy.begun import Begun
 from proxy.byte_budget import hold
+from proxy.connection import Connection
 from proxy.request_context import ERROR_WORDS, note_client_left
 from proxy.timers import Alarm, TimeLimit
 
@@ -133,8 +134,10 @@ class Client:
     Made and closed by `Exchange`; used by one task at a time.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._scope = scope
         self._send = send
+        self._connection = Connection.of(scope)
         self.started = False
         self.headers: dict[str, str] = {}
         """What else the answer's headers say."""
@@ -165,6 +168,8 @@ class Client:
             Whether another piece may follow. Otherwise the client lags, and `catch_up` has to be awaited.
         """
         assert self._sending is None, "catch up first"
+        if self._connection is not None and self._connection.write_piece(self._scope, words):
+            return True
         sending = Begun(self._send({"type": "http.response.body", "body": words, "more_body": True}))
         if not sending.is_done:
             self._sending = sending
@@ -237,7 +242,7 @@ class Exchange(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the coroutine against the client's patience."""
         patience = _Patience(receive)
-        client = Client(send)
+        client = Client(scope, send)
         try:
             await self._write(client)
         except ClientDisconnect:

@@ -127,7 +127,8 @@ class Generation:
             for sample in self._samples:
                 if can_tell and sample.has_more:
                     can_tell = teller(sample.take())
-                has_news = has_news or sample.has_news
+                else:
+                    has_news = has_news or sample.has_news
         except Exception:
             log.exception("bug in telling %s", self.work.request_id)
             self.fail(InternalError("A bug in the proxy ended the request."))

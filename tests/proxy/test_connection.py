@@ -1,4 +1,4 @@
-"""Heads of answers go out with their bodies, and never later than the event loop's next turn."""
+"""Heads of answers go out with their bodies, and never later than the event loop's next turn; pieces go straight."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Socket(asyncio.Transport):
         super().__init__()
         self.written: list[bytes] = []
         self.closed = False
+        self.failures: list[BaseException] = []
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         assert not self.closed
@@ -37,6 +38,9 @@ class Socket(asyncio.Transport):
     def resume_reading(self) -> None:
         pass
 
+    def pause_reading(self) -> None:
+        pass
+
 
 async def start(send: Send, length: int | None, **headers: str) -> None:
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
@@ -49,14 +53,23 @@ async def body(send: Send, words: bytes, *, more: bool = False) -> None:
 
 
 def connect(app: App) -> tuple[Connection, Socket]:
-    connection, socket = Connection(uvicorn.Config(app, log_config=None), ServerState(), {}), Socket()
+    async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except BaseException as error:
+            socket.failures.append(error)
+            raise
+
+    connection, socket = Connection(uvicorn.Config(watched, log_config=None), ServerState(), {}), Socket()
     connection.connection_made(socket)
     return connection, socket
 
 
-async def all_of(connection: Connection) -> None:
-    """Wait for the end of all requests."""
+async def all_of(connection: Connection, socket: Socket) -> None:
+    """Wait for the end of all requests. Raises what one of them failed of, which uvicorn only logs."""
     await asyncio.gather(*connection.tasks)
+    for error in socket.failures:
+        raise error
 
 
 @pytest.mark.parametrize("keep_alive", [True, False])
@@ -68,7 +81,7 @@ async def test_a_short_answer_is_one_write(keep_alive: bool) -> None:
     connection, socket = connect(app)
     request = GET if keep_alive else GET.replace(b"host: x", b"connection: close")
     connection.data_received(request)
-    await all_of(connection)
+    await all_of(connection, socket)
     (answer,) = socket.written
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
     assert answer.endswith(b"\r\n\r\nhi")
@@ -83,7 +96,7 @@ async def test_pieces_of_a_stream_go_out_as_they_come() -> None:
 
     connection, socket = connect(app)
     connection.data_received(GET)
-    await all_of(connection)
+    await all_of(connection, socket)
     first, *others = socket.written
     assert first.startswith(b"HTTP/1.1 200 OK\r\n")
     assert first.endswith(b"\r\n\r\n3\r\none\r\n")
@@ -105,7 +118,7 @@ async def test_a_head_does_not_wait_for_a_body_that_comes_later() -> None:
             await asyncio.sleep(0)
     assert socket.written[0].endswith(b"\r\n\r\n")
     go_on.set()
-    await all_of(connection)
+    await all_of(connection, socket)
     assert socket.written[1:] == [b"hi"]
 
 
@@ -116,7 +129,7 @@ async def test_a_head_without_a_body_goes_out_before_the_end() -> None:
 
     connection, socket = connect(app)
     connection.data_received(GET.replace(b"GET", b"HEAD"))
-    await all_of(connection)
+    await all_of(connection, socket)
     (head,) = socket.written
     assert head.endswith(b"\r\n\r\n")
     assert socket.closed
@@ -133,9 +146,84 @@ async def test_a_client_that_waits_to_send_its_body_is_told_at_once() -> None:
     await asyncio.sleep(0)
     assert socket.written == [b"HTTP/1.1 100 Continue\r\n\r\n"]
     connection.data_received(b"hi")
-    await all_of(connection)
+    await all_of(connection, socket)
     assert len(socket.written) == 2
     assert socket.written[1].endswith(b"\r\n\r\nhi")
+
+
+@pytest.mark.parametrize("keep_alive", [True, False])
+async def test_pieces_go_straight_between_others(keep_alive: bool) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        way = Connection.of(scope)
+        assert way is not None
+        assert not way.write_piece(scope, b"too early")
+        await start(send, None)
+        assert way.write_piece(scope, b"one")
+        await body(send, b"two", more=True)
+        assert way.write_piece(scope, b"three")
+        assert not way.write_piece(scope, b"")  # would end it
+        assert not way.write_piece(dict(scope), b"another request's")
+        connection.pause_writing()
+        assert not way.write_piece(scope, b"the client lags")
+        connection.resume_writing()
+        await body(send, b"")
+        assert not way.write_piece(scope, b"too late")
+
+    connection, socket = connect(app)
+    connection.data_received(GET if keep_alive else GET.replace(b"host: x", b"connection: close"))
+    await all_of(connection, socket)
+    _, _, chunks = b"".join(socket.written).partition(b"\r\n\r\n")
+    assert chunks == b"3\r\none\r\n3\r\ntwo\r\n5\r\nthree\r\n0\r\n\r\n"
+    assert len(socket.written) == 4
+
+
+async def test_pieces_do_not_go_where_there_are_no_chunks() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        way = Connection.of(scope)
+        assert way is not None
+        is_head = scope["method"] == "HEAD"
+        await start(send, None if is_head else 3)
+        assert not way.write_piece(scope, b"one")
+        await body(send, b"one")
+
+    for request in (GET, GET.replace(b"GET", b"HEAD")):
+        connection, socket = connect(app)
+        connection.data_received(request)
+        await all_of(connection, socket)
+        assert len(b"".join(socket.written).split(b"one")) == 1 + request.startswith(b"GET")
+
+
+async def test_pieces_do_not_go_to_a_client_that_is_gone() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await start(send, None)
+        connection.connection_lost(None)
+        assert not connection.write_piece(scope, b"one")
+        assert Connection.of(scope) is None
+
+    connection, socket = connect(app)
+    connection.data_received(GET)
+    await all_of(connection, socket)
+    assert socket.closed
+
+
+async def test_an_earlier_answer_is_not_mixed_up_with_the_next_one() -> None:
+    """A client may send a request before the answer to the one before has ended."""
+    go_on = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await start(send, None)
+        await go_on.wait()
+        assert connection.write_piece(scope, b"x") is (scope["path"] == "/2")
+        await body(send, scope["path"].encode())
+
+    connection, socket = connect(app)
+    connection.data_received(GET.replace(b"/ ", b"/1 ") + GET.replace(b"/ ", b"/2 "))
+    await asyncio.sleep(0)
+    go_on.set()
+    while connection.tasks:
+        await all_of(connection, socket)
+    answers = [part.partition(b"\r\n\r\n")[2] for part in b"".join(socket.written).split(b"HTTP/1.1")[1:]]
+    assert answers == [b"2\r\n/1\r\n0\r\n\r\n", b"1\r\nx\r\n2\r\n/2\r\n0\r\n\r\n"]
 
 
 async def test_nothing_is_written_to_a_connection_that_is_gone() -> None:
@@ -146,6 +234,6 @@ async def test_nothing_is_written_to_a_connection_that_is_gone() -> None:
 
     connection, socket = connect(app)
     connection.data_received(GET)
-    await all_of(connection)
+    await all_of(connection, socket)
     await asyncio.sleep(0)
     assert socket.written == []

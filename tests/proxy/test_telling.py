@@ -140,7 +140,7 @@ async def told_of(generation: Any, dialect: Dialect, tokenizer: Tokenizer, optio
         pieces.append(message.get("body", b""))
 
     one = teller.Teller(generation, dialect, tokenizer, options, with_timings=False)
-    await one.tell(Client(send), stream=True)
+    await one.tell(Client({}, send), stream=True)
     return b"".join(pieces).decode()
 
 
