@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 import mimetypes
 import ssl
 import sys
@@ -44,11 +43,6 @@ class ChatQuestion:
     max_tokens: int = 256
     temperature: float = 0.0
     credentials: Credentials = Credentials()
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError."""
-        if not 0 <= self.temperature < math.inf:  # nor NaN
-            raise ConfigError(f"--temperature {self.temperature}: want a number of at least 0")
 
     @property
     def base_url(self) -> str:

@@ -23,6 +23,7 @@ from epd.environment import api_key_default, metastore_client_config, router_def
 from epd.errors import ConfigError
 from epd.flag_aliases import translate
 from epd.flags import HelpFormatter, add_flags, read_flags
+from epd.number_flags import COUNT, NOT_NEGATIVE, POSITIVE, PROCESSES, NumberRange, add_number
 from epd.up_config import UpConfig
 
 log = logging.getLogger(__name__)
@@ -114,10 +115,8 @@ def _add_chat(commands: Any) -> None:
         help="URL of the cluster, with or without /v1 (default: %(default)s)",
     )
     chat.add_argument("--model", help="model to ask (default: the first that the cluster lists)")
-    chat.add_argument(
-        "--max-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (default: %(default)s)"
-    )
-    chat.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: %(default)s)")
+    add_number(chat, "--max-tokens", COUNT, default=256, help="longest answer, in tokens (default: %(default)s)")
+    add_number(chat, "--temperature", NOT_NEGATIVE, default=0.0, help="0 is greedy (default: %(default)s)")
     add_credentials(chat, os.environ)
 
 
@@ -128,9 +127,7 @@ def _add_ping(commands: Any) -> None:
     command.add_argument(
         "--ready", action="store_true", help="want one that takes new requests, not only one that lives"
     )
-    command.add_argument(
-        "--timeout", type=float, default=3.0, metavar="S", help="seconds to wait (default: %(default)s)"
-    )
+    add_number(command, "--timeout", POSITIVE, default=3.0, metavar="S", help="seconds to wait (default: %(default)s)")
     command.add_argument("--cluster-keys", type=Path, metavar="FILE", help="the worker's, when it has any")
     command.add_argument(
         "--ca-file",
@@ -147,9 +144,10 @@ def _add_status(commands: Any) -> None:
     status.add_argument(
         "--metastore-client-config", metavar="JSON", help="look into the metastore instead, as in `epd proxy --help`"
     )
-    status.add_argument(
+    add_number(
+        status,
         "--watch",
-        type=float,
+        NumberRange(float, 0.1, 86400),
         nargs="?",
         const=2.0,
         metavar="SECONDS",
@@ -167,8 +165,8 @@ def _add_demo(commands: Any) -> None:
         "start a cluster with the shipped model, ask about real pictures, check the answers",
         None,
     )
-    demo.add_argument("--encoders", type=int, default=1, metavar="N", help="encoder workers (default: %(default)s)")
-    demo.add_argument("--pds", type=int, default=1, metavar="N", help="prefill-decode workers (default: %(default)s)")
+    add_number(demo, "--encoders", PROCESSES, default=1, help="encoder workers (default: %(default)s)")
+    add_number(demo, "--pds", PROCESSES, default=1, help="prefill-decode workers (default: %(default)s)")
 
 
 def _add_keys(commands: Any) -> None:

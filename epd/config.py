@@ -7,7 +7,6 @@ the environment.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -17,7 +16,8 @@ from epd.access_options import AccessOptions, check_keys
 from epd.addresses import endpoints, listening_endpoint
 from epd.errors import ConfigError
 from epd.gateway_options import GatewayOptions
-from epd.model_options import DeviceOptions, EngineOptions, MediaOptions
+from epd.model_options import MOST_SEQUENCES, MOST_TOKENS, DeviceOptions, EngineOptions, MediaOptions
+from epd.number_flags import LAST_PORT, MOST_PROCESSES, MOST_THREADS, fault
 from epd.options import option, required, secret_option
 from metastore.config import MetastoreConfig
 
@@ -54,8 +54,11 @@ class ProcessConfig:
         _ = self.metastore  # what is wrong with it is told now
         for each in fields(self):
             value, minimum = getattr(self, each.name), each.metadata.get("minimum")
-            if minimum is not None and value is not None and not minimum <= value < math.inf:  # nor NaN
-                raise ConfigError(f"--{each.name.replace('_', '-')} {value}: want at least {minimum}")
+            if minimum is None or value is None:
+                continue
+            wrong = fault(value, minimum, each.metadata.get("maximum"))
+            if wrong is not None:
+                raise ConfigError(f"--{each.name.replace('_', '-')} {value}: {wrong}")
 
 
 @contextmanager
@@ -96,7 +99,7 @@ class ProxyConfig(GatewayOptions, AccessOptions, MediaOptions, ProcessConfig):
         metavar="DIR",
     )
     host: str = option("0.0.0.0", "address to serve HTTP on")
-    port: int = option(5580, "port to serve HTTP on; 0 takes a free one")
+    port: int = option(5580, "port to serve HTTP on; 0 takes a free one", minimum=0, maximum=LAST_PORT)
     proxy_addr: str | None = option(
         None, "address where workers announce themselves (/tmp/proxy, host:port)", metavar="ADDR"
     )
@@ -107,7 +110,7 @@ class ProxyConfig(GatewayOptions, AccessOptions, MediaOptions, ProcessConfig):
     )
     served_model_name: str | None = option(None, "name of the model in the API; default: --model as given")
     max_model_len: int | None = option(
-        None, "context in tokens; default: what the prefill-decode workers say", minimum=1
+        None, "context in tokens; default: what the prefill-decode workers say", minimum=1, maximum=MOST_TOKENS
     )
     request_timeout: float = option(120.0, "seconds a request may take in all", minimum=0.001)
     queue_timeout: float | None = option(
@@ -176,6 +179,7 @@ class ProxyConfig(GatewayOptions, AccessOptions, MediaOptions, ProcessConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_access()
+        self.check_media()
         if self.admin_key is not None:  # an empty one would make everybody an operator
             check_keys((self.admin_key,), "--admin-key")
         self.check_gateway()
@@ -218,7 +222,9 @@ class WorkerConfig(DeviceOptions, ModelConfig):
         metavar="HOST:PORT",
     )
     proxy_addr: tuple[str, ...] = option((), "proxies to announce this worker to", metavar="ADDR")
-    threads: int | None = option(None, "CPU threads of the model; default: one per core", minimum=1)
+    threads: int | None = option(
+        None, "CPU threads of the model; default: one per core", minimum=1, maximum=MOST_THREADS
+    )
     share_cores: Path | None = option(
         None,
         "compute in turns with the workers of this host that are given the same path: for workers that have more "
@@ -271,8 +277,9 @@ class EncoderConfig(WorkerConfig):
         "how far the threads that compute stand back where cores are shared (Linux), so that answers under way go on; "
         "0: not at all, 19: most",
         minimum=0,
+        maximum=19,
     )
-    preprocess_threads: int = option(2, "threads that decode and resize pictures", minimum=1)
+    preprocess_threads: int = option(2, "threads that decode and resize pictures", minimum=1, maximum=MOST_THREADS)
     max_image_pixels: int = option(64_000_000, "largest picture, width × height in pixels", minimum=1)
 
 
@@ -284,26 +291,26 @@ class PrefillDecodeConfig(EngineOptions, WorkerConfig):
         1,
         "processes that share the model, each with its part of the heads (tensor parallel); on GPUs, one each",
         minimum=1,
+        maximum=MOST_PROCESSES,
     )
-    max_num_seqs: int = option(64, "requests that run at once", minimum=1)
+    max_num_seqs: int = option(64, "requests that run at once", minimum=1, maximum=MOST_SEQUENCES)
     max_num_batched_tokens: int | None = option(
         None,
         "tokens in one step at most; default: 512 on a CPU, 4096 on a GPU",
         minimum=1,
+        maximum=MOST_TOKENS,
     )
-    target_step_ms: float | None = option(
-        None,
-        "milliseconds that a step should take while answers run: prompts beside them go in chunks that keep to it; "
-        "0: no limit; default: 50 on a CPU, 0 on a GPU",
-        minimum=0,
+    gpu_memory_utilization: float = option(
+        0.9, "share of the device's memory to use, weights and KV cache together", minimum=0.01, maximum=1
     )
-    gpu_memory_utilization: float = option(0.9, "share of the device's memory to use, weights and KV cache together")
     kv_cache_memory_bytes: int | None = option(
         None,
         "memory for the KV cache, in bytes; default: from --gpu-memory-utilization, on a CPU 1 GiB at most",
         minimum=1,
     )
-    block_size: int | None = option(None, "tokens in one KV block; default: 16 on a CPU, 256 on a GPU", minimum=1)
+    block_size: int | None = option(
+        None, "tokens in one KV block; default: 16 on a CPU, 256 on a GPU", minimum=1, maximum=MOST_TOKENS
+    )
     enable_prefix_caching: bool = option(
         True, "keep computed prompts and answers in free KV memory for requests that begin with the same"
     )

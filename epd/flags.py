@@ -12,12 +12,14 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from epd.errors import ConfigError
+from epd.number_flags import number
 
 ConfigT = TypeVar("ConfigT")
 
@@ -25,7 +27,7 @@ _EMPTY = "it is empty; give a value or leave the flag out"
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
-def _not_empty(kind: type[Any]) -> Callable[[str], Any]:
+def _not_empty(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     """Parses words that say something: who writes --x "$UNSET" means neither the current folder nor all interfaces."""
 
     def parse(word: str) -> Any:
@@ -65,14 +67,15 @@ class _Extend(argparse.Action):
 def _add_flag(parser: argparse._ActionsContainer, field: dataclasses.Field[Any], hint: Any) -> None:
     value_type, is_list = _value_type(hint)
     is_required = field.default is dataclasses.MISSING
-    help_text = str(field.metadata["help"])
+    flag, help_text = "--" + field.name.replace("_", "-"), str(field.metadata["help"])
     options: dict[str, Any] = {"required": is_required, "dest": field.name}
     if value_type is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
         # The words of a list count together, and may have commas only.
         may_be_empty = value_type is not Path and (is_list or value_type is not str or field.default == "")
-        options["type"] = value_type if may_be_empty else _not_empty(value_type)
+        parse = partial(number, flag, value_type) if value_type in (int, float) else value_type
+        options["type"] = parse if may_be_empty else _not_empty(parse)
     if "choices" in field.metadata:
         options["choices"] = field.metadata["choices"]
         options["metavar"] = "|".join(field.metadata["choices"])
@@ -86,7 +89,7 @@ def _add_flag(parser: argparse._ActionsContainer, field: dataclasses.Field[Any],
         if field.default not in (None, (), ""):
             shown = " ".join(field.default) if isinstance(field.default, tuple) else field.default
             help_text += f" (default: {shown})"
-    parser.add_argument("--" + field.name.replace("_", "-"), help=help_text.replace("%", "%%"), **options)
+    parser.add_argument(flag, help=help_text.replace("%", "%%"), **options)
 
 
 def _value_type(hint: Any) -> tuple[type[Any], bool]:

@@ -8,7 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from epd.errors import ConfigError
 from epd.options import option
+
+MOST_TOKENS = 1 << 24
+"""Of a context, a step or a block: far beyond what models have."""
+MOST_SEQUENCES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,7 @@ class EngineOptions:
         "what the model is served for; score: a reward model with one label; embed: embeddings, no head needed",
         choices=("generate", "score", "embed"),
     )
-    max_model_len: int | None = option(None, "context in tokens; default: the model's", minimum=1)
+    max_model_len: int | None = option(None, "context in tokens; default: the model's", minimum=1, maximum=MOST_TOKENS)
     quantization: str = option(
         "none",
         "int8: round an ordinary checkpoint's linear layers to eight bits at start, on a CPU",
@@ -58,11 +63,17 @@ class EngineOptions:
         "auto: on a GPU; on: on a CPU too, where it gains nothing",
         choices=("auto", "on", "off"),
     )
+    target_step_ms: float | None = option(
+        None,
+        "milliseconds that a step should take while answers run: prompts beside them go in chunks that keep to it; "
+        "0: no limit; default: 50 on a CPU, 0 on a GPU",
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MediaOptions:
-    """Of proxies."""
+    """Of proxies; `check_media` is for the constructors of the classes that have them."""
 
     allowed_local_media_path: Path | None = option(
         None, "folder whose pictures file:// URLs may name; none: file:// is refused", metavar="DIR"
@@ -76,3 +87,9 @@ class MediaOptions:
     allowed_private_media: tuple[str, ...] = option(
         (), "private networks that pictures may be fetched from (127.0.0.0/8); default: none", metavar="CIDR"
     )
+
+    def check_media(self) -> None:
+        """Raises ConfigError: the folder is none."""
+        folder = self.allowed_local_media_path
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"--allowed-local-media-path {folder}: there is no such folder")

@@ -7,7 +7,11 @@ from typing import Any
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field with a default and the text that `--help` shows. `metadata`: metavar, choices, minimum, group."""
+    """A field with a default and the text that `--help` shows.
+
+    Args:
+        metadata: metavar, choices, group; of numbers minimum, which each has, and maximum (`epd.number_flags.fault`).
+    """
     return field(default=default, metadata={"help": help, **metadata})
 
 

@@ -55,8 +55,6 @@ class StatusQuery:
 
     def __post_init__(self) -> None:
         """Raises ConfigError."""
-        if self.watch is not None and not 0.1 <= self.watch <= 86400:
-            raise ConfigError(f"--watch {self.watch}: want 0.1 to 86400 seconds")
         if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).netloc:
             raise ConfigError(f"--url {self.url}: want http://host:port")
 

@@ -10,10 +10,9 @@ from epd.config import ROUTERS, TOOL_CALL_PARSERS, ModelConfig
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 from epd.gateway_options import GatewayOptions
-from epd.model_options import DeviceOptions, EngineOptions, MediaOptions
+from epd.model_options import MOST_SEQUENCES, DeviceOptions, EngineOptions, MediaOptions
+from epd.number_flags import LAST_PORT, MOST_PROCESSES, MOST_THREADS
 from epd.options import option
-
-_LAST_PORT = 65535
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +21,27 @@ class UpConfig(GatewayOptions, AccessOptions, MediaOptions, EngineOptions, Devic
 
     model: Path = option(CHECKPOINT_DIR, "checkpoint folder in Hugging Face format", metavar="DIR")
     served_model_name: str | None = option(None, "name of the model in the API; default: --model as given")
-    encoders: int = option(1, "encoder workers; 0 serves text only")
-    pds: int = option(1, "prefill-decode workers")
-    tp: int = option(1, "processes that share the model of each prefill-decode worker", minimum=1)
-    proxies: int = option(1, "HTTP fronts; the second listens on --port + 1, and so on")
+    encoders: int = option(1, "encoder workers; 0 serves text only", minimum=0, maximum=MOST_PROCESSES)
+    pds: int = option(1, "prefill-decode workers", minimum=1, maximum=MOST_PROCESSES)
+    tp: int = option(
+        1, "processes that share the model of each prefill-decode worker", minimum=1, maximum=MOST_PROCESSES
+    )
+    proxies: int = option(
+        1, "HTTP fronts; the second listens on --port + 1, and so on", minimum=1, maximum=MOST_PROCESSES
+    )
     host: str = option("127.0.0.1", "address to serve HTTP on")
-    port: int = option(5580, "port to serve HTTP on")
+    port: int = option(5580, "port to serve HTTP on", minimum=1, maximum=LAST_PORT)
     threads: int | None = option(
-        None, "CPU threads of each worker's model; default: the cores shared among workers of one role", minimum=1
+        None,
+        "CPU threads of each worker's model; default: the cores shared among workers of one role",
+        minimum=1,
+        maximum=MOST_THREADS,
     )
     max_num_seqs: int | None = option(
-        None, "requests that each prefill-decode worker runs at once; default: its own", minimum=1
+        None,
+        "requests that each prefill-decode worker runs at once; default: its own",
+        minimum=1,
+        maximum=MOST_SEQUENCES,
     )
     kv_cache_memory_bytes: int | None = option(
         None, "memory of each prefill-decode worker for its KV cache, in bytes", minimum=1
@@ -62,7 +71,6 @@ class UpConfig(GatewayOptions, AccessOptions, MediaOptions, EngineOptions, Devic
         super().__post_init__()
         self.check_access()
         self.check_gateway()
-        if self.encoders < 0 or self.pds < 1 or self.proxies < 1:
-            raise ConfigError("a cluster needs --pds and --proxies of at least 1, and --encoders of at least 0")
-        if not 1 <= self.port <= _LAST_PORT + 1 - self.proxies:
-            raise ConfigError(f"--port {self.port}: want 1 to {_LAST_PORT}, the ports of all --proxies included")
+        self.check_media()
+        if self.port + self.proxies - 1 > LAST_PORT:
+            raise ConfigError(f"--port {self.port}: want 1 to {LAST_PORT}, the ports of all --proxies included")

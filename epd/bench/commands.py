@@ -17,11 +17,29 @@ from epd.credentials import add_credentials, read_credentials
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
 from epd.flags import HelpFormatter
+from epd.model_options import MOST_TOKENS
+from epd.number_flags import (
+    COUNT,
+    MOST_PROCESSES,
+    MOST_THREADS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROCESSES,
+    SHARE,
+    WHOLE,
+    NumberRange,
+    add_number,
+)
 
 if TYPE_CHECKING:
     from epd.bench.serve import ServeBench
 
 Command = Callable[[argparse.Namespace], int]
+REQUESTS = NumberRange(int, 1, 10**7)
+"""Each takes memory."""
+AT_ONCE = NumberRange(int, 1, 10**5)
+"""Connections: a host has about so many."""
+TOKENS = NumberRange(int, 1, MOST_TOKENS)
 
 
 def add_bench(commands: Any) -> None:
@@ -63,9 +81,7 @@ def _add_checkpoint(benches: Any) -> None:
     )
     parser.add_argument("--size", choices=SIZES, default=SIZES[0], help="shape of the model (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of weights and vocabulary (default: %(default)s)"
-    )
+    add_number(parser, "--seed", WHOLE, default=0, help="of weights and vocabulary (default: %(default)s)")
 
 
 def _checkpoint(arguments: argparse.Namespace) -> int:
@@ -87,17 +103,15 @@ def _add_serve(benches: Any) -> None:
     add_credentials(parser, os.environ)
     parser.add_argument("--label", metavar="TEXT", help="what tables call the server (default: its host and port)")
     pace = parser.add_mutually_exclusive_group()
-    pace.add_argument("--concurrency", type=int, metavar="N", help="requests at once, in a closed loop (default: 1)")
-    pace.add_argument("--rate", type=float, metavar="X", help="requests a second, arriving at random (Poisson)")
-    parser.add_argument("--num-requests", type=int, default=64, metavar="N", help=_default("requests in all"))
+    add_number(pace, "--concurrency", AT_ONCE, help="requests at once, in a closed loop (default: 1)")
+    add_number(pace, "--rate", POSITIVE, help="requests a second, arriving at random (Poisson)")
+    add_number(parser, "--num-requests", REQUESTS, default=64, help=_default("requests in all"))
     _add_workload(parser)
-    parser.add_argument("--slo-ttft-ms", type=float, metavar="X", help="a good answer begins within (default: any)")
-    parser.add_argument(
-        "--slo-tpot-ms", type=float, metavar="X", help="and takes so long a token at most (default: any)"
-    )
+    add_number(parser, "--slo-ttft-ms", NOT_NEGATIVE, help="a good answer begins within (default: any)")
+    add_number(parser, "--slo-tpot-ms", NOT_NEGATIVE, help="and takes so long a token at most (default: any)")
     parser.add_argument("--no-ignore-eos", action="store_true", help="let the model end its answers")
     parser.add_argument("--extra-body", default="{}", metavar="JSON", help="further fields of each request")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help=_default("seconds for one request"))
+    add_number(parser, "--timeout", POSITIVE, default=600.0, metavar="S", help=_default("seconds for one request"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, each request's too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw distributions and course there, as PNG")
     parser.add_argument("--fail-on-error", action="store_true", help="exit with 1 when a request failed")
@@ -105,21 +119,20 @@ def _add_serve(benches: Any) -> None:
 
 def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mix", choices=("text", "image", "mixed"), default="text", help=_default("kinds of requests"))
-    parser.add_argument(
-        "--image-share", type=float, default=0.5, metavar="X", help=_default("of `mixed` with pictures")
-    )
+    add_number(parser, "--image-share", SHARE, default=0.5, help=_default("of `mixed` with pictures"))
     parser.add_argument("--image-size", default="448x448", metavar="WxH", help=_default("pixels of a picture"))
-    parser.add_argument("--images-per-request", type=int, default=1, metavar="N", help=_default("pictures in one"))
-    parser.add_argument(
+    add_number(parser, "--images-per-request", NumberRange(int, 1, 1024), default=1, help=_default("pictures in one"))
+    add_number(
+        parser,
         "--repeat-share",
-        type=float,
+        SHARE,
         default=0.0,
         metavar="X",
         help=_default("requests with pictures that show an earlier one's"),
     )
-    parser.add_argument("--input-tokens", type=int, default=128, metavar="N", help=_default("tokens of text, about"))
-    parser.add_argument("--output-tokens", type=int, default=64, metavar="N", help=_default("tokens of an answer"))
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help=_default("of prompts, pictures, arrivals"))
+    add_number(parser, "--input-tokens", TOKENS, default=128, help=_default("tokens of text, about"))
+    add_number(parser, "--output-tokens", TOKENS, default=64, help=_default("tokens of an answer"))
+    add_number(parser, "--seed", WHOLE, default=0, help=_default("of prompts, pictures, arrivals"))
 
 
 def _default(text: str) -> str:
@@ -144,8 +157,6 @@ def _serve_bench(arguments: argparse.Namespace) -> ServeBench:
     from epd.bench.workload import Workload
 
     concurrency = 1 if arguments.rate is None and arguments.concurrency is None else arguments.concurrency
-    if arguments.num_requests < 1:
-        raise ConfigError(f"--num-requests {arguments.num_requests}: want at least 1")
     names = ("mix", "image_share", "images_per_request", "repeat_share", "input_tokens", "output_tokens", "seed")
     return ServeBench(
         base_url=arguments.base_url,
@@ -211,15 +222,21 @@ def _add_engine(benches: Any) -> None:
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=_default("precision")
     )
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help=_default("dummy: no weights"))
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of both sides (default: torch's choice)")
+    add_number(
+        parser,
+        "--threads",
+        NumberRange(int, 1, MOST_THREADS),
+        help="CPU threads of both sides (default: torch's choice)",
+    )
     parser.add_argument("--batch", default="1,4,16", metavar="N,N", help=_default("requests that decode together"))
-    parser.add_argument("--context", type=int, default=192, metavar="N", help=_default("tokens of each before"))
-    parser.add_argument("--prefill", type=int, default=512, metavar="N", help=_default("tokens of the measured prompt"))
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help=_default("turns of each side"))
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help=_default("decode steps in a turn"))
-    parser.add_argument(
+    add_number(parser, "--context", TOKENS, default=192, help=_default("tokens of each before"))
+    add_number(parser, "--prefill", TOKENS, default=512, help=_default("tokens of the measured prompt"))
+    add_number(parser, "--rounds", REQUESTS, default=5, help=_default("turns of each side"))
+    add_number(parser, "--steps", REQUESTS, default=8, help=_default("decode steps in a turn"))
+    add_number(
+        parser,
         "--settle",
-        type=float,
+        NOT_NEGATIVE,
         default=0.0,
         metavar="S",
         help=_default("seconds to wait at most for a step that is compiled in the background"),
@@ -286,12 +303,12 @@ def _add_proxy(benches: Any) -> None:
     parser.add_argument(
         "--model", type=Path, default=CHECKPOINT_DIR, metavar="DIR", help="its tokenizer is used (default: the demo's)"
     )
-    parser.add_argument("--requests", type=int, default=400, metavar="N", help=_default("of each side, for each row"))
-    parser.add_argument("--concurrency", type=int, default=16, metavar="N", help=_default("requests at once"))
-    parser.add_argument("--output-tokens", type=int, default=64, metavar="N", help=_default("tokens of a stream"))
-    parser.add_argument("--streams", type=int, default=1000, metavar="N", help=_default("streams open at once"))
-    parser.add_argument("--seconds", type=int, default=20, metavar="N", help=_default("for which they are open"))
-    parser.add_argument("--body-mib", type=int, default=60, metavar="N", help=_default("MiB of the large body"))
+    add_number(parser, "--requests", REQUESTS, default=400, help=_default("of each side, for each row"))
+    add_number(parser, "--concurrency", AT_ONCE, default=16, help=_default("requests at once"))
+    add_number(parser, "--output-tokens", TOKENS, default=64, help=_default("tokens of a stream"))
+    add_number(parser, "--streams", AT_ONCE, default=1000, help=_default("streams open at once"))
+    add_number(parser, "--seconds", COUNT, default=20, help=_default("for which they are open"))
+    add_number(parser, "--body-mib", NumberRange(int, 1, 4096), default=60, help=_default("MiB of the large body"))
 
 
 def _proxy(arguments: argparse.Namespace) -> int:
@@ -319,19 +336,15 @@ def _add_soak(benches: Any) -> None:
         _soak,
         "ask a cluster of its own thousands of mixed questions with far too little memory, and check every answer",
     )
-    parser.add_argument("--requests", type=int, default=2000, metavar="N", help=_default("requests in all"))
-    parser.add_argument("--concurrency", type=int, default=24, metavar="N", help=_default("requests at once"))
-    parser.add_argument("--pool", type=int, default=42, metavar="N", help=_default("distinct requests"))
-    parser.add_argument(
-        "--abort-share", type=float, default=0.15, metavar="X", help=_default("requests whose client hangs up")
-    )
-    parser.add_argument(
-        "--kv-cache-memory-bytes", type=int, default=2 << 20, metavar="N", help=_default("of each PD, small on purpose")
-    )
-    parser.add_argument("--encoders", type=int, default=1, metavar="N", help=_default("encoder workers"))
-    parser.add_argument("--pds", type=int, default=1, metavar="N", help=_default("prefill-decode workers"))
+    add_number(parser, "--requests", REQUESTS, default=2000, help=_default("requests in all"))
+    add_number(parser, "--concurrency", AT_ONCE, default=24, help=_default("requests at once"))
+    add_number(parser, "--pool", REQUESTS, default=42, help=_default("distinct requests"))
+    add_number(parser, "--abort-share", SHARE, default=0.15, help=_default("requests whose client hangs up"))
+    add_number(parser, "--kv-cache-memory-bytes", COUNT, default=2 << 20, help=_default("of each PD, small on purpose"))
+    add_number(parser, "--encoders", NumberRange(int, 0, MOST_PROCESSES), default=1, help=_default("encoder workers"))
+    add_number(parser, "--pds", PROCESSES, default=1, help=_default("prefill-decode workers"))
     parser.add_argument("--compiled", action="store_true", help="begin when the steps of all workers are compiled")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help=_default("of questions and their order"))
+    add_number(parser, "--seed", WHOLE, default=0, help=_default("of questions and their order"))
 
 
 def _soak(arguments: argparse.Namespace) -> int:
@@ -354,14 +367,14 @@ def _add_report(benches: Any) -> None:
         "--peers", type=Path, nargs="+", default=[], metavar="FILE", help="other servers' JSON, for the load table"
     )
     parser.add_argument("--json-dir", type=Path, metavar="DIR", help="write the JSON of each load there")
-    parser.add_argument(
-        "--settle", type=float, default=0.0, metavar="S", help=_default("seconds of work before measuring")
+    add_number(
+        parser, "--settle", NOT_NEGATIVE, default=0.0, metavar="S", help=_default("seconds of work before measuring")
     )
     parser.add_argument("--engine", default="{}", metavar="JSON", help="further settings for `epd bench engine`")
     parser.add_argument(
         "--up", default="{}", metavar="JSON", help='further settings of `epd up`, such as {"threads": 2}'
     )
-    parser.add_argument("--soak-requests", type=int, default=200, metavar="N", help=_default("of the soak"))
+    add_number(parser, "--soak-requests", REQUESTS, default=200, help=_default("of the soak"))
     parser.add_argument("--quick", action="store_true", help="little of everything, to see that it works")
 
 

@@ -19,7 +19,6 @@ from epd.bench.output import markdown_table, number
 from epd.bench.proxy_streams import BodyFigures, StreamFigures, measure_large_body, measure_streams
 from epd.bench.words import make_text
 from epd.demo import CHECKPOINT_DIR
-from epd.errors import ConfigError
 
 _PROMPT_WORDS = 64
 _FEW_STREAMS = 64
@@ -44,12 +43,6 @@ class ProxyBench:
     """For which they are."""
     body_mib: int = 60
     """Of the large body."""
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError."""
-        for name in ("requests", "concurrency", "output_tokens", "rounds", "streams", "seconds", "body_mib"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: want at least 1")
 
 
 @dataclass

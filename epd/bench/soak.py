@@ -59,14 +59,6 @@ class SoakBench:
     """Begin when steps are compiled."""
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        """Raises ConfigError."""
-        for name in ("requests", "concurrency", "pool"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} {getattr(self, name)}: want at least 1")
-        if not 0 <= self.abort_share <= 1:
-            raise ConfigError(f"--abort-share {self.abort_share}: want a share from 0 to 1")
-
 
 @dataclass
 class SoakResult:

@@ -48,11 +48,9 @@ def test_lightllm() -> None:
 
 def test_lm_service() -> None:
     lists = ["--encode-addr-list", "/tmp/encoder_0", "--pd-addr-list", "/tmp/prefill_decode_0"]
-    config = read("proxy", *LM_SERVICE, *lists, "--allowed-local-media-path", "/srv/pictures")
+    config = read("proxy", *LM_SERVICE, *lists, "--allowed-local-media-path", DIR)
     assert (config.encode_addr_list, config.pd_addr_list) == (("/tmp/encoder_0",), ("/tmp/prefill_decode_0",))
-    assert config == read(
-        "proxy", *LM_SERVICE, *lists, "--allowed_local_media_path", "/srv/pictures", "--enable-health-monitor"
-    )
+    assert config == read("proxy", *LM_SERVICE, *lists, "--allowed_local_media_path", DIR, "--enable-health-monitor")
     assert read("proxy", *LM_SERVICE, *lists, "--transfer-protocol", "ipc").transfer_protocol == "ipc"
     with pytest.raises(ConfigError, match=r"--transfer-protocol tcp: .*ipc:///tmp/encoder_0"):
         read("proxy", *LM_SERVICE, *lists, "--transfer-protocol", "tcp")

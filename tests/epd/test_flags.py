@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import re
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from epd.cli import main
+from epd.cli import main, make_parser
 from epd.config import EncoderConfig, PrefillDecodeConfig, ProxyConfig
 from epd.demo import CHECKPOINT_DIR
 from epd.errors import ConfigError
@@ -52,27 +55,69 @@ def test_a_model_folder_without_config_is_refused(tmp_path: Path) -> None:
         ProxyConfig(model=tmp_path)
 
 
-@pytest.mark.parametrize("words", [["--pds", "0"], ["--encoders", "-1"], ["--proxies", "0"]])
-def test_a_cluster_needs_its_parts(words: list[str]) -> None:
-    with pytest.raises(ConfigError, match="--pds"):
-        parse(UpConfig, *words)
+IMPOSSIBLE = ("nan", "inf", "-1", "9" * 30)
+
+
+def number_flags(parser: argparse.ArgumentParser, *command: str) -> list[tuple[str, ...]]:
+    """Each flag for a number of each command: the command with what it needs, and the flag."""
+    below: list[tuple[str, ...]] = []
+    flags, needed = [], list(command)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, one in action.choices.items():
+                below += number_flags(one, *command, name)
+        elif action.required and action.dest != "command":
+            needed += [action.option_strings[0], str(CHECKPOINT_DIR)] if action.option_strings else ["new"]
+        elif action.metavar in ("N", "X", "S", "SECONDS"):
+            flags.append(action.option_strings[0])
+    return below + [(*needed, flag) for flag in flags]
+
+
+@pytest.mark.parametrize("value", IMPOSSIBLE)
+@pytest.mark.parametrize("words", number_flags(make_parser()), ids=" ".join)
+def test_a_number_that_can_not_work_is_refused_by_its_flag(
+    words: tuple[str, ...], value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is started."""
+    flag = words[-1]
+    assert main([*words[:-1], f"{flag}={value}"]) == 2
+    assert re.match(rf"epd: {flag} \S+: want (at|a|a whole) ", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
-    "words",
-    [["--threads", "0"], ["--preprocess-threads", "0"], ["--embedding-cache-bytes", "-1"], ["--drain-timeout", "nan"]],
+    ("config", "words", "told"),
+    [
+        (EncoderConfig, ["--nice", "99"], "want at most 19"),
+        (EncoderConfig, ["--threads", "0"], "want at least 1"),
+        (EncoderConfig, ["--threads", "1e20"], "want a whole number"),
+        (EncoderConfig, ["--embedding-cache-bytes", str(10**16)], "want at most 1000000000000000"),
+        (PrefillDecodeConfig, ["--gpu-memory-utilization", "1.5"], "want at most 1"),
+        (PrefillDecodeConfig, ["--block-size", "0"], "want at least 1"),
+        (PrefillDecodeConfig, ["--tp", "100000"], "want at most"),
+        (UpConfig, ["--pds", "0"], "want at least 1"),
+        (UpConfig, ["--request-timeout", "soon"], "want a number"),
+        (UpConfig, ["--proxies", "0"], "want at least 1"),
+        (UpConfig, ["--target-step-ms", "nan"], "want at least 0"),
+    ],
 )
-def test_numbers_that_can_not_work_are_refused_by_name(words: list[str]) -> None:
-    with pytest.raises(ConfigError, match=words[0]):
-        parse(EncoderConfig, "--worker-addr", "/tmp/e", *words)
+def test_what_is_wrong_with_a_number_is_told(config: type[Any], words: list[str], told: str) -> None:
+    more = [] if config is UpConfig else ["--worker-addr", "/tmp/w"]
+    with pytest.raises(ConfigError, match=f"^{' '.join(words)}: {told}"):
+        parse(config, *more, *words)
 
 
-@pytest.mark.parametrize(
-    "flag", ["max-num-seqs", "max-num-batched-tokens", "max-model-len", "kv-cache-memory-bytes", "block-size"]
-)
-def test_sizes_of_an_engine_are_refused_by_their_flags(flag: str) -> None:
-    with pytest.raises(ConfigError, match=f"--{flag} 0: want at least 1"):
-        parse(PrefillDecodeConfig, "--worker-addr", "/tmp/p", f"--{flag}", "0")
+@pytest.mark.parametrize("config", [ProxyConfig, EncoderConfig, PrefillDecodeConfig, UpConfig])
+def test_every_number_has_a_minimum(config: type[Any]) -> None:
+    kinds = typing.get_type_hints(config)
+    numbers = [one for one in dataclasses.fields(config) if kinds[one.name] in (int, float, int | None, float | None)]
+    assert len(numbers) > 5
+    assert [one.name for one in numbers if "minimum" not in one.metadata] == []
+
+
+@pytest.mark.parametrize("config", [ProxyConfig, UpConfig])
+def test_a_folder_of_pictures_must_be_there(config: type[Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--allowed-local-media-path .*/missing: there is no such folder"):
+        parse(config, "--allowed-local-media-path", str(tmp_path / "missing"))
 
 
 @pytest.mark.parametrize(

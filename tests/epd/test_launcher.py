@@ -40,11 +40,13 @@ def test_without_encoders_there_is_no_list_of_them(tmp_path: Path) -> None:
 
 
 def test_parts_get_their_flags(tmp_path: Path) -> None:
-    config = UpConfig(pipelining="off", enable_cuda_graphs=False, failover_wait=0, allow_credentials=False)
+    config = UpConfig(
+        pipelining="off", enable_cuda_graphs=False, target_step_ms=0, failover_wait=0, allow_credentials=False
+    )
     _, pd, proxy = (spec.arguments for spec in plan_cluster(config, tmp_path))
     parser = make_parser()
     of_pd = read_flags(PrefillDecodeConfig, parser.parse_args(pd))
-    assert (of_pd.pipelining, of_pd.enable_cuda_graphs) == ("off", False)
+    assert (of_pd.pipelining, of_pd.enable_cuda_graphs, of_pd.target_step_ms) == ("off", False, 0)
     of_proxy = read_flags(ProxyConfig, parser.parse_args(proxy))
     assert (of_proxy.failover_wait, of_proxy.allow_credentials) == (0, False)
     _, pd, proxy = (spec.arguments for spec in plan_cluster(UpConfig(), tmp_path))
