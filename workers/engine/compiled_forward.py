@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import transformers
 
-from workers.engine import attention, int8_linear, packed_linear
+from workers.engine import attention, graph_files, int8_linear, packed_linear
 from workers.engine.attention import AttentionBackend
 from workers.engine.config import EngineConfig
 from workers.engine.forward import LocalForward
@@ -107,8 +107,8 @@ class CompiledForward(LocalForward):
         interval = sys.getswitchinterval()
         try:
             file = _graph_file(self._config)
-            if not file.exists():
-                _run_helper(self._config, file)
+            if not graph_files.was_made(file):
+                _make(self._config, file)
             loading = time.monotonic()
             sys.setswitchinterval(_SWITCH_INTERVAL_S)
             self._prepare_from(file)
@@ -264,6 +264,14 @@ def _graph_file(config: EngineConfig) -> Path:
         *((here / name).read_bytes() for name in _SOURCES),
     ]
     return build.cache_folder() / f"graph-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}.bin"
+
+
+def _make(config: EngineConfig, file: Path) -> None:
+    """Leave the graph in `file`, or wait until another process has. Raises RuntimeError or TimeoutError."""
+    with graph_files.only_maker(file, timeout_s=_HELPER_TIMEOUT_S):
+        if not graph_files.was_made(file):
+            _run_helper(config, file)
+            graph_files.remove_old(file)
 
 
 def _run_helper(config: EngineConfig, file: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,15 @@ from torch._dynamo.aot_compile_types import SerializableCallable
 
 from epd.errors import ConfigError
 from tests.workers.engine.oracle import Encoded, Oracle, add, greedy, make_engine, picture, provide, run
-from workers.engine import attention, attention_cpu, compiled_forward, int8_kernel, int8_linear, model_loader
+from workers.engine import (
+    attention,
+    attention_cpu,
+    compiled_forward,
+    graph_files,
+    int8_kernel,
+    int8_linear,
+    model_loader,
+)
 from workers.engine.compiled_forward import CompiledForward
 from workers.engine.config import EngineConfig
 from workers.engine.engine import Engine
@@ -184,6 +194,21 @@ def test_a_broken_file_is_made_anew_at_the_next_start(
     assert not forward.is_compiled
     assert "steps are not compiled" in caplog.text
     assert not (tmp_path / "graph").exists()
+
+
+def test_a_worker_waits_for_the_graph_that_another_one_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        pytest.fail("it is made twice")
+
+    file, waits = tmp_path / "graph-0.bin", threading.Event()
+    monkeypatch.setattr(compiled_forward, "_run_helper", never)
+    monkeypatch.setattr(graph_files.log, "info", lambda *_: waits.set())
+    with ThreadPoolExecutor(1) as second:
+        with graph_files.only_maker(file, timeout_s=0):
+            made = second.submit(compiled_forward._make, EngineConfig(model="m"), file)
+            assert waits.wait(20)
+            file.touch()
+        made.result(20)
 
 
 def test_the_helper_has_room_for_any_context(qwen2: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
