@@ -303,7 +303,7 @@ def _add_proxy(benches: Any) -> None:
     parser.add_argument(
         "--model", type=Path, default=CHECKPOINT_DIR, metavar="DIR", help="its tokenizer is used (default: the demo's)"
     )
-    add_number(parser, "--requests", REQUESTS, default=400, help=_default("of each side, for each row"))
+    add_number(parser, "--requests", REQUESTS, default=1000, help=_default("of each side, for each row"))
     add_number(parser, "--concurrency", AT_ONCE, default=16, help=_default("requests at once"))
     add_number(parser, "--output-tokens", TOKENS, default=64, help=_default("tokens of a stream"))
     add_number(parser, "--streams", AT_ONCE, default=1000, help=_default("streams open at once"))

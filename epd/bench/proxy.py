@@ -1,8 +1,9 @@
 """`epd bench proxy`: what the HTTP front costs, against bare FastAPI and uvicorn that send as much.
 
 Behind the front stand workers that compute nothing, so all that is measured is the front: validation, chat template,
-tokenizer, routing, sockets, detokenizer, the stream. Both sides get the same requests in turns. Rates *a core* are by
-the processor time of the server's own process: load generator and worker may share its cores.
+tokenizer, routing, sockets, detokenizer, the stream. Both sides get the same requests in turns, after some that do not
+count; each prompt is new. Rates *a core* are by the processor time of the server's own process: load generator and
+worker may share its cores.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class ProxyBench:
 
     model: Path = CHECKPOINT_DIR
     """Its tokenizer and chat template are used."""
-    requests: int = 400
+    requests: int = 1000
     """Of each side, for each row."""
     concurrency: int = 16
     output_tokens: int = 64
@@ -111,15 +112,21 @@ async def _measure(
     bench: ProxyBench, ours: Server, bare: Server, name: str, tokens: int, stream: bool
 ) -> RequestFigures:
     rng = random.Random(name)
-    bodies = [chat(make_text(rng, _PROMPT_WORDS), tokens, stream=stream) for _ in range(bench.requests)]
+
+    def bodies() -> list[bytes]:
+        """No two of them with the same text."""
+        return [chat(make_text(rng, _PROMPT_WORDS), tokens, stream=stream) for _ in range(share)]
+
     share = max(1, bench.requests // bench.rounds)
     sides = ((ours, Side()), (bare, Side()))
-    for round_number in range(bench.rounds):
-        chosen = bodies[round_number * share : (round_number + 1) * share]
+    for server, _ in sides:
+        await _many_s(server, bodies(), bench.concurrency)  # its connections, and what Python makes at first use
+    for _ in range(bench.rounds):
+        alone, busy = bodies(), bodies()
         for server, side in sides:
-            side.alone_ms.extend([await _timed_ms(server, body) for body in chosen])
+            side.alone_ms.extend([await _timed_ms(server, body) for body in alone])
             cpu_s, worker_cpu_s = server.cpu_s(), server.worker_cpu_s()
-            side.busy_s += await _many_s(server, chosen, bench.concurrency)
+            side.busy_s += await _many_s(server, busy, bench.concurrency)
             side.cpu_s += server.cpu_s() - cpu_s
             side.worker_cpu_s += server.worker_cpu_s() - worker_cpu_s
     return RequestFigures(name, tokens, share * bench.rounds, sides[0][1], sides[1][1])
