@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from epd.errors import EPDError, TooManyOfKey, Unauthorized
-from proxy.api.http import error_response
+from proxy.api.http import error_response, header
 from proxy.request_context import KEY_ID, OVER_LIMIT
 
 OPEN_PATHS = frozenset(
@@ -128,11 +128,7 @@ class Cors(CORSMiddleware):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer what browsers ask before, and tell them what pages may read."""
-        if (
-            self.allow_all_origins
-            and scope["type"] == "http"
-            and not any(name == b"origin" for name, _ in scope["headers"])
-        ):
+        if self.allow_all_origins and scope["type"] == "http" and not header(scope, b"origin"):
             await self.app(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)

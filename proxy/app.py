@@ -116,7 +116,7 @@ def create_app(config: ProxyConfig, roster: Roster | None = None) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.service = service
+    app.state.service = app.service = service
     for dialect in _DIALECTS:
         app.include_router(dialect.router)
     app.add_exception_handler(EPDError, _on_epd_error)
@@ -132,6 +132,7 @@ class _App(FastAPI):
     """FastAPI behind the layers, so that what has a short way through them passes nothing of its own."""
 
     layers: ASGIApp
+    service: Service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the layers."""

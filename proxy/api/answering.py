@@ -77,7 +77,6 @@ async def answer_chat(
     if sources and model.image_token_id is None:
         raise InvalidRequest("This model reads text only; remove the images.", param=sources[0].param)
     model.require(images=bool(sources))
-    model.require_task(None)
     with model.dispatcher.admit():
 
         async def prepare() -> tuple[ToolSide, SamplingParams, Prompt, list[LoadedImage]]:
@@ -113,8 +112,7 @@ async def answer_text(client: Client, model: ServedModel, body: CompletionReques
     """Continue texts. Arguments, result and errors are those of `answer_chat`."""
     check_supported(body)
     options, sampling = text_options_of(body, model), sampling_of(body, model)
-    model.require(images=False)
-    model.require_task(None)
+    model.require()
     with model.dispatcher.admit():
 
         async def prepare() -> tuple[SamplingParams, list[tuple[int, ...]], list[Echo]]:

@@ -141,7 +141,8 @@ class Client:
         self.started = False
         self.headers: dict[str, str] = {}
         """What else the answer's headers say."""
-        self._alarm = Alarm(self._give_up)
+        self._alarm: Alarm | None = None
+        """For a client that lags."""
         self._writer: asyncio.Task[object] | None = None
         self._is_stalled = False
         self._sending: Begun[None] | None = None
@@ -192,7 +193,8 @@ class Client:
 
     def close(self) -> None:
         """Nothing more will be written."""
-        self._alarm.stop()
+        if self._alarm is not None:
+            self._alarm.stop()
         if self._sending is not None:
             self._sending.close()
             self._sending = None
@@ -210,6 +212,8 @@ class Client:
     async def _patiently(self, sending: Begun[None]) -> None:
         """Wait until the client has taken it, `STALLED_CLIENT_S` at most."""
         self._writer = asyncio.current_task()
+        if self._alarm is None:
+            self._alarm = Alarm(self._give_up)
         self._alarm.set(STALLED_CLIENT_S)
         try:
             await sending

@@ -30,7 +30,7 @@ EVENTS = "text/event-stream"
 
 def service_of(request: Request) -> Service:
     """What the application's handlers share."""
-    service: Service = request.app.state.service
+    service: Service = request.scope["app"].service
     return service
 
 

@@ -179,8 +179,7 @@ async def _generate(
     options, sampling = _options(asked, model), _sampling(asked, model)
     assert sampling.max_tokens is not None  # by DEFAULTS
     limit_s = min(service.config.generate_timeout_s(sampling.max_tokens), service.config.request_timeout)
-    model.require(images=False)
-    model.require_task(None)
+    model.require()
     with model.dispatcher.admit():
         with Deadline(model, arrived, limit_s), naming("inputs"):
             prompt = await _prompt(model, scenario, body.inputs)

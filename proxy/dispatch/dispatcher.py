@@ -155,8 +155,11 @@ class Dispatcher:
         for preparation in self.preparing:
             preparation.fail(error)
 
-    def require(self, model: ModelRef, *, images: bool) -> None:
+    def require(self, model: ModelRef, *, images: bool) -> Sequence[WorkerConnection]:
         """Check early that somebody could do the work. Which pictures a PD holds shows only once they are loaded.
+
+        Returns:
+            The prefill-decode workers.
 
         Raises:
             NoWorker: a role that the request needs has no live worker.
@@ -171,6 +174,7 @@ class Dispatcher:
             if not encoders:
                 raise no_worker(WorkerRole.ENCODER, model)
             _refuse_if_full(encoders, WorkerRole.ENCODER)
+        return pds
 
     async def start(self, work: Work) -> Generation:
         """Send a request to the workers. The caller must `close` what it gets.

@@ -107,11 +107,11 @@ async def _compute(model: ServedModel, began: float) -> None:
     Raises:
         EPDError: the workers could not.
     """
-    model.require(images=False)
     pooling = {
         WorkerTask.SCORE: Pooling(PoolingKind.SCORE),
         WorkerTask.EMBED: Pooling(PoolingKind.LAST),
     }.get(model.task or WorkerTask.GENERATE)
+    model.require(pooling=pooling)
     work = Work(
         request_id=f"probe-{secrets.token_hex(16)}",
         model=model.ref,

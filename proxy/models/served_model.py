@@ -100,23 +100,20 @@ class ServedModel:
         """What the prefill-decode workers are for, which is the same for all; None while there is none."""
         return next((one.info.task for one in self._decoders() if one.info), None)
 
-    def require_task(self, pooling: Pooling | None) -> None:
-        """Check that the prefill-decode workers were started for such requests.
-
-        Raises:
-            InvalidRequest: one was not.
-        """
-        for worker in self._decoders():
-            if worker.info is not None:
-                check_task(worker.info.task, pooling)
-
-    def require(self, *, images: bool) -> None:
+    def require(self, *, images: bool = False, pooling: Pooling | None = None) -> None:
         """Check early that somebody could do the work.
+
+        Args:
+            images: there are some.
+            pooling: what is asked for in place of tokens.
 
         Raises:
             NoWorker: a role that the request needs has no live worker.
+            InvalidRequest: the prefill-decode workers were not started for such requests.
         """
-        self.dispatcher.require(self.ref, images=images)
+        for worker in self.dispatcher.require(self.ref, images=images):
+            if worker.info is not None:
+                check_task(worker.info.task, pooling)
 
     def _decoders(self) -> list[WorkerConnection]:
         return self._pool.ready(WorkerRole.PREFILL_DECODE, self.ref)

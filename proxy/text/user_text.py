@@ -15,6 +15,8 @@ Message = dict[str, Any]
 
 _PLAIN_KEYS = frozenset({"role", "type", "id", "tool_call_id"})
 """Templates compare or measure their values, which are plain words."""
+_USUAL_KEYS = _PLAIN_KEYS | {"content", "text"}
+"""Plain words that need no look."""
 _PLAIN_WORD = re.compile(r"[\w$.-]*", re.ASCII)
 
 
@@ -46,7 +48,7 @@ def _collect(value: Any, found: list[str], key: str | None = None) -> None:
             found.append(value)
     elif isinstance(value, dict):
         for name, item in value.items():
-            if not _PLAIN_WORD.fullmatch(name):
+            if name not in _USUAL_KEYS and not _PLAIN_WORD.fullmatch(name):
                 found.append(name)
             _collect(item, found, name)
     elif isinstance(value, list | tuple):

@@ -69,7 +69,6 @@ async def _answer(
     client: Client, model: ServedModel, raw: RawRequest, dialect: Dialect, arrived: float, *, stream: bool
 ) -> None:
     model.require(images=bool(raw.sources))
-    model.require_task(None)
     with model.dispatcher.admit():
         with Deadline(model, arrived):
             sampling = raw.sampling

@@ -115,7 +115,6 @@ async def answer_turn(client: Client, sessions: Sessions, model: ServedModel, as
     messages, sources = messages_of(body)
     _check_pictures(sources, model, asked)
     model.require(images=bool(sources))
-    model.require_task(None)
     head = Head.new("chatcmpl", model.name, model.ref.fingerprint)
     with model.dispatcher.admit():
         async with AsyncExitStack() as stack:

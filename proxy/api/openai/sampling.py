@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -82,7 +82,7 @@ def sampling_of(request: ChatRequest | CompletionRequest, model: ServedModel) ->
         top_k=max(_first(request.top_k, defaults.top_k), 0),
         top_p=_first(request.top_p, defaults.top_p),
         min_p=_first(request.min_p, 0.0),
-        seed=secrets.randbits(62) if request.seed is None else request.seed % (1 << 63),
+        seed=int.from_bytes(os.urandom(8)) >> 2 if request.seed is None else request.seed % (1 << 63),
         stop_token_ids=_token_ids(request.stop_token_ids, model.tokenizer, "stop_token_ids"),
         ignore_eos=bool(request.ignore_eos),
         frequency_penalty=_first(request.frequency_penalty, 0.0),

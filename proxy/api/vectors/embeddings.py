@@ -167,8 +167,7 @@ async def _vectors(
     if (body.input is None) == (body.messages is None):
         raise InvalidRequest("Send either input or messages.", param="input")
     _check_dimensions(model, body)
-    model.require(images=False)
-    model.require_task(pooling)
+    model.require(pooling=pooling)
     with model.dispatcher.admit():
         with Deadline(model, arrived):
             prompts = await _prompts(model, body)

@@ -202,9 +202,8 @@ class _Job:
 async def _scores(job: _Job, pairs: Sequence[tuple[str, str]]) -> Vectors:
     """One number for each pair, in whichever way the model has."""
     model = job.model
-    model.require(images=False)
     is_embedding = model.task is WorkerTask.EMBED
-    model.require_task(Pooling(default_pooling(model)) if is_embedding else _SCORE)
+    model.require(pooling=Pooling(default_pooling(model)) if is_embedding else _SCORE)
     with model.dispatcher.admit():
         return await (_cosines if is_embedding else _rewards)(job, pairs)
 
@@ -212,8 +211,7 @@ async def _scores(job: _Job, pairs: Sequence[tuple[str, str]]) -> Vectors:
 async def _get_score(client: Client, model: ServedModel, body: RewardRequest, arrived: float) -> None:
     if isinstance(body.multimodal_params, dict) and any(body.multimodal_params.values()):
         raise InvalidRequest("multimodal_params: reward models here read text only.", param="multimodal_params")
-    model.require(images=False)
-    model.require_task(_SCORE)
+    model.require(pooling=_SCORE)
     with model.dispatcher.admit():
         with Deadline(model, arrived), naming("chat"):
             # The template has put all special tokens there already.
