@@ -27,7 +27,7 @@ class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("slots", "block_tables", "lengths", "partials")),
         *((name, ctypes.c_int64) for name in ("tokens", "rows", "table_width", "heads", "kv_heads", "head_dim")),
-        *((name, ctypes.c_int64) for name in ("block_size", "partitions", "threads", "dtype")),
+        *((name, ctypes.c_int64) for name in ("block_size", "shares", "partitions", "threads", "dtype")),
     )
 
 
@@ -111,10 +111,17 @@ class CpuBackend(SdpaBackend):
         step = self._step
         _, step.heads, step.head_dim = queries.shape
         step.kv_heads, step.dtype = keys.shape[1], _DTYPES[queries.dtype]
-        pairs = max(1, step.rows * step.kv_heads)
-        wanted = -(-_TASKS_PER_THREAD * step.threads // pairs) if step.threads > 1 else 1
-        step.partitions = max(1, min(wanted, self._longest // _TOKENS_PER_PARTITION))
-        size = pairs * step.partitions * (step.heads // step.kv_heads) * (step.head_dim + 2)
+        wanted = _TASKS_PER_THREAD * step.threads if step.threads > 1 else 1
+        step.shares = _shares(step.kv_heads, -(-wanted // max(1, step.rows)))
+        pairs = max(1, step.rows * step.shares)
+        step.partitions = max(1, min(-(-wanted // pairs), self._longest // _TOKENS_PER_PARTITION))
+        size = pairs * step.partitions * (step.heads // step.shares) * (step.head_dim + 2)
         if self._partials.numel() < size:
             self._partials = torch.empty(size)
         step.partials = self._partials.data_ptr()
+
+
+def _shares(kv_heads: int, wanted: int) -> int:
+    """The least number of equal parts of `kv_heads` that is `wanted` or more; one for each head at most."""
+    wanted = min(wanted, kv_heads)
+    return next(shares for shares in range(wanted, kv_heads + 1) if kv_heads % shares == 0)

@@ -169,19 +169,22 @@ def test_what_others_left_in_the_cache_does_not_spread(backend_class: type[SdpaB
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 80])
-def test_long_contexts_in_every_type(dtype: torch.dtype, head_dim: int) -> None:
-    """With two threads, so that the kernel cuts contexts into parts and merges what they give."""
+@pytest.mark.parametrize(("kv_heads", "num_threads"), [(2, 2), (6, 2), (6, 1)])
+def test_long_contexts_in_every_type(dtype: torch.dtype, head_dim: int, kv_heads: int, num_threads: int) -> None:
+    """With two threads the kernel cuts contexts into parts and merges what they give, and kv heads into shares: of two
+    there is one in each, of six there are two."""
     draw = torch.Generator().manual_seed(0)
-    shape = KVShape(1, KV_HEADS, head_dim, dtype)
+    shape = KVShape(1, kv_heads, head_dim, dtype)
     starts, blocks = (3, 150, 700), list(range(64))
     chunks = []
     for row, start in enumerate(starts):
         needed = start // 16 + 1
         chunks.append(PackedChunk(row, 1, start, tuple(blocks[:needed])))
         blocks = blocks[needed:]
-    history = torch.randn(2, 64 * 16, KV_HEADS, head_dim, generator=draw).to(dtype)
+    history = torch.randn(2, 64 * 16, kv_heads, head_dim, generator=draw).to(dtype)
     # As a model lays them out: [heads, tokens, head dim].
-    q, k, v = (torch.randn(n, len(starts), head_dim, generator=draw).to(dtype).transpose(0, 1) for n in (4, 2, 2))
+    counts = (HEADS // KV_HEADS * kv_heads, kv_heads, kv_heads)
+    q, k, v = (torch.randn(n, len(starts), head_dim, generator=draw).to(dtype).transpose(0, 1) for n in counts)
     expected = []
     for row, chunk in enumerate(chunks):
         slots = slot_mapping([PackedChunk(0, chunk.end, 0, chunk.block_table)], 16)
@@ -189,7 +192,7 @@ def test_long_contexts_in_every_type(dtype: torch.dtype, head_dim: int) -> None:
         keys[-1], values[-1] = k[row].float(), v[row].float()
         expected.append(plain_attention(q[row : row + 1].float(), keys, values, chunk.start))
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(num_threads)
     try:
         for backend_class in CPU_BACKENDS:
             cache = PagedKVCache(shape, 64, 16, CPU)
