@@ -5,15 +5,15 @@ from __future__ import annotations
 import hmac
 import re
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 
 from epd.errors import DeadlineExceeded, InvalidRequest
 from proxy.api.documentation import EVENT, REF
-from proxy.api.http import JSON, header, read_body
+from proxy.api.http import JSON, Client, Exchange, header, read_body
 from proxy.api.json_body import Body, decode_body
 from proxy.begun import Begun
 from proxy.dispatch.dispatcher import Preparation
@@ -23,6 +23,14 @@ from proxy.service import Service
 from proxy.timers import TimeLimit
 
 T = TypeVar("T")
+
+
+class _NamesModel(Protocol):
+    @property
+    def model(self) -> str | None: ...
+
+
+NamingModel = TypeVar("NamingModel", bound=_NamesModel)
 
 EVENTS = "text/event-stream"
 """Media type of server-sent events."""
@@ -64,6 +72,28 @@ async def decoded(request: Request, kind: type[T]) -> T:
         ShuttingDown, RequestTooLarge, RequestTimeout, Overloaded, InvalidRequest: see `read_request` and `decode_body`.
     """
     return decode_body(await read_request(request), kind)
+
+
+async def exchange(
+    request: Request,
+    kind: type[NamingModel],
+    answer: Callable[[Client, ServedModel, NamingModel, float], Awaitable[None]],
+) -> Exchange:
+    """The exchange in which `answer(client, model, body, arrived)` answers, by the model that the body names.
+
+    Args:
+        request: of which nothing was read yet.
+        kind: of its body.
+        answer: `arrived` is `time.perf_counter()` of now.
+
+    Raises:
+        ModelNotFound, NoWorker: see `Service.model`.
+        ShuttingDown, RequestTooLarge, RequestTimeout, Overloaded, InvalidRequest: see `decoded`.
+    """
+    arrived = time.perf_counter()
+    body = await decoded(request, kind)
+    model = service_of(request).model(body.model)
+    return Exchange(lambda client: answer(client, model, body, arrived))
 
 
 def _check_content_type(request: Request) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,14 +11,14 @@ from epd.errors import InvalidRequest
 from proxy.api.answering import answer_chat, prompt_alone
 from proxy.api.dialect import Head
 from proxy.api.documentation import REF
-from proxy.api.http import Client, Exchange
+from proxy.api.http import Client
 from proxy.api.messages.answer import MessagesDialect
 from proxy.api.messages.input import chat_of
 from proxy.api.messages.object import MessageObject, MessagesError, TokensCount
 from proxy.api.messages.schema import CountTokensRequest, MessagesRequest
 from proxy.api.openai.answer import Wanted
 from proxy.api.openai.prompt import messages_of
-from proxy.api.requests import EVENTS, Deadline, decoded, documented, service_of
+from proxy.api.requests import EVENTS, Deadline, documented, exchange
 from proxy.media.image_tokens import size_of
 from proxy.models.served_model import ServedModel
 from proxy.request_context import REQUEST_ID
@@ -41,19 +40,13 @@ def _documented(body: type[Any], answer: type[Any], stream: str | None = None) -
 @router.post(PATHS[0], response_model=None, openapi_extra=_documented(MessagesRequest, MessageObject, EVENTS))
 async def messages(request: Request) -> Response:
     """Answer a conversation, which may show pictures and use tools."""
-    arrived, service = time.perf_counter(), service_of(request)
-    body = await decoded(request, MessagesRequest)
-    model = service.model(body.model)
-    return Exchange(lambda client: _answer(client, model, body, arrived))
+    return await exchange(request, MessagesRequest, _answer)
 
 
 @router.post(PATHS[1], response_model=None, openapi_extra=_documented(CountTokensRequest, TokensCount))
 async def count_tokens(request: Request) -> Response:
     """How many prompt tokens such a conversation has, pictures included. Nothing is computed for it."""
-    arrived, service = time.perf_counter(), service_of(request)
-    body = await decoded(request, CountTokensRequest)
-    model = service.model(body.model)
-    return Exchange(lambda client: _count(client, model, body, arrived))
+    return await exchange(request, CountTokensRequest, _count)
 
 
 async def _answer(client: Client, model: ServedModel, body: MessagesRequest, arrived: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -12,10 +11,10 @@ from starlette.responses import Response
 
 from epd.errors import InvalidRequest, RequestTooLarge
 from proxy.api.answering import prompt_alone
-from proxy.api.http import Client, Exchange
+from proxy.api.http import Client
 from proxy.api.openai.sampling import check_token_ids
 from proxy.api.openai.schema import ChatMessage, ChatRequest, Tool
-from proxy.api.requests import Deadline, decoded, documented, service_of
+from proxy.api.requests import Deadline, documented, exchange
 from proxy.models.served_model import ServedModel
 
 router = APIRouter(tags=["vLLM"])
@@ -77,19 +76,13 @@ DOCUMENTED = (TokenizeRequest, Tokens, DetokenizeRequest, Detokenized)
 @router.post("/tokenize", response_model=None, openapi_extra=documented(TokenizeRequest, Tokens))
 async def tokenize(request: Request) -> Response:
     """The tokens of a text, or of the prompt that a conversation makes."""
-    arrived, service = time.perf_counter(), service_of(request)
-    body = await decoded(request, TokenizeRequest)
-    model = service.model(body.model)
-    return Exchange(lambda client: _tokenize(client, model, body, arrived))
+    return await exchange(request, TokenizeRequest, _tokenize)
 
 
 @router.post("/detokenize", response_model=None, openapi_extra=documented(DetokenizeRequest, Detokenized))
 async def detokenize(request: Request) -> Response:
     """The text of tokens."""
-    arrived, service = time.perf_counter(), service_of(request)
-    body = await decoded(request, DetokenizeRequest)
-    model = service.model(body.model)
-    return Exchange(lambda client: _detokenize(client, model, body, arrived))
+    return await exchange(request, DetokenizeRequest, _detokenize)
 
 
 async def _tokenize(client: Client, model: ServedModel, body: TokenizeRequest, arrived: float) -> None:

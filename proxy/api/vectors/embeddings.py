@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import math
 import struct
-import time
 from collections.abc import Sequence
 from itertools import starmap
 from typing import Annotated, Any, Literal
@@ -19,11 +18,11 @@ from epd.errors import InvalidRequest
 from epd.types import Pooling, PoolingKind, WorkerTask
 from proxy.api.answering import prompt_alone
 from proxy.api.dialect import Head
-from proxy.api.http import Client, Exchange
+from proxy.api.http import Client
 from proxy.api.openai.length import cut_of
 from proxy.api.openai.prompt import token_prompts
 from proxy.api.openai.schema import ChatMessage, ChatRequest
-from proxy.api.requests import Deadline, decoded, documented, service_of
+from proxy.api.requests import Deadline, documented, exchange
 from proxy.api.vectors.common import MAX_INPUTS, Vectors, VectorUsage, one_by_one, pooled
 from proxy.models.served_model import ServedModel
 
@@ -121,19 +120,13 @@ DOCUMENTED = (EmbeddingRequest, EmbeddingList, PooledList)
 )
 async def embeddings(request: Request) -> Response:
     """Vectors of texts, by an embedding model or from the last layer of a generating one."""
-    arrived, service = time.perf_counter(), service_of(request)
-    body = await decoded(request, EmbeddingRequest)
-    model = service.model(body.model)
-    return Exchange(lambda client: _embed(client, model, body, arrived))
+    return await exchange(request, EmbeddingRequest, _embed)
 
 
 @router.post("/pooling", tags=["vLLM"], response_model=None, openapi_extra=documented(EmbeddingRequest, PooledList))
 async def pooling(request: Request) -> Response:
     """What `/v1/embeddings` gives, or a reward model's score of each text, in a list of one number."""
-    arrived, service = time.perf_counter(), service_of(request)
-    body = await decoded(request, EmbeddingRequest)
-    model = service.model(body.model)
-    return Exchange(lambda client: _pool(client, model, body, arrived))
+    return await exchange(request, EmbeddingRequest, _pool)
 
 
 async def _embed(client: Client, model: ServedModel, body: EmbeddingRequest, arrived: float) -> None:

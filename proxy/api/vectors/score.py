@@ -21,7 +21,7 @@ from proxy.api.http import Client, Exchange
 from proxy.api.lightllm.errors import use_native_errors
 from proxy.api.openai.length import cut_of
 from proxy.api.openai.prompt import naming, token_prompts
-from proxy.api.requests import Deadline, decoded, documented, service_of
+from proxy.api.requests import Deadline, decoded, documented, exchange, service_of
 from proxy.api.vectors.common import MAX_INPUTS, Vectors, VectorUsage, one_by_one, pooled
 from proxy.api.vectors.embeddings import default_pooling
 from proxy.models.served_model import ServedModel
@@ -129,10 +129,7 @@ DOCUMENTED = (ScoreRequest, ScoreList, RerankRequest, Ranking, RewardRequest, Re
 @router.post("/v1/score", tags=["vLLM"], response_model=None, openapi_extra=documented(ScoreRequest, ScoreList))
 async def score(request: Request) -> Response:
     """How well pairs of texts go together, as the model sees it."""
-    arrived, service = time.perf_counter(), service_of(request)
-    body = await decoded(request, ScoreRequest)
-    model = service.model(body.model)
-    return Exchange(lambda client: _score(client, model, body, arrived))
+    return await exchange(request, ScoreRequest, _score)
 
 
 @router.post("/rerank", tags=["vLLM"], response_model=None, include_in_schema=False)
@@ -140,10 +137,7 @@ async def score(request: Request) -> Response:
 @router.post("/v1/rerank", tags=["vLLM"], response_model=None, openapi_extra=documented(RerankRequest, Ranking))
 async def rerank(request: Request) -> Response:
     """Documents in the order of their scores with a query."""
-    arrived, service = time.perf_counter(), service_of(request)
-    body = await decoded(request, RerankRequest)
-    model = service.model(body.model)
-    return Exchange(lambda client: _rerank(client, model, body, arrived))
+    return await exchange(request, RerankRequest, _rerank)
 
 
 @router.post("/get_score", tags=["LightLLM"], response_model=None, openapi_extra=documented(RewardRequest, Reward))
