@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from epd.types import SamplingParams, TokenLogprobs
+from workers.engine import draw_kernel
 from workers.engine.grammar import GrammarCompiler
 from workers.engine.greedy import best_on_host, best_tokens
 from workers.engine.logits import process
@@ -160,9 +161,25 @@ def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow], guesses: list[tor
     if not random:
         return best_tokens(logits)
     tokens = best_tokens(logits) if len(random) < len(rows) else logits.new_zeros(len(rows), dtype=torch.int64)
-    (picked,) = to_device([torch.tensor(random)], logits.device)
-    tokens[picked] = _sample_random(logits[picked].float(), [rows[index] for index in random], guesses)
+    if draw_kernel.is_available(logits):
+        plain = [index for index in random if not _is_filtered(rows[index])]
+        if plain:
+            tokens[plain] = draw_kernel.draw(logits, [_to_draw(index, rows[index]) for index in plain])
+        random = [index for index in random if _is_filtered(rows[index])]
+    if random:
+        (picked,) = to_device([torch.tensor(random)], logits.device)
+        tokens[picked] = _sample_random(logits[picked].float(), [rows[index] for index in random], guesses)
     return tokens
+
+
+def _is_filtered(row: SamplingRow) -> bool:
+    return row.params.top_k > 0 or row.params.top_p < 1
+
+
+def _to_draw(index: int, row: SamplingRow) -> tuple[int, int, float, float]:
+    """What `draw_kernel` takes."""
+    least = math.log(row.params.min_p) if row.params.min_p > 0 else -math.inf
+    return index, _key(row), row.params.temperature, least
 
 
 def _with_logprobs(
@@ -180,7 +197,7 @@ def _sample_random(
     logits: torch.Tensor, rows: Sequence[SamplingRow], guesses: list[torch.Tensor] | None
 ) -> torch.Tensor:
     logits = logits / _column([row.params.temperature for row in rows], logits)
-    filtered = [index for index, row in enumerate(rows) if row.params.top_k > 0 or row.params.top_p < 1]
+    filtered = [index for index, row in enumerate(rows) if _is_filtered(row)]
     if not filtered:
         return _draw(_apply_min_p(logits, rows), None, rows)
     if len(filtered) == len(rows):
@@ -272,9 +289,13 @@ def uniforms(tokens: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
 
 def _keys(rows: Sequence[SamplingRow], device: torch.device) -> torch.Tensor:
     """One hash of seed and position a row, int64 [rows, 1]."""
-    keys = [_signed(_mix(_mix(row.params.seed & _MASK64) ^ row.position)) for row in rows]
+    keys = [_signed(_key(row)) for row in rows]
     (moved,) = to_device([torch.tensor(keys, dtype=torch.int64)], device)
     return moved[:, None]
+
+
+def _key(row: SamplingRow) -> int:
+    return _mix(_mix(row.params.seed & _MASK64) ^ row.position)
 
 
 def _uniforms(tokens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from epd.types import SamplingParams
+from workers.engine import draw_kernel
 from workers.engine.logits_state import LogitsState
 from workers.engine.sampler import SamplingRow, uniforms
 from workers.engine.sampler import sample as sample_rows
@@ -191,3 +192,36 @@ def test_one_value_that_is_no_number_is_found_wherever_it_stands(
     logits.view(same_size)[2, 17] = nan + (torch.iinfo(same_size).min if is_negative else 0)
     with pytest.raises(ArithmeticError, match="NaN"):
         sample(logits, rows(4, temperature=0))
+
+
+@pytest.mark.skipif(not draw_kernel.is_available(LOGITS), reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 10.0])
+def test_the_kernel_draws_the_same_tokens_as_torch(
+    dtype: torch.dtype, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(40, 5003, generator=generator) * spread).to(dtype)
+    logits[::5, 2000:] = -torch.inf  # as masks do
+    logits[7] = -torch.inf
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.3},
+        {"min_p": 0.1},
+        {},
+        {"temperature": 0.0},
+        {"top_k": 5},
+        {"temperature": 2.0, "min_p": 0.01},
+    ]
+    batch = [SamplingRow(SamplingParams(seed=index, **kinds[index % 6]), 3 * index) for index in range(40)]
+    drawn = sample(logits, batch)
+    monkeypatch.setattr(draw_kernel, "is_available", lambda _: False)
+    assert drawn == sample(logits, batch)
+    assert len(set(drawn)) > 20 or spread > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_that_is_drawn_from_tells_of_a_value_that_is_no_number(dtype: torch.dtype) -> None:
+    logits = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[2, 17] = torch.nan
+    with pytest.raises(ArithmeticError, match="NaN"):
+        sample(logits, rows(4))
