@@ -5,27 +5,26 @@ threads that are there wait for one that the kernel has not scheduled. Beside a 
 as long as alone. With turns both compute at full speed, one after the other.
 
 Two locks make a turn: `next`, then `cores`, and then `next` is given back. So a worker that wants another turn at once
-stands behind the one that waited meanwhile. They are `flock`s on a file each, which the kernel releases when a process
-ends, however it ends.
+stands behind the one that waited meanwhile. A process that ends lets go of both, however it ends.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
 from pathlib import Path
 from types import TracebackType
 
+from epd.errors import ConfigError
+from workers.shared_mutex import SharedMutex
+
 SLICE_S = 0.02
 """Work that can pause has so long at least before it gives way."""
-PERIOD_S = 0.06
+PERIOD_S = 0.07
 """So long it has together with what the others' turn before took. Beside steps of answers alone, which are short, it
 goes on for longer; beside long ones, the pauses of answers stay bearable."""
 _LONGEST_WAIT_S = 0.5
 """Then a worker computes without a turn: side by side is slow, but it goes on when another one hangs in its turn. Well
 below the two seconds after which a worker without finished steps may count as stuck (`workers.stall_watch`)."""
-_LOOK_EVERY_S = 0.0002
 
 
 class CoreTurns:
@@ -36,6 +35,9 @@ class CoreTurns:
             cores are this worker's alone, and turns cost nothing.
         longest_wait_s: how long to wait for a turn before going on without. Whoever waited for so long in vain does
             not wait again before it gets a turn: the other one may hang for minutes.
+
+    Raises:
+        ConfigError: the files can't be used.
     """
 
     def __init__(self, path: Path | None, *, longest_wait_s: float = _LONGEST_WAIT_S) -> None:
@@ -43,20 +45,26 @@ class CoreTurns:
         self._is_hopeful = True
         self._ends = 0.0
         """When work that can pause should give way."""
-        self._files: tuple[int, int] | None = None
+        self._has_turn = False
+        self._locks: tuple[SharedMutex, SharedMutex] | None = None
         if path is not None:
-            next_, cores = (_open(path.with_name(path.name + ending)) for ending in (".next", ".cores"))
-            self._files = next_, cores
+            try:
+                next_, cores = (SharedMutex(path.with_name(path.name + ending)) for ending in (".next", ".cores"))
+            except OSError as error:
+                raise ConfigError(f"--share-cores {path}: {error}") from error
+            self._locks = next_, cores
 
     def __enter__(self) -> None:
         """Wait for a turn."""
-        if self._files is None:
+        if self._locks is None:
             return
-        next_, cores = self._files
+        next_, cores = self._locks
         asked = time.monotonic()
         give_up = asked + self._longest_wait_s * self._is_hopeful
-        self._is_hopeful = _lock(next_, give_up) and _lock(cores, give_up)
-        fcntl.flock(next_, fcntl.LOCK_UN)
+        if next_.acquire(give_up):
+            self._has_turn = cores.acquire(give_up)
+            next_.release()
+        self._is_hopeful = self._has_turn
         began = time.monotonic()
         self._ends = max(began + SLICE_S, asked + PERIOD_S)
 
@@ -64,34 +72,18 @@ class CoreTurns:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """End the turn."""
-        if self._files is not None:
-            fcntl.flock(self._files[1], fcntl.LOCK_UN)
+        if self._locks is not None and self._has_turn:
+            self._has_turn = False
+            self._locks[1].release()
 
     def give_way(self) -> None:
         """Within a turn that has lasted long enough: end it and wait for the next one. Else nothing."""
-        if self._files is not None and time.monotonic() >= self._ends:
+        if self._locks is not None and time.monotonic() >= self._ends:
             self.__exit__(None, None, None)
             self.__enter__()
 
     def close(self) -> None:
         """Close the files. The object may not be used any more."""
-        for file in self._files or ():
-            os.close(file)
-        self._files = None
-
-
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-
-def _lock(file: int, give_up: float) -> bool:
-    """Looks again and again, since `flock` knows no deadline. False: time ran out."""
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= give_up:
-                return False
-            time.sleep(_LOOK_EVERY_S)
-        else:
-            return True
+        for lock in self._locks or ():
+            lock.close()
+        self._locks = None
