@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,5 +92,7 @@ class MediaOptions:
     def check_media(self) -> None:
         """Raises ConfigError: the folder is none."""
         folder = self.allowed_local_media_path
-        if folder is not None and not folder.is_dir():
-            raise ConfigError(f"--allowed-local-media-path {folder}: there is no such folder")
+        if folder is not None and not os.path.isdir(folder):  # False too where it can't be looked at
+            raise ConfigError(
+                f"--allowed-local-media-path {folder}: there is no such folder, or it may not be looked at"
+            )

@@ -62,8 +62,10 @@ class CoreTurns:
         asked = time.monotonic()
         give_up = asked + self._longest_wait_s * self._is_hopeful
         if next_.acquire(give_up):
-            self._has_turn = cores.acquire(give_up)
-            next_.release()
+            try:
+                self._has_turn = cores.acquire(give_up)
+            finally:
+                next_.release()
         self._is_hopeful = self._has_turn
         began = time.monotonic()
         self._ends = max(began + SLICE_S, asked + PERIOD_S)

@@ -19,6 +19,8 @@ from typing import Any
 _MUTEX_BYTES = 64
 """`pthread_mutex_t` takes 40 on x86-64 and 48 on AArch64."""
 _SHARED, _ROBUST, _CLOCK_MONOTONIC = 1, 1, 1
+_held: set[SharedMutex] = set()
+"""Their memory must stay where it is: the kernel could not release a lock that it does not find when the owner ends."""
 
 
 class _Timespec(ctypes.Structure):
@@ -63,14 +65,19 @@ class SharedMutex:
             result = self._repair(self._mutex)
         if result not in (0, errno.ETIMEDOUT):
             raise OSError(result, os.strerror(result))
+        if result == 0:
+            _held.add(self)
         return bool(result == 0)
 
     def release(self) -> None:
         """Let the next one have it."""
+        _held.discard(self)
         self._unlock(self._mutex)
 
     def close(self) -> None:
-        """Let go of the memory. The object may not be used any more."""
+        """Let go of the memory, but not of a lock that is held. The object may not be used any more."""
+        if self in _held:
+            return
         del self._mutex
         with contextlib.suppress(BufferError):  # a call of another thread is still in it; it goes with that
             self._memory.close()

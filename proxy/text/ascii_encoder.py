@@ -35,8 +35,8 @@ _KNOWN_SYNTAX = re.compile(
 """Expressions that mean the same to both libraries once they speak of ASCII alone."""
 _LETTERS = {raw[0]: letter for letter, raw in BYTES_OF.items()}
 _MOST_KEPT = 1 << 15
-_LONGEST_KEPT = 64
-"""Of pieces, that are kept: some 10 MB at most."""
+_LONGEST_KEPT = 24
+"""Of pieces, that are kept: some 10 MB at most. Hardly any in real text are longer."""
 _PROBE = (
     "".join(map("".join, product("aZ0 \n\r\t\v'.<_", repeat=3)))
     + " I'll they'RE it'd 'Ve we'm can'T 12345 \x00\f\x1c\x1f\x7f"
@@ -62,11 +62,13 @@ class AsciiEncoder:
     @classmethod
     def of(cls, backend: tokenizers.Tokenizer) -> AsciiEncoder | None:
         """The short way of a tokenizer; None where there is none."""
-        pattern = _pattern(backend)
-        if pattern is None or not _is_plain(backend):
+        pattern = _pattern(backend) if _is_plain(backend) else None
+        if pattern is None:
             return None
-        # What the expression leaves out is a piece as well.
-        cut = re.compile(f"{pattern}|(?:(?!{pattern})[\\s\\S])+", re.ASCII).findall
+        try:  # what the expression leaves out is a piece as well
+            cut = re.compile(f"{pattern}|(?:(?!{pattern})[\\s\\S])+", re.ASCII).findall
+        except (re.error, OverflowError):  # the library takes what Python does not, such as `a{2}{3}`
+            return None
         pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(_PROBE)]
         return cls(backend, cut) if pieces == [piece.translate(_LETTERS) for piece in cut(_PROBE)] else None
 
@@ -124,6 +126,8 @@ def _pattern(backend: tokenizers.Tokenizer) -> str | None:
     """Python's expression for the pieces of ASCII text, as one group; None where they are not found by one."""
     state = _state(backend.pre_tokenizer)
     steps = state["pretokenizers"] if state.get("type") == "Sequence" else [state]
+    if not steps:
+        return None
     *splits, last = steps
     if last.get("type") != "ByteLevel" or last["add_prefix_space"] or len(splits) != (not last["use_regex"]):
         return None

@@ -114,10 +114,11 @@ def test_every_number_has_a_minimum(config: type[Any]) -> None:
     assert [one.name for one in numbers if "minimum" not in one.metadata] == []
 
 
+@pytest.mark.parametrize("name", ["missing", "x" * 300])
 @pytest.mark.parametrize("config", [ProxyConfig, UpConfig])
-def test_a_folder_of_pictures_must_be_there(config: type[Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--allowed-local-media-path .*/missing: there is no such folder"):
-        parse(config, "--allowed-local-media-path", str(tmp_path / "missing"))
+def test_a_folder_of_pictures_must_be_there(config: type[Any], name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"--allowed-local-media-path .*/{name}: there is no such folder"):
+        parse(config, "--allowed-local-media-path", str(tmp_path / name))
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,8 @@ def test_tokens_are_those_of_the_library(name: str) -> None:
         lambda: make(split(r"\p{L}+|\p{P}")),
         lambda: make(split(r"(a|b)+")),
         lambda: make(split(r"\w+|^a")),
+        lambda: make(split(r"\p{L}{2}{3}|\s+")),
+        lambda: make(pre_tokenizers.Sequence([])),
         lambda: make(split(QWEN), normalizers.NFKC()),
         lambda: make(split(QWEN), normalizers.Lowercase()),
         lambda: make(split(QWEN), normalizers.NFC(), normalized=True),

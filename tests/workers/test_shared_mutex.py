@@ -18,8 +18,7 @@ _HOLD = """
 import sys, time
 from pathlib import Path
 from workers.shared_mutex import SharedMutex
-mutex = SharedMutex(Path(sys.argv[1]))
-assert mutex.acquire(time.monotonic() + 20)
+assert SharedMutex(Path(sys.argv[1])).acquire(time.monotonic() + 20)  # and nobody keeps it but itself
 print("mine", flush=True)
 sys.stdin.read()
 """
