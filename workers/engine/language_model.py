@@ -49,8 +49,9 @@ class LanguageModel:
 
     @property
     def num_parameters(self) -> int:
-        """Of everything that was loaded."""
-        return int(self._model.num_parameters())
+        """Of everything that was loaded; weights in eight bits are buffers of their layers."""
+        rounded = (buffer for name, buffer in self._model.named_buffers() if name.endswith(".weight"))
+        return int(self._model.num_parameters() + sum(buffer.numel() for buffer in rounded))
 
     def embed(self, inputs: StepInputs) -> torch.Tensor:
         """Embeddings of a step's tokens, pictures in place, [tokens, hidden size]."""

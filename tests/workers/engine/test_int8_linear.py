@@ -108,6 +108,8 @@ def test_an_engine_answers_in_eight_bits(qwen2_5_vl: Oracle, product: type[nn.Li
     engine = make_engine(qwen2_5_vl.path, quantization="int8", enable_prefix_caching=False)
     head: Any = engine._runner
     assert type(head._forward._model._head) is product
+    plain: Any = make_engine(qwen2_5_vl.path)._runner  # whether compiling is worth while is told by their number
+    assert head._forward._model.num_parameters >= 0.95 * plain._forward._model.num_parameters
     alone = []
     for prompt in prompts:
         add(engine, "a", prompt)
