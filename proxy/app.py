@@ -279,7 +279,7 @@ class _Edge:
         try:
             with self._budget.lease():
                 await self._app(scope, receive, send_with_id)
-        except Exception:
+        except Exception:  # the edge of a request: whatever it was, the client is answered
             log.exception("bug in %s %s (request id %s)", scope["method"], scope["path"], request_id)
             error = InternalError(f"Internal error; please report it with the request id {request_id}.")
             if outcome.status:

@@ -22,7 +22,7 @@ class Begun(Generic[T]):
 
     def __init__(self, coroutine: Awaitable[T]) -> None:
         self._steps: Generator[object, object, T] = coroutine.__await__()
-        self._value: T | None = None
+        self._value: T  # there is none before it has returned
         self.is_done = False
         """It has returned."""
         try:
@@ -42,7 +42,7 @@ class Begun(Generic[T]):
                     self._wanted = self._steps.send(news)
             except StopIteration as end:
                 self._value, self.is_done = end.value, True
-        return self._value  # type: ignore[return-value]
+        return self._value
 
     def close(self) -> None:
         """It will not be awaited."""

@@ -53,7 +53,7 @@ class ShortCuts:
         try:
             response: Response = await route.endpoint(request)
             await response(scope, receive, send)
-        except Exception as error:
+        except Exception as error:  # as Starlette does: what has no handler is raised
             handler = next((self._handlers[kind] for kind in type(error).__mro__ if kind in self._handlers), None)
             outcome = OUTCOME.get()
             if handler is None or (outcome is not None and outcome.status):  # too late for another answer

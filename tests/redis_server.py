@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.ports import free_port
 
@@ -139,9 +140,9 @@ class RedisServer:
 
 
 @contextlib.contextmanager
-def redis_server(folder: Path, **settings: object) -> Iterator[RedisServer]:
+def redis_server(folder: Path, **settings: Any) -> Iterator[RedisServer]:
     """A server that runs inside the `with` block. `settings`: fields of `RedisServer`."""
-    server = RedisServer(folder, **settings)  # type: ignore[arg-type]  # the tests' own fields
+    server = RedisServer(folder, **settings)
     server.start()
     try:
         yield server

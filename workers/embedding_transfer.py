@@ -47,13 +47,18 @@ REPLY_TIMEOUT_S = 30.0
 class Connection(Protocol):
     """What is used of `epd.transport.Dealer`."""
 
-    def connect(self) -> None: ...  # noqa: D102
+    def connect(self) -> None:
+        """Begin; nobody need be there yet."""
 
-    async def receive(self) -> tuple[AnyMessage, list[memoryview]]: ...  # noqa: D102
+    async def receive(self) -> tuple[AnyMessage, list[memoryview]]:
+        """Wait for a message and its buffers. Raises ProtocolError when it is malformed."""
+        ...
 
-    async def send(self, message: AnyMessage, *buffers: Buffer, timeout_s: float = ...) -> None: ...  # noqa: D102
+    async def send(self, message: AnyMessage, *buffers: Buffer, timeout_s: float = ...) -> None:
+        """Send, waiting while the queue is full. Raises PeerGone after that time."""
 
-    def close(self) -> None: ...  # noqa: D102
+    def close(self) -> None:
+        """Drop what was not sent."""
 
 
 class EmbeddingTransfer:
@@ -182,7 +187,7 @@ class _Link:
             self.lose(self._gone(str(error)))
         except ServerError as error:
             self.lose(error)
-        except Exception as error:
+        except Exception as error:  # a bug must not leave pictures waiting for a connection that nobody reads
             log.exception("connection to %s failed", self._address)
             self.lose(self._gone(type(error).__name__))
 

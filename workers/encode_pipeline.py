@@ -38,11 +38,16 @@ P = TypeVar("P", bound=Prepared)
 class Vision(Protocol[P]):
     """What is used of `workers.vision.VisionModel`."""
 
-    def preprocess(self, image: Image.Image, max_pixels: int | None = None) -> P: ...  # noqa: D102
+    def preprocess(self, image: Image.Image, max_pixels: int | None = None) -> P:
+        """What `encode_for_wire` takes; any number of threads at once."""
+        ...
 
-    def encode_for_wire(self, images: list[P]) -> list[EncodedImage]: ...  # noqa: D102
+    def encode_for_wire(self, images: list[P]) -> list[EncodedImage]:
+        """Run the tower, on one thread."""
+        ...
 
-    def warm_up(self) -> None: ...  # noqa: D102
+    def warm_up(self) -> None:
+        """Encode a blank picture."""
 
 
 @dataclass(frozen=True)

@@ -55,15 +55,21 @@ _ABORTED = ErrorInfo(code="aborted", message="The request was aborted.")
 class Transfer(Protocol):
     """What is used of `workers.embedding_transfer.EmbeddingTransfer`."""
 
-    def set_roster(self, proxy: bytes, addresses: tuple[str, ...]) -> None: ...  # noqa: D102
+    def set_roster(self, proxy: bytes, addresses: tuple[str, ...]) -> None:
+        """Note where this proxy may have pictures sent."""
 
-    def forget_roster(self, proxy: bytes) -> None: ...  # noqa: D102
+    def forget_roster(self, proxy: bytes) -> None:
+        """The proxy has gone."""
 
-    def knows(self, address: str) -> bool: ...  # noqa: D102
+    def knows(self, address: str) -> bool:
+        """Whether any proxy has named this address."""
+        ...
 
-    async def ship(self, address: str, content_key: str, image: EncodedImage) -> None: ...  # noqa: D102
+    async def ship(self, address: str, content_key: str, image: EncodedImage) -> None:
+        """Return when the PD has the picture. Raises ServerError when it has not."""
 
-    async def close(self) -> None: ...  # noqa: D102
+    async def close(self) -> None:
+        """Part from all PDs."""
 
 
 @dataclass(eq=False)

@@ -113,7 +113,7 @@ def _without(whole_class: type[PreTrainedModel], dropped: tuple[str, ...]) -> ty
     It keeps the name and module of the original, which transformers looks things up by.
     """
 
-    def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+    def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807 (a method, of the class below)
         super(partial_class, self).__init__(config, *args, **kwargs)
         for path in dropped:
             _delete(self, path)

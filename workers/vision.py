@@ -57,9 +57,13 @@ class Tower(Protocol):
     config: Any
     dtype: torch.dtype
 
-    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]: ...  # noqa: D102
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `nn.Module` has it."""
+        ...
 
-    def modules(self) -> Iterator[nn.Module]: ...  # noqa: D102
+    def modules(self) -> Iterator[nn.Module]:
+        """As `nn.Module` has it."""
+        ...
 
     def get_image_features(self, **inputs: torch.Tensor) -> Any:
         """`pooler_output` of what is returned: [rows, hidden size] for each picture or for each tile."""

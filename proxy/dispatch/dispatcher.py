@@ -187,7 +187,7 @@ class Dispatcher:
         self.active[work.request_id] = generation  # before it is sent, which may take a while
         try:
             await generation.send()
-        except BaseException:
+        except BaseException:  # cancellation too
             await self.close(generation)
             raise
         return generation

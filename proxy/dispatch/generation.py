@@ -129,7 +129,7 @@ class Generation:
                     can_tell = teller(sample.take())
                 else:
                     has_news = has_news or sample.has_news
-        except Exception:
+        except Exception:  # called from the worker's connection, whose other requests it must not cost
             log.exception("bug in telling %s", self.work.request_id)
             self.fail(InternalError("A bug in the proxy ended the request."))
             has_news = True

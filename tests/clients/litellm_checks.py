@@ -81,7 +81,7 @@ def too_long_for_anthropic(options: Options) -> None:
 def raised(options: Options) -> Exception | None:
     try:
         litellm.completion(**options)
-    except Exception as error:
+    except Exception as error:  # of which class is what the checks are about
         return error
     return None
 

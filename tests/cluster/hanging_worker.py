@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from unittest.mock import patch
 
 from epd.cli import main
 from workers.engine.engine import Engine
@@ -19,5 +20,5 @@ def _step_or_hang(engine: Engine) -> list[StepOutput]:
 
 
 if __name__ == "__main__":
-    Engine.step = _step_or_hang  # type: ignore[assignment, method-assign]
-    sys.exit(main())
+    with patch.object(Engine, "step", _step_or_hang):
+        sys.exit(main())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,10 @@ def swapped(text: str) -> str:
     "change",
     [lambda text: "", lambda text: text[:-8], lambda text: text.replace("secret-key ", "secret-key ~"), swapped],
 )
-def test_what_is_no_key_pair_is_refused(tmp_path: Path, change: object) -> None:
+def test_what_is_no_key_pair_is_refused(tmp_path: Path, change: Callable[[str], str]) -> None:
     path = tmp_path / "cluster.keys"
     new_key_file(path)
-    path.write_text(change(path.read_text()))  # type: ignore[operator]  # one of the above
+    path.write_text(change(path.read_text()))
     with pytest.raises(ConfigError, match="holds no key pair"):
         load_keys(path)
 

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,10 +80,10 @@ def test_workers_of_one_role_share_the_cores(
     ],
 )
 def test_workers_with_more_threads_than_cores_take_turns(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cores: int, config: dict[str, int], expected: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cores: int, config: dict[str, Any], expected: bool
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    plan = plan_cluster(UpConfig(**config), tmp_path)  # type: ignore[arg-type]
+    plan = plan_cluster(UpConfig(**config), tmp_path)
     assert [("--share-cores" in spec.arguments) for spec in plan] == [expected] * (len(plan) - 1) + [False]
 
 

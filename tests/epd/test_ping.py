@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,12 +14,12 @@ from epd.transport import Router
 from epd.types import WorkerState
 
 
-async def _answer(router: Router, **news: object) -> None:
+async def _answer(router: Router, **news: Any) -> None:
     while True:
         peer, message, _ = await router.receive()
         assert isinstance(message, Ping)
-        pong = {"state": WorkerState.READY, "load": Load(running=2, waiting=3)} | news
-        await router.send(peer, Pong(sequence=message.sequence, incarnation="a", **pong))  # type: ignore[arg-type]
+        pong: dict[str, Any] = {"state": WorkerState.READY, "load": Load(running=2, waiting=3)} | news
+        await router.send(peer, Pong(sequence=message.sequence, incarnation="a", **pong))
 
 
 @pytest.mark.parametrize(

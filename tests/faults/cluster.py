@@ -11,6 +11,7 @@ import contextlib
 import json
 import re
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -198,7 +199,7 @@ class FaultCluster:
         process = self.processes[name]
         try:
             return process.stop()
-        except Exception:  # it did not stop in time, and was killed
+        except subprocess.TimeoutExpired:  # and was killed
             return process.popen.wait(10)
 
     def pause(self, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import pytest
 
@@ -115,8 +116,8 @@ async def http_server(answer: bytes) -> AsyncIterator[str]:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def outcome(started: float, seconds: float, verdict: Verdict = Verdict.RIGHT, **fields: object) -> Outcome:
-    one = Outcome("text", False, started, verdict, started + seconds, "why", **fields)  # type: ignore[arg-type]
+def outcome(started: float, seconds: float, verdict: Verdict = Verdict.RIGHT, **fields: Any) -> Outcome:
+    one = Outcome("text", False, started, verdict, started + seconds, "why", **fields)
     one.waits = one.waits or [Wait(one.ended, seconds)]
     return one
 

@@ -124,7 +124,7 @@ class Host:
             try:
                 _enter(self.namespace)
                 results.append(function())
-            except BaseException as error:
+            except BaseException as error:  # raised in the thread that called
                 errors.append(error)
 
         thread = threading.Thread(target=run, name=self.name)

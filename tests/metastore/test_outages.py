@@ -62,11 +62,13 @@ async def test_a_worker_that_is_connected_stays_without_a_lease(hosts: Hosts) ->
     assert events[2:] == ["left ipc:///dead", "left ipc:///cut-off"]
 
 
-async def test_a_redis_that_comes_later_is_waited_for(hosts: Hosts, redis: RedisServer) -> None:
+async def test_a_redis_that_comes_later_is_waited_for(
+    hosts: Hosts, redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
     await asyncio.to_thread(redis.kill)
     roster, _, _ = hosts.feed()
     worker = hosts.worker()
-    await asyncio.sleep(0.1)
+    await until(lambda: sum("out of reach" in line for line in caplog.messages) >= 3)
     await asyncio.to_thread(redis.start)
     await until(lambda: roster.members() == [worker.member])
 

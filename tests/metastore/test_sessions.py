@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -189,8 +190,8 @@ class TestMemory(Contract):
 class TestRedis(Contract):
     @pytest.fixture
     async def make(self, hosts: Hosts) -> MakeStore:
-        def make(**limits: float) -> SessionStore:
-            store = hosts.store().sessions(SessionLimits(**limits))  # type: ignore[arg-type]
+        def make(**limits: Any) -> SessionStore:
+            store = hosts.store().sessions(SessionLimits(**limits))
             assert isinstance(store, RedisSessionStore)
             return store
 

@@ -23,10 +23,11 @@ from epd.checkpoint import fingerprint
 from epd.config import ProxyConfig
 from epd.types import WorkerTask
 from proxy.app import create_app
+from proxy.cluster.worker_connection import WorkerConnection
 from proxy.models.served_model import ServedModel
 from proxy.service import Service
 from proxy.text.tokenizer import Tokenizer
-from tests.proxy.fakes import FakeEncoder, FakePrefillDecode
+from tests.proxy.fakes import FakeEncoder, FakePrefillDecode, FakeWorker
 from tests.proxy.model_files import write_model
 from tests.tcp import connected
 
@@ -110,6 +111,11 @@ class Cluster:
         if "openai" in self.__dict__:
             await self.openai.close()
 
+    def connection_to(self, worker: FakeWorker) -> WorkerConnection:
+        """What the proxy has of this worker."""
+        [found] = [one for one in self.service.pool.connections() if one.member.address == worker.address]
+        return found
+
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
         """A bare TCP connection to the proxy, for 20 seconds."""
@@ -180,9 +186,8 @@ async def serve(config: ProxyConfig) -> AsyncIterator[tuple[Service, str]]:
         uvicorn.Config(app, host="127.0.0.1", port=0, http="httptools", log_config=None, timeout_graceful_shutdown=1)
     )
     task = asyncio.create_task(server.serve())
-    while not server.started:
-        assert not task.done()
-        await asyncio.sleep(0.001)
+    await eventually(lambda: server.started or task.done())
+    assert not task.done()
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         yield app.state.service, f"http://127.0.0.1:{port}"

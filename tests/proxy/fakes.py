@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -44,7 +45,7 @@ class Received:
     worker: FakePrefillDecode
     has_answered: bool = False
 
-    async def send(self, *token_ids: int, finish: FinishReason | None = None, **fields: object) -> None:
+    async def send(self, *token_ids: int, finish: FinishReason | None = None, **fields: Any) -> None:
         """Send tokens, with log probabilities when asked for, and the end when `finish` is given."""
         sampling, known = self.request.sampling, fields
         if sampling.logprobs is not None:
@@ -59,7 +60,7 @@ class Received:
             token_ids=token_ids,
             finish_reason=finish,
             prompt_tokens=len(self.request.prompt_token_ids),
-            **known,  # type: ignore[arg-type]
+            **known,
         )
         await self.worker.send(self.peer, TokenBatch(outputs=(output,)))
 
@@ -197,6 +198,10 @@ class FakePrefillDecode(FakeWorker):
     def requests(self) -> list[GenerateRequest]:
         return [one.request for one in self.received]
 
+    async def asked(self, count: int) -> None:
+        """Wait until so many requests have come."""
+        await self.until(lambda: len(self.requests) == count)
+
     async def handle(self, peer: bytes, message: AnyMessage, buffers: list[memoryview]) -> None:
         assert isinstance(message, GenerateRequest)
         received = Received(peer, message, self)
@@ -244,8 +249,13 @@ class FakeEncoder(FakeWorker):
         self.pictures: list[Picture] = []
         self.error: ErrorInfo | None = None
         self.mute = False
-        self.delay_s = 0.0
-        """Time until it reports."""
+        self.may_report = asyncio.Event()
+        """Set, until a test clears it."""
+        self.may_report.set()
+
+    async def asked(self) -> None:
+        """Wait until a picture has come."""
+        await self.until(lambda: bool(self.pictures))
 
     async def handle(self, peer: bytes, message: AnyMessage, buffers: list[memoryview]) -> None:
         assert isinstance(message, EncodeRequest)
@@ -262,5 +272,5 @@ class FakeEncoder(FakeWorker):
         self.spawn(self._report(peer, result))
 
     async def _report(self, peer: bytes, result: EncodeResult) -> None:
-        await asyncio.sleep(self.delay_s)
+        await self.may_report.wait()
         await self.send(peer, result)

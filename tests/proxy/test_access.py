@@ -135,7 +135,7 @@ async def test_a_key_that_has_its_share_may_still_stop_answers(start_cluster: Cl
         )
     ):
         running = asyncio.create_task(cluster.http.post("/v1/chat/completions", json=turn, headers=key))
-        await cluster.pd.until(lambda wanted=index + 1: len(cluster.pd.requests) == wanted)  # type: ignore[misc]
+        await cluster.pd.asked(index + 1)
         refused = [
             await cluster.http.post("/generate", json={"prompt": "x"}, headers=key),
             await cluster.http.post("/generate", json={"inputs": "x"}, headers=key),

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from epd.messages import Load
-from epd.types import SamplingParams
+from epd.types import FinishReason, SamplingParams
 from proxy.byte_budget import ByteBudget, hold
 from proxy.dispatch.work import Work
 from tests.proxy.conftest import Cluster, ClusterFactory, ask, data_url, eventually, png
@@ -97,7 +97,7 @@ async def test_a_proxy_that_shuts_down_finishes_answers_and_takes_nothing_new(cl
     async def slowly(received: Received) -> None:
         await received.send(cluster.pd.answer[0])
         await go_on.wait()
-        await received.send(*cluster.pd.answer[1:], finish="stop")  # type: ignore[arg-type]
+        await received.send(*cluster.pd.answer[1:], finish=FinishReason.STOP)
 
     cluster.pd.script = slowly
     under_way = asyncio.create_task(cluster.chat("x", stream=True))
@@ -125,14 +125,18 @@ async def test_answers_that_take_too_long_for_a_proxy_that_shuts_down_end_with_a
         await received.send(cluster.pd.answer[0])
 
     cluster.pd.script = one_token
-    task = asyncio.create_task(cluster.chat("x", stream=stream))
+    body = {"messages": ask("x"), "stream": stream}
+    asking = cluster.http.send(cluster.http.build_request("POST", "/v1/chat/completions", json=body), stream=stream)
+    task = asyncio.create_task(asking)
     active = cluster.service.dispatcher.active
     await eventually(lambda: active and all(one.timings()["first_token"] for one in active.values()))
     if stream:
-        await asyncio.sleep(0.05)  # so that the head of the stream is out
+        await asyncio.wait_for(asyncio.shield(task), 10)  # its head is here
     await cluster.service.dispatcher.drain(0.05)
     response = await task
-    error = events(response)[-1]["error"] if response.status_code == 200 else response.json()["error"]
+    await response.aread()
+    assert response.status_code == (200 if stream else 503)
+    error = events(response)[-1]["error"] if stream else response.json()["error"]
     assert error["code"] == "shutting_down"
     await cluster.pd.until(lambda: len(cluster.pd.aborted) == 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -116,7 +117,8 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = make(split(QWEN))
     encoder = AsciiEncoder.of(backend)
     assert encoder is not None
-    pieces = encoder._tokens.__self__  # type: ignore[attr-defined]
+    remembered: Any = encoder._tokens
+    pieces = remembered.__self__
     for text in [*map(str, range(100)), " hello" * 9, "x" * 100]:
         assert encoder.encode(text) == backend.encode(text, add_special_tokens=False).ids
         assert len(pieces) <= 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 from typing import Any
@@ -167,8 +168,12 @@ async def test_timings_when_asked(cluster: Cluster) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_timings_wait_a_moment_for_the_encoder(cluster: Cluster, stream: bool) -> None:
     """Its report comes after the tokens that its embeddings made possible."""
-    cluster.encoder.delay_s = 0.1
-    response = await cluster.chat("hi", png(), timings=True, stream=stream)
+    cluster.encoder.may_report.clear()
+    task = asyncio.create_task(cluster.chat("hi", png(), timings=True, stream=stream))
+    await cluster.pd.asked(1)
+    await eventually(lambda: cluster.connection_to(cluster.pd).in_hand == 0)
+    cluster.encoder.may_report.set()
+    response = await task
     timings = (events(response)[-1] if stream else response.json())["timings"]
     assert (timings["encode"], timings["transfer"]) == (5.0, 1.0)
 

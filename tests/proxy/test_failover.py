@@ -12,7 +12,7 @@ from epd.errors import HandedOver, InternalError, Overloaded, WorkerFailed
 from epd.types import FinishReason
 from proxy.cluster.in_hand import WorkerGone
 from proxy.dispatch.retries import MAX_DEATHS_IN_ALL, MAX_REFUSALS, UNHEARD_TOKENS, PoisonSuspected, Retries, Trouble
-from tests.proxy.conftest import Cluster, ClusterFactory, png
+from tests.proxy.conftest import Cluster, ClusterFactory, eventually, png
 from tests.proxy.fakes import FakePrefillDecode, Received
 from tests.proxy.test_admission import some_work
 from tests.proxy.test_chat import events
@@ -231,7 +231,9 @@ async def test_an_answer_that_has_begun_waits_for_room(
     assert refused == MAX_REFUSALS + 1
 
 
-async def test_what_fails_while_a_request_is_closed_is_not_moved(start_cluster: ClusterFactory) -> None:
+async def test_what_fails_while_a_request_is_closed_is_not_moved(
+    start_cluster: ClusterFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two prompts at two PDs: while one is told that nobody listens any more, one is found to take no pictures."""
     cluster = await start_cluster(pds=2, encoders=0)
     for pd in cluster.pds:
@@ -239,7 +241,7 @@ async def test_what_fails_while_a_request_is_closed_is_not_moved(start_cluster: 
     dispatcher = cluster.service.dispatcher
     generation = await dispatcher.start(some_work(cluster, prompts=2))
     for pd in cluster.pds:
-        await pd.until(lambda pd=pd: len(pd.requests) == 1)  # type: ignore[misc]
+        await pd.asked(1)
     first, second = generation._attempts
     tell = first.stop
 
@@ -247,7 +249,7 @@ async def test_what_fails_while_a_request_is_closed_is_not_moved(start_cluster: 
         await tell()
         second.on_encoding_failed(WorkerFailed("It took no picture."))
 
-    first.stop = stop  # type: ignore[method-assign]
+    monkeypatch.setattr(first, "stop", stop)
     await dispatcher.close(generation)
     assert not generation._chores
     assert all(one.in_hand == 0 for one in cluster.service.pool.connections())
@@ -260,7 +262,7 @@ async def test_a_picture_that_two_encoders_died_of_is_not_tried_on_a_third(start
         encoder.mute = True
     task = asyncio.create_task(cluster.chat("x", png()))
     for _ in range(2):
-        waits = [asyncio.create_task(one.until(lambda one=one: bool(one.pictures))) for one in cluster.encoders]  # type: ignore[misc]
+        waits = [asyncio.create_task(one.asked()) for one in cluster.encoders]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
@@ -335,7 +337,7 @@ async def test_a_silent_encoder_is_left_for_another_one(start_cluster: ClusterFa
     first, second = cluster.encoders
     first.mute = second.mute = True
     task = asyncio.create_task(cluster.chat("x", png()))
-    await asyncio.gather(*(one.until(lambda one=one: bool(one.pictures)) for one in cluster.encoders))  # type: ignore[misc]
+    await asyncio.gather(*(one.asked() for one in cluster.encoders))
     hold.set()
     assert (await task).status_code == 200
     abandoned = [one for one in cluster.encoders if one.aborted]
@@ -345,9 +347,15 @@ async def test_a_silent_encoder_is_left_for_another_one(start_cluster: ClusterFa
 async def test_an_encoder_whose_embeddings_no_pd_took_may_be_right(start_cluster: ClusterFactory) -> None:
     """The PD may be about to be found dead: the picture goes with the request to another PD."""
     cluster = await start_cluster(pds=2)
-    cluster.encoder.error = None
-    script = Script(cluster, 0, die)
-    cluster.encoder.delay_s = 0.05
+    cluster.encoder.error = WorkerFailed("no acknowledgement").to_info()
+
+    async def die_afterwards(received: Received) -> None:
+        await cluster.encoder.asked()
+        cluster.encoder.error = None  # the next time
+        await eventually(lambda: cluster.connection_to(cluster.encoder).in_hand == 0)
+        await die(received)
+
+    script = Script(cluster, 0, die_afterwards)
     response = await cluster.chat("x", png())
     assert response.status_code == 200
     assert script.heir.requests

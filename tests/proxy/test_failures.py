@@ -184,7 +184,7 @@ async def test_picture_of_a_dead_encoder_goes_to_another(start_cluster: ClusterF
 
 
 async def _who_got_it(encoders: list[FakeEncoder]) -> FakeEncoder:
-    waits = {asyncio.create_task(one.until(lambda one=one: len(one.pictures) == 1)): one for one in encoders}  # type: ignore[misc]
+    waits = {asyncio.create_task(one.asked()): one for one in encoders}
     done, rest = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for task in rest:
         task.cancel()
@@ -307,7 +307,8 @@ async def test_encoder_fails_after_the_pd_has_the_picture(cluster: Cluster, dies
 
     cluster.pd.script = pause_after_one_token
     cluster.encoder.mute = dies
-    cluster.encoder.error, cluster.encoder.delay_s = WorkerFailed("no acknowledgement").to_info(), 0.1
+    cluster.encoder.error = WorkerFailed("no acknowledgement").to_info()
+    cluster.encoder.may_report.clear()
     task = asyncio.create_task(cluster.chat("x", png()))
     await cluster.encoder.until(lambda: len(cluster.encoder.pictures) == 1)
     await _first_token_taken(cluster)
@@ -315,7 +316,8 @@ async def test_encoder_fails_after_the_pd_has_the_picture(cluster: Cluster, dies
         await cluster.encoder.stop()
         await cluster.ready(1, 0)
     else:
-        await asyncio.sleep(0.2)
+        cluster.encoder.may_report.set()
+        await eventually(lambda: cluster.connection_to(cluster.encoder).in_hand == 0)
     go_on.set()
     response = await task
     assert response.status_code == 200, response.text

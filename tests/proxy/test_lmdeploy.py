@@ -417,7 +417,8 @@ class NoStore:
 
 async def test_the_store_is_gone(cluster: Cluster) -> None:
     service = cluster.service
-    service.sessions = Sessions(NoStore(), service.dispatcher)  # type: ignore[arg-type]
+    store: Any = NoStore()
+    service.sessions = Sessions(store, service.dispatcher)
     turns: tuple[dict[str, Any], ...] = ({"sequence_start": True}, {"sequence_start": False}, {"sequence_end": True})
     for fields in turns:
         reply = await generate(cluster, instance_id=7, **fields)
@@ -433,7 +434,8 @@ async def test_a_turn_whose_session_was_taken_over_is_not_kept(cluster: Cluster,
     first = asyncio.create_task(generate(cluster, "hello", instance_id=7, stream=True))
     await held.started()
     store, key = cluster.service.sessions._store, SessionKey("anonymous", "7")
-    [entry] = store._entries.values()  # type: ignore[attr-defined]
+    assert isinstance(store, MemorySessionStore)
+    [entry] = store._entries.values()
     entry.leased_until = 0.0  # as if this proxy had been stopped for long
     await store.begin(key, "heir", 60)
     held.go_on.set()

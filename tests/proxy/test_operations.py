@@ -159,7 +159,7 @@ async def test_requests_are_counted_by_outcome_and_measured(cluster: Cluster) ->
     cluster.pd.script = cluster.pd.say_nothing
     for leave in (False, True):
         task = asyncio.create_task(cluster.chat("x"))
-        await cluster.pd.until(lambda leave=leave: len(cluster.pd.requests) == 3 + leave)  # type: ignore[misc]
+        await cluster.pd.asked(3 + leave)
         if leave:
             task.cancel()
         else:

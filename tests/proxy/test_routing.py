@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import partial
 
 import pytest
 
@@ -151,8 +152,7 @@ def test_a_restarted_worker_has_lost_its_prefixes() -> None:
 
 def test_proxies_agree_on_a_prefix_that_neither_has_seen() -> None:
     for turn in range(10):
-        prompt = prefix_chain([turn] * 64)
-        question = Question(chain=lambda chain=prompt: chain)  # type: ignore[misc]
+        question = Question(chain=partial(prefix_chain, [turn] * 64))
         first, second = AffinityPolicy(random.Random(1)), AffinityPolicy(random.Random(2))
         assert first.pick(candidates(0, 0, 0), question).key == second.pick(candidates(0, 0, 0), question).key
 

@@ -97,7 +97,9 @@ async def test_announced_workers_join_and_their_leases_end(model: Path, sockets:
         await worker.stop()
 
 
-async def test_a_worker_is_as_busy_as_its_lease_says_until_it_is_asked(model: Path, sockets: Path) -> None:
+async def test_a_worker_is_as_busy_as_its_lease_says_until_it_is_asked(
+    model: Path, sockets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pd = FakePrefillDecode(str(sockets / "p"), fingerprint(model))
     await pd.start()
     roster, busy = Roster(), Load(running=7, waiting=2)
@@ -113,7 +115,7 @@ async def test_a_worker_is_as_busy_as_its_lease_says_until_it_is_asked(model: Pa
             welcome(worker)
             seen.append(connection.reported_load)
 
-        connection._welcome = welcomed  # type: ignore[method-assign]
+        monkeypatch.setattr(connection, "_welcome", welcomed)
 
     roster.subscribe(note, lambda _: None)
     roster.renew(pd.role, pd.address, worker=pd.info, load=busy)

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -131,9 +132,9 @@ def test_a_tower_gives_way_before_each_layer(tmp_path: Path) -> None:
                 rows = block(rows)
             return rows
 
-    tower, turns = Tower(), Turns(None)
-    unused = None
-    vision = VisionModel(tower, FAMILIES["llava"], unused, torch.device("cpu"))  # type: ignore[arg-type]
+    tower: Any = Tower()
+    turns, unused = Turns(None), cast(Any, None)
+    vision = VisionModel(tower, FAMILIES["llava"], unused, torch.device("cpu"))
     vision.take_turns(turns)
     tower(torch.zeros(1))
     assert turns.pauses == 3 * 3

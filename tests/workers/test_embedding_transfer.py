@@ -78,8 +78,11 @@ class FakeConnection:
         return [message.content_key for message, _ in self.sent if isinstance(message, Embeddings)]
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with self.news:
+        async with asyncio.timeout(10), self.news:
             await self.news.wait_for(condition)
+
+    async def has_shipped(self, key: str) -> None:
+        await self.until(lambda: key in self.shipped())
 
     def reply(self, key: str, error: ErrorInfo | None = None) -> None:
         self.incoming.put_nowait(EmbeddingsReply(content_key=key, error=error))
@@ -149,7 +152,7 @@ async def test_the_number_in_flight_is_bounded() -> None:
     connection.reply("0")
     await connection.until(lambda: len(connection.shipped()) == MAX_IN_FLIGHT + 1)
     for key in keys[1:]:
-        await connection.until(lambda key=key: key in connection.shipped())  # type: ignore[misc]
+        await connection.has_shipped(key)
         connection.reply(key)
     await asyncio.gather(*tasks)
 

@@ -68,8 +68,9 @@ async def test_a_recording_is_ended_by_a_message_by_steps_and_by_time(busy: Busy
         started = await ask(profiler, start=True, **bounds)
         assert (started.state, started.files) == ("started", ())
         before = busy.steps
-        while busy.steps < before + 3:
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(30):
+            while busy.steps < before + 3:
+                await asyncio.sleep(0.001)
         if bounds:  # it ends by itself
             async with asyncio.timeout(30):
                 while len(list((tmp_path / "new").glob("*.gz"))) == len(files):

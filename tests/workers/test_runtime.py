@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -83,12 +84,12 @@ class Service:
 class Worker:
     """A runtime on its way."""
 
-    def __init__(self, folder: Path, **config: object) -> None:
+    def __init__(self, folder: Path, **config: Any) -> None:
         self.address = str(folder / "worker")
-        fields = {"model": CHECKPOINT_DIR, "worker_addr": self.address, "drain_timeout": 20.0} | config
+        fields: dict[str, Any] = {"model": CHECKPOINT_DIR, "worker_addr": self.address, "drain_timeout": 20.0} | config
         self.service = Service()
         self.runtime = WorkerRuntime(
-            WorkerConfig(**fields),  # type: ignore[arg-type]  # the tests' own fields
+            WorkerConfig(**fields),
             role=WorkerRole.ENCODER,
             model="m",
             dtype="float32",
@@ -118,9 +119,9 @@ async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
     assert worker.service.is_stopped
 
 
-def hello(**changes: object) -> Hello:
-    fields = {"protocol_version": PROTOCOL_VERSION, "sender": "test", "model": "m"} | changes
-    return Hello(**fields)  # type: ignore[arg-type]  # the tests' own fields
+def hello(**changes: Any) -> Hello:
+    fields: dict[str, Any] = {"protocol_version": PROTOCOL_VERSION, "sender": "test", "model": "m"} | changes
+    return Hello(**fields)
 
 
 async def test_hello_and_ping(worker: Worker) -> None:

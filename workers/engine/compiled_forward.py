@@ -127,7 +127,7 @@ class CompiledForward(LocalForward):
     def _prepare_from(self, file: Path) -> None:
         try:
             self.prepare(load_hidden(file))
-        except BaseException:
+        except Exception:  # of any kind, see `load_hidden`
             file.unlink(missing_ok=True)  # so that the next start makes another one
             raise
 

@@ -220,7 +220,7 @@ class LeadingForward:
         try:
             self._send(_encoder.encode(order))
             return compute()
-        except BaseException:
+        except BaseException:  # wherever it stopped, the other ranks are elsewhere
             self._is_broken = True
             raise
 

@@ -124,7 +124,7 @@ def read(parser: CallParser, pieces: list[str]) -> tuple[str, str, Calls, list[C
     """Content as streamed, content of the whole answer, whole calls, and all news of calls."""
     reader = CallReader(parser)
     news = [reader.push(piece) for piece in pieces] + [reader.finish()]
-    told, whole = ("".join(one[i] for one in news) for i in (0, 1))  # type: ignore[misc]
+    told, whole = ("".join(pieces) for pieces in zip(*(one[:2] for one in news), strict=True))
     return told, whole, [(one.name, one.arguments) for one in reader.calls], [d for one in news for d in one[2]]
 
 

@@ -159,7 +159,8 @@ def test_checkpoint_and_task_must_fit(tmp_path: Path, build: Any, task: str, mes
 
 def test_values_that_overflowed_fail_the_request_and_not_its_neighbour(qwen2: Oracle) -> None:
     engine = make_engine(qwen2.path)
-    engine._runner._forward._model._embed.weight.data[7] = float("nan")  # type: ignore[attr-defined]
+    runner: Any = engine._runner
+    runner._forward._model._embed.weight.data[7] = float("nan")
     for name, prompt in (("bad", [7, 8]), ("good", [8, 9])):
         engine.add_request(name, prompt, SamplingParams(), pooling=Pooling(PoolingKind.MEAN))
     ends = run(engine).ends

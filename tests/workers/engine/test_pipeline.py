@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import pytest
@@ -11,7 +13,18 @@ import torch
 
 from epd.types import FinishReason, Grammar, GrammarKind, Pooling, PoolingKind, SamplingParams
 from tests.workers.engine.fakes import fake_engine
-from tests.workers.engine.oracle import IMAGE, Answers, Oracle, Prompt, break_token, greedy, make_engine, picture, run
+from tests.workers.engine.oracle import (
+    IMAGE,
+    Answers,
+    Encoded,
+    Oracle,
+    Prompt,
+    break_token,
+    greedy,
+    make_engine,
+    picture,
+    run,
+)
 from tests.workers.engine.test_random_schedules import LaunchedStep, LaunchingMemoryRunner
 from workers.engine import pipeline
 from workers.engine.engine import Engine
@@ -54,17 +67,12 @@ class Schedule:
             name, arrives = f"r{index}", draw.choice((0, 0, 1, 3, 20))
             prompt, sampling = oracle.prompt(text, encoded), sampling_of(draw.choice(kinds))
             self.prompts[name] = prompt, sampling
-            self.at(arrives, lambda engine, name=name: self.ask(engine, name))  # type: ignore[misc]
+            self.at(arrives, partial(self.ask, name=name))
             for one in encoded:
-                self.at(
-                    arrives + draw.randrange(4),
-                    lambda engine, one=one: engine.provide_embeddings(  # type: ignore[misc]
-                        one.key, one.token_ids, one.grid_thw, one.rows
-                    ),
-                )
+                self.at(arrives + draw.randrange(4), partial(give, one))
             if draw.random() < 0.2:
                 self.aborted.add(name)
-                self.at(arrives + 3 + draw.randrange(6), lambda engine, name=name: engine.abort(name))  # type: ignore[misc]
+                self.at(arrives + 3 + draw.randrange(6), methodcaller("abort", name))
 
     def at(self, step: int, action: Callable[[Engine], None]) -> None:
         self.actions.setdefault(step, []).append(action)
@@ -83,6 +91,10 @@ class Schedule:
         answers.drain(engine)
         assert engine.load().kv_used_blocks == 0
         return answers
+
+
+def give(encoded: Encoded, engine: Engine) -> None:
+    engine.provide_embeddings(encoded.key, encoded.token_ids, encoded.grid_thw, encoded.rows)
 
 
 def num_ahead(engine: Engine) -> int:
@@ -231,7 +243,8 @@ class Runner(LaunchingMemoryRunner):
             raise RuntimeError("out of memory")
         step = super().launch(*arguments, **more)
         if failure == "read":
-            step.read = lambda: self._fail(step)  # type: ignore[method-assign]
+            failing: Any = step
+            failing.read = lambda: self._fail(step)
         if failure == "revised":
             step.was_revised = True
         return step

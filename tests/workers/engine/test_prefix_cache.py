@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -24,8 +25,8 @@ def make_request(
     return request
 
 
-def names(hasher: BlockHasher, *args: object) -> list[bytes]:
-    return hasher.names(make_request("r", *args))  # type: ignore[arg-type]
+def names(hasher: BlockHasher, *args: Any) -> list[bytes]:
+    return hasher.names(make_request("r", *args))
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -160,8 +161,8 @@ class Setup:
         self.kv_cache = KVCacheManager(num_blocks, BLOCK_SIZE, prefix_caching=caching)
         self.scheduler = Scheduler(self.kv_cache, max_num_seqs=8, max_num_batched_tokens=tokens, max_waiting=100)
 
-    def add(self, name: str, token_ids: Sequence[int], **options: object) -> EngineRequest:
-        request = make_request(name, token_ids, **options)  # type: ignore[arg-type]
+    def add(self, name: str, token_ids: Sequence[int], **options: Any) -> EngineRequest:
+        request = make_request(name, token_ids, **options)
         self.scheduler.add(request)
         return request
 
