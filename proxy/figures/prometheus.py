@@ -94,7 +94,7 @@ def expose(
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_OfProxy(in_work, counters, metrics))
     registry.register(_OfWorkers(workers, models))
-    ProcessCollector(registry=registry)
+    registry.register(ProcessCollector(registry=None))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
 

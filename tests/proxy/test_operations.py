@@ -114,6 +114,8 @@ async def test_metrics_for_prometheus(cluster: Cluster, asked: dict[str, Any]) -
     form = response.headers["content-type"]
     parse = openmetrics if "openmetrics" in form else text_string_to_metric_families
     families = {family.name: family for family in parse(response.text)}
+    lines = response.text.splitlines()
+    assert sum(line.startswith("process_resident_memory_bytes ") for line in lines) == 1
     pd = {"role": "pd", "address": cluster.pd.address, "model": cluster.name}
 
     def figure(family: str, sample: str, **labels: str) -> float:
