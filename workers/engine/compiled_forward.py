@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import transformers
 
-from workers.engine import attention, graph_files, int8_linear, packed_linear
+from workers.engine import attention, cache_files, graph_files, int8_linear, packed_linear
 from workers.engine.attention import AttentionBackend
 from workers.engine.config import EngineConfig
 from workers.engine.forward import LocalForward
@@ -107,7 +107,7 @@ class CompiledForward(LocalForward):
         interval = sys.getswitchinterval()
         try:
             file = _graph_file(self._config)
-            if not graph_files.was_made(file):
+            if not cache_files.was_made(file):
                 _make(self._config, file)
             loading = time.monotonic()
             sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -142,7 +142,7 @@ def use_cache_folder() -> None:
 
     folders: Any = runtime.cache_dir_utils
     if os.environ.get(_FOLDER_VARIABLE) in (None, folders.default_cache_dir()):  # the compiler sets it itself
-        os.environ[_FOLDER_VARIABLE] = str(build.cache_folder() / "inductor")
+        os.environ[_FOLDER_VARIABLE] = str(cache_files.folder() / "inductor")
     settings: Any = config
     settings.compile_threads = 1
 
@@ -263,15 +263,15 @@ def _graph_file(config: EngineConfig) -> Path:
         build.processor(),
         *((here / name).read_bytes() for name in _SOURCES),
     ]
-    return build.cache_folder() / f"graph-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}.bin"
+    return cache_files.folder() / f"graph-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}.bin"
 
 
 def _make(config: EngineConfig, file: Path) -> None:
     """Leave the graph in `file`, or wait until another process has. Raises RuntimeError or TimeoutError."""
     with graph_files.only_maker(file, timeout_s=_HELPER_TIMEOUT_S):
-        if not graph_files.was_made(file):
+        if not cache_files.was_made(file):
             _run_helper(config, file)
-            graph_files.remove_old(file)
+            cache_files.remove_old(file.parent)
 
 
 def _run_helper(config: EngineConfig, file: Path) -> None:

@@ -1,7 +1,4 @@
-"""The compiled graphs in the cache folder: one process makes each, and old ones go.
-
-Deleting is safe at any time: who has a file open reads it to its end, and who comes later makes another one.
-"""
+"""The compiled graphs in the cache folder: one process makes each."""
 
 from __future__ import annotations
 
@@ -15,10 +12,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-KEPT_BYTES = 256 << 20
-"""A graph of a small model has two megabytes. Each version of the code or of torch makes others."""
 _POLL_S = 0.2
-_LOCK_KEPT_S = 86400.0
 
 
 @contextlib.contextmanager
@@ -64,37 +58,3 @@ def _acquire(descriptor: int, deadline: float, file: Path) -> None:
             log.info("another process compiles the same steps: waiting for its result")
             is_told = True
         time.sleep(_POLL_S)
-
-
-def was_made(file: Path) -> bool:
-    """Whether the file is there; it counts as used now."""
-    try:
-        os.utime(file)
-    except FileNotFoundError:
-        return False
-    except OSError:  # a folder that may only be read
-        return file.exists()
-    return True
-
-
-def remove_old(file: Path, kept_bytes: int = KEPT_BYTES) -> None:
-    """Delete the files beside `file`, and named as it, that were not used for longest and are beyond so many bytes.
-
-    The one used last stays, whatever its size. Locks that a killed process left go after a day.
-    """
-    graphs = sorted(_looked_at(file, "graph-*.bin"), key=lambda one: one[1].st_mtime, reverse=True)
-    total = 0
-    for index, (path, found) in enumerate(graphs):
-        total += found.st_size
-        if index and total > kept_bytes:
-            path.unlink(missing_ok=True)
-            log.debug("deleted %s, which was not used for longest", path)
-    for path, found in _looked_at(file, "graph-*.lock"):
-        if time.time() - found.st_mtime > _LOCK_KEPT_S:
-            path.unlink(missing_ok=True)
-
-
-def _looked_at(file: Path, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in file.parent.glob(pattern):
-        with contextlib.suppress(FileNotFoundError):  # another process tidies up too
-            yield path, path.stat()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,28 +60,4 @@ def test_a_lock_dies_with_its_process(file: Path) -> None:
     child.kill()
     end(child)
     with graph_files.only_maker(file, timeout_s=20):
-        assert not graph_files.was_made(file)
-
-
-def test_what_was_not_used_for_longest_goes(tmp_path: Path) -> None:
-    files = [tmp_path / f"graph-{name}.bin" for name in "abcd"]
-    for moment, file in enumerate(files, 1000):
-        file.write_bytes(bytes(100))
-        os.utime(file, (moment, moment))
-    for name in ("graph-old.lock", "paged_attention-1.so"):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (1000, 1000))
-    (tmp_path / "graph-new.lock").touch()
-    assert graph_files.was_made(files[0])
-    with files[1].open("rb") as loading:
-        graph_files.remove_old(files[0], kept_bytes=250)
-        assert loading.read() == bytes(100)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"graph-a.bin", "graph-d.bin", "graph-new.lock", "paged_attention-1.so"}
-    graph_files.remove_old(files[0], kept_bytes=1)
-    assert files[0].exists(), "whatever its size"
-
-
-def test_a_file_that_is_not_there_was_not_made(file: Path) -> None:
-    assert not graph_files.was_made(file)
-    assert not file.exists()
+        assert not file.exists()

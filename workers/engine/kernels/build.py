@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from workers.engine import cache_files
+
 log = logging.getLogger(__name__)
 
 _FLAGS = (
@@ -36,13 +38,6 @@ _FLAGS = (
 _COMPILE_TIMEOUT_S = 120
 
 
-def cache_folder() -> Path:
-    """Where compiled code is kept between runs: `~/.cache/epd`, for this user alone."""
-    folder = Path.home() / ".cache" / "epd"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
-
-
 def compiler() -> str | None:
     """Path of a C++ compiler; None when there is none."""
     return shutil.which("g++") or shutil.which("clang++")
@@ -57,9 +52,10 @@ def load(name: str) -> ctypes.CDLL | None:
         log.info("no C++ compiler (g++ or clang++) is installed: doing without the %s kernel", name)
         return None
     try:
-        library = cache_folder() / f"{name}-{_key(source, found)}.so"
-        if not library.exists():
+        library = cache_files.folder() / f"{name}-{_key(source, found)}.so"
+        if not cache_files.was_made(library):
             _compile(found, source, library)
+            cache_files.remove_old(library.parent)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:
         details = getattr(error, "stderr", None) or error
