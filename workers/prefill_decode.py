@@ -11,14 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
 
 import msgspec
-import torch
 
 from epd.errors import (
     ContextLengthExceeded,
@@ -36,15 +34,15 @@ from epd.messages import (
     Abort,
     AnyMessage,
     Embeddings,
-    EmbeddingsReply,
     GenerateRequest,
     Load,
     StageStats,
     TokenOutput,
 )
-from epd.observability import Stage, StageRecorder
 from epd.types import FinishReason, Grammar
+from workers.answer_figures import AnswerFigures
 from workers.core_turns import CoreTurns
+from workers.embedding_arrivals import EmbeddingArrivals
 from workers.engine.engine import Engine
 from workers.engine.outputs import StepOutput
 from workers.engine.request import ImagePlaceholder
@@ -56,9 +54,6 @@ from workers.stall_watch import Progress
 
 log = logging.getLogger(__name__)
 
-MAX_ARRIVING_BYTES = 1 << 30
-"""Embeddings that the engine has not looked at yet; more are refused as overloaded."""
-_TOKEN_ID_BYTES = 8
 _SPARE_OUTPUTS = 1024
 """Refusals that may wait for a peer to read them, beside the answers to what was accepted."""
 _LAST_WORDS_S = 5.0
@@ -108,19 +103,17 @@ class PrefillDecodeService:
         self._compiling: dict[str, asyncio.Task[None]] = {}
         """Requests that the engine does not know yet, by engine id."""
         self._engine = EngineThread(engine, self._deliver, self._engine_crashed, turns or CoreTurns(None))
+        self._arrivals = EmbeddingArrivals(self._engine, send)
         self._accepted: dict[str, _Accepted] = {}
         self._engine_ids: dict[tuple[bytes, str], str] = {}
         self._next_id = 0
         self._outboxes: dict[bytes, Outbox] = {}
-        self._replies: set[asyncio.Task[bool]] = set()
-        self._arriving_bytes = 0
         self._is_draining = False
         self._is_deaf = False
         """All requests were answered without the engine, which may not have heard of it yet."""
         self._idle = asyncio.Event()
         self._idle.set()
-        self._stages = StageRecorder()
-        self._counters: dict[str, int] = defaultdict(int)
+        self._figures = AnswerFigures()
         self._digested: tuple[tuple[str, ...], str] = ((), "")
         self._engine.start()
 
@@ -143,7 +136,7 @@ class PrefillDecodeService:
             case GenerateRequest():
                 self._generate(peer, message)
             case Embeddings():
-                self._take_embeddings(peer, message, buffers[0])
+                self._arrivals.take(peer, message, buffers[0])
             case Abort():
                 known = (self._engine_ids.get((peer, request_id)) for request_id in message.request_ids)
                 self._abort(engine_id for engine_id in known if engine_id is not None)
@@ -191,7 +184,9 @@ class PrefillDecodeService:
         await self._engine.stop()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_S):
-                await asyncio.gather(*(outbox.flushed() for outbox in self._outboxes.values()), *self._replies)
+                await asyncio.gather(
+                    *(outbox.flushed() for outbox in self._outboxes.values()), self._arrivals.answered()
+                )
         for outbox in self._outboxes.values():
             outbox.close()
 
@@ -219,13 +214,14 @@ class PrefillDecodeService:
 
     def stages(self) -> dict[str, StageStats]:
         """Durations of the requests answered so far."""
-        return self._stages.snapshot()
+        return self._figures.stages()
 
     def counters(self) -> dict[str, int]:
         """Requests by outcome, tokens, and recounts of the engine's resources."""
         load = self._engine.load
         return {
-            **self._counters,
+            **self._figures.counters,
+            **self._arrivals.counters,
             "prefix_cache_queries": load.prefix_cache_queries,
             "prefix_cache_hits": load.prefix_cache_hits,
             "preemptions": load.preemptions,
@@ -317,8 +313,7 @@ class PrefillDecodeService:
 
     def _note_expected(self, engine_id: str, num_expected: int, missing: tuple[str, ...]) -> None:
         """Count pictures that needed no encoder, and ask for those that do after all."""
-        self._counters["pd_embedding_cache_hits"] += num_expected - len(missing)
-        self._counters["pd_embedding_cache_misses"] += len(missing)
+        self._figures.note_expected(num_expected, len(missing))
         if missing and engine_id in self._accepted:
             self._answer(TokenOutput(request_id=engine_id, missing_keys=missing))
 
@@ -333,26 +328,6 @@ class PrefillDecodeService:
 
     def _forget_compiling(self, engine_id: str) -> None:
         self._compiling.pop(engine_id).cancel()
-
-    def _take_embeddings(self, peer: bytes, message: Embeddings, buffer: memoryview) -> None:
-        nbytes = buffer.nbytes + _TOKEN_ID_BYTES * len(message.token_ids)
-        self._arriving_bytes += nbytes
-
-        def reply(error: ErrorInfo | None) -> None:
-            self._arriving_bytes -= nbytes
-            self._counters["embeddings_refused" if error else "embeddings_taken"] += 1
-            task = asyncio.create_task(self._send(peer, EmbeddingsReply(content_key=message.content_key, error=error)))
-            self._replies.add(task)
-            task.add_done_callback(self._replies.discard)
-
-        if self._arriving_bytes > MAX_ARRIVING_BYTES:
-            reply(Overloaded("Too many image embeddings arrive at once.").to_info())
-            return
-        rows = torch.frombuffer(buffer, dtype=getattr(torch, message.dtype)).view(message.shape)
-        self._engine.ask(
-            lambda engine: engine.provide_embeddings(message.content_key, message.token_ids, message.grid_thw, rows),
-            reply,
-        )
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
@@ -390,21 +365,7 @@ class PrefillDecodeService:
         del self._engine_ids[accepted.peer, accepted.request_id]
         if not self._accepted:
             self._idle.set()
-        self._counters[f"requests_{output.finish_reason}"] += 1
-        self._counters["prompt_tokens"] += output.prompt_tokens
-        self._counters["generated_tokens"] += accepted.num_tokens
-        if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-            self._record(output.timings_ms, accepted.num_tokens)
-
-    def _record(self, timings_ms: dict[str, float], num_tokens: int) -> None:
-        for stage, duration_ms in timings_ms.items():
-            self._stages.observe(stage, duration_ms)
-        until_first = timings_ms.get(Stage.QUEUE, 0.0) + timings_ms.get(Stage.PREFILL, 0.0)
-        decode = timings_ms.get(Stage.DECODE, 0.0)
-        self._stages.observe(Stage.TTFT, until_first)
-        self._stages.observe(Stage.E2E, until_first + decode)
-        if num_tokens > 1:
-            self._stages.observe(Stage.TPOT, decode / (num_tokens - 1))
+        self._figures.note_end(output, accepted.num_tokens)
 
     def _post(self, peer: bytes, output: TokenOutput) -> None:
         if peer not in self._outboxes:

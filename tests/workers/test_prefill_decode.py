@@ -26,7 +26,7 @@ from epd.messages import (
 )
 from epd.types import FinishReason, SamplingParams
 from tests.workers.engine.fakes import CONTEXT, HIDDEN, IMAGE_TOKEN, FakeRunner, fake_engine
-from workers import engine_thread, prefill_decode
+from workers import embedding_arrivals, engine_thread, prefill_decode
 from workers.prefill_decode import PrefillDecodeService
 
 PROXY, OTHER, ENCODER, DEAF = b"proxy", b"other", b"encoder", b"deaf"
@@ -377,7 +377,7 @@ async def test_what_is_left_when_the_worker_stops_is_answered() -> None:
 
 
 async def test_a_flood_of_embeddings_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_decode, "MAX_ARRIVING_BYTES", 2 * (HIDDEN * 4 + 8))
+    monkeypatch.setattr(embedding_arrivals, "MAX_ARRIVING_BYTES", 2 * (HIDDEN * 4 + 8))
     for key in "ab":
         setup.embed(key)
     await setup.peers.until(lambda: len(setup.peers.replies) == 2)
@@ -419,7 +419,7 @@ async def hang(setup: Setup) -> None:
 
 
 async def test_token_ids_of_embeddings_count_too(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_decode, "MAX_ARRIVING_BYTES", 1000)
+    monkeypatch.setattr(embedding_arrivals, "MAX_ARRIVING_BYTES", 1000)
     message = Embeddings(content_key="k", token_ids=(IMAGE_TOKEN,) * 200, shape=(1, HIDDEN), dtype="float32")
     setup.service.handle(ENCODER, message, [memoryview(bytes(HIDDEN * 4))])
     await setup.peers.until(lambda: len(setup.peers.replies) == 1)
