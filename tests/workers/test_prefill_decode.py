@@ -78,6 +78,10 @@ class Setup:
             self.engine, self.peers.send, max_requests=MAX_REQUESTS, crashed=self.crashed
         )
 
+    async def hangs(self) -> None:
+        """Return when the engine is in a step that does not end."""
+        assert await asyncio.to_thread(self.runner.hangs.wait, 20)
+
     def generate(
         self,
         request_id: str,
@@ -269,6 +273,7 @@ async def test_what_is_not_drained_is_handed_over_behind_all_its_tokens(setup: S
     setup.runner.steps = threading.Semaphore(5)
     setup.generate("running", max_tokens=60)
     await setup.peers.until(lambda: len(setup.peers.tokens_of("running")) == 5)
+    await setup.hangs()
     setup.generate("waiting", keys=("never",))
     handing_over = asyncio.create_task(setup.service.hand_over())
     await asyncio.wait([handing_over], timeout=0)
@@ -290,6 +295,7 @@ async def test_an_engine_that_hangs_in_a_step_keeps_nobody_from_going_on_elsewhe
     setup.runner.steps = threading.Semaphore(2)
     setup.generate("r", max_tokens=60)
     await setup.peers.until(lambda: len(setup.peers.tokens_of("r")) == 2)
+    await setup.hangs()
     await setup.service.hand_over()
     await setup.service.stop()
     error = (await setup.peers.end_of("r")).error
@@ -305,6 +311,7 @@ async def test_a_step_that_hangs_is_work_without_progress(setup: Setup) -> None:
     setup.runner.steps = threading.Semaphore(2)
     setup.generate("r", max_tokens=5)
     await setup.peers.until(lambda: len(setup.peers.tokens_of("r")) == 2)
+    await setup.hangs()
     hanging = setup.service.progress()
     assert (hanging.is_busy, hanging.steps) == (True, 2)
     setup.runner.steps.release(3)
@@ -416,6 +423,7 @@ async def hang(setup: Setup) -> None:
     setup.runner.steps = threading.Semaphore(1)
     setup.generate("hangs")
     await setup.peers.until(lambda: setup.peers.tokens_of("hangs") == [3])
+    await setup.hangs()
 
 
 async def test_token_ids_of_embeddings_count_too(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:

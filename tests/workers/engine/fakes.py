@@ -52,6 +52,7 @@ class FakeRunner:
         """All that were computed."""
         self.steps: threading.Semaphore | None = None
         """How many steps may run; None: any number. The next one hangs."""
+        self.hangs = threading.Event()
 
     def add(self, request_id: str, token_ids: Sequence[int], images: Sequence[PlacedImage]) -> None:
         if self.placing_failure is not None:
@@ -68,8 +69,10 @@ class FakeRunner:
         return (float(len(self.prompts[request_id])),)
 
     def run(self, chunks: Sequence[ScheduledChunk], rows: Sequence[SamplingRow]) -> list[Sampled]:
-        if self.steps is not None:
+        if self.steps is not None and not self.steps.acquire(blocking=False):
+            self.hangs.set()
             self.steps.acquire(timeout=20)
+            self.hangs.clear()
         if self.failure is not None:
             raise self.failure
         if any(self.poison.intersection(chunk.request.token_ids) for chunk in chunks):
