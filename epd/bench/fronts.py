@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ class Server:
     """A server of the comparison."""
 
     client: HttpClient
+    port: int
+    """At 127.0.0.1."""
     pid: int
     worker_pid: int | None = None
     """The prefill-decode worker behind it, if there is one."""
@@ -47,6 +50,23 @@ class Server:
             raise ConfigError(f"a server of the comparison broke: {error}") from error
         if status != 200:
             raise ConfigError(f"a server of the comparison answered {status}")
+
+    def ask_apart(self, body: bytes) -> None:
+        """A request and its whole answer, from any thread: sending a large body holds up no others.
+
+        Raises:
+            ConfigError: the server does not do its part.
+        """
+        connection = HTTPConnection("127.0.0.1", self.port)
+        with contextlib.closing(connection):
+            try:
+                connection.request("POST", f"/v1{_PATH}", body, {"content-type": "application/json"})
+                answer = connection.getresponse()
+                answer.read()
+            except (OSError, HTTPException) as error:
+                raise ConfigError(f"a server of the comparison broke: {error}") from error
+        if answer.status != 200:
+            raise ConfigError(f"a server of the comparison answered {answer.status}")
 
     def cpu_s(self) -> float:
         """Seconds on processors so far; NaN where that can't be known."""
@@ -97,7 +117,7 @@ async def front(model: Path, *, step_ms: float = 0.0) -> AsyncIterator[Server]:
             fake_worker(encoder, model_id, role=WorkerRole.ENCODER),
             running("epd", "proxy", *flags) as proxy,
         ):
-            yield Server(await _answering(port), proxy.pid, worker.pid)
+            yield Server(await _answering(port), port, proxy.pid, worker.pid)
 
 
 @contextlib.asynccontextmanager
@@ -109,7 +129,7 @@ async def bare_fastapi() -> AsyncIterator[Server]:
     """
     port = free_port()
     async with running("epd.bench.echo", str(port)) as process:
-        yield Server(await _answering(port), process.pid)
+        yield Server(await _answering(port), port, process.pid)
 
 
 async def _answering(port: int) -> HttpClient:
