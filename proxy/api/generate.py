@@ -18,7 +18,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 from starlette.responses import Response
 
 from epd.errors import InvalidRequest
-from proxy.api.json_body import decode_body
+from proxy.api.json_body import decode_keys
 from proxy.api.lightllm import endpoints as lightllm
 from proxy.api.lightllm import token_native
 from proxy.api.lightllm.answer import NativeAnswer, TGIAnswer
@@ -81,7 +81,7 @@ async def generate(request: Request) -> Response:
     """Continue a text, in the words of LightLLM, TGI, LMDeploy or SGLang: the keys of the body decide."""
     arrived = time.perf_counter()
     body = await read_request(request)
-    keys = decode_body(body, _Keys)
+    keys = decode_keys(body, _Keys)
     prompts, old, new = keys.has("inputs", "prompt", "text", "input_ids"), *_lmdeploy_keys(keys)
     if len(prompts) != 1:
         problem = f"{' and '.join(prompts)} are of different dialects" if prompts else "There is no prompt"

@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from epd.errors import ClientError, EPDError, RequestTooLarge, ShuttingDown, Unauthorized
 from proxy.api.json_body import Body
+from proxy.api.large_body import LargeBody
 from proxy.begun import Begun
 from proxy.byte_budget import hold
 from proxy.connection import Connection
@@ -119,13 +120,13 @@ def _checked(message: Message, size: int, max_bytes: int) -> bytes:
     return piece
 
 
-async def _read_on(request: Request, first: Begun[Message], max_bytes: int) -> bytearray:
-    message, body = await first, bytearray()  # which grows in place: to join pieces at the end would stop all streams
-    body += _checked(message, 0, max_bytes)
+async def _read_on(request: Request, first: Begun[Message], max_bytes: int) -> Body:
+    message, body = await first, LargeBody()
+    body.add(_checked(message, 0, max_bytes))
     while message.get("more_body", False):
         message = await request.receive()
-        body += _checked(message, len(body), max_bytes)
-    return body
+        body.add(_checked(message, body.size, max_bytes))
+    return body.finish()
 
 
 class Client:

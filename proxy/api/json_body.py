@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from epd.errors import InvalidJSON, InvalidRequest, RequestTooLarge
+from proxy.api.large_body import LargeBody
 
 T = TypeVar("T")
 
-Body = bytes | bytearray
-"""Of a request, as it came."""
+Body = bytes | bytearray | LargeBody
+"""Of a request."""
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
 _MAX_TEXTS_AND_CONTAINERS = 1 << 20
@@ -32,6 +33,9 @@ def decode_body(body: Body, kind: type[T]) -> T:
         InvalidJSON: not JSON, as which NaN, Infinity and lone surrogates do not count.
         InvalidRequest: a field of the wrong type or range.
     """
+    if isinstance(body, LargeBody):
+        request = decode_keys(body, kind)
+        return request if body.hand_out(request) else decode_body(body.restored(), kind)
     _check_parts(body)
     try:
         if kind not in _decoders:
@@ -45,6 +49,16 @@ def decode_body(body: Body, kind: type[T]) -> T:
         ) from error
 
 
+def decode_keys(body: Body, kind: type[T]) -> T:
+    """`decode_body` where it matters which keys are there: what stands in the fields of pictures means nothing."""
+    if not isinstance(body, LargeBody):
+        return decode_body(body, kind)
+    try:
+        return decode_body(body.json, kind)
+    except InvalidJSON:
+        return decode_body(body.restored(), kind)  # which says where
+
+
 def _field_error(text: str) -> InvalidRequest:
     match = _AT.match(text)
     what, path = (match["what"], match["path"] or "") if match else (text, "")
@@ -55,7 +69,7 @@ def _field_error(text: str) -> InvalidRequest:
     return InvalidRequest(f"{where}{what[:1].lower()}{what[1:]}.", param=path or None)
 
 
-def _check_parts(body: Body) -> None:
+def _check_parts(body: bytes | bytearray) -> None:
     """Counting bytes is far cheaper than making objects of them; those within texts count too."""
     if len(body) <= _MAX_TEXTS_AND_CONTAINERS:
         return
@@ -67,7 +81,7 @@ def _check_parts(body: Body) -> None:
         raise RequestTooLarge(f"The body holds more than {_MAX_ITEMS} items; send it in parts.")
 
 
-def _count(body: Body, byte: bytes) -> int:
+def _count(body: bytes | bytearray, byte: bytes) -> int:
     """`body.count(byte)`, which looks at each byte where `find` leaps: pictures are long and have none of these."""
     at = -1
     for found in range(_FEW):

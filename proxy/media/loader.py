@@ -26,6 +26,7 @@ from epd.errors import EPDError, InvalidImage, InvalidRequest, RequestTooLarge
 from proxy.byte_budget import hold
 from proxy.media.file import read_file_url
 from proxy.media.http import HttpFetcher
+from proxy.media.inline import InlinePicture
 
 T = TypeVar("T")
 
@@ -201,7 +202,9 @@ def parse_data_url(url: str, max_bytes: int) -> bytes:
     # Nine bytes can't make less than one, whichever way they are written.
     if len(url) - head.end() > 9 * max_bytes:
         raise RequestTooLarge(f"The image is larger than {max_bytes} bytes.")
-    if is_base64 and "%" not in url:
+    if is_base64 and isinstance(url, InlinePicture) and url.name == url[head.end() :]:
+        data = url.data()
+    elif is_base64 and "%" not in url:
         data = _strict_base64(url[at : at + _PIECE].encode("utf-8", "replace") for at in _places(url, head.end()))
     elif is_base64:
         text = unquote_to_bytes(url[head.end() :])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from epd.errors import InvalidRequest
 from proxy.api.lightllm.schema import MultimodalParams, NativeMedium
 from proxy.media.image_tokens import size_of
+from proxy.media.inline import base64_url
 from proxy.media.loader import ImageSource
 from proxy.models.served_model import ServedModel
 
@@ -34,7 +35,7 @@ def _source(image: NativeMedium, where: str) -> ImageSource:
     if not isinstance(image.data, str) or not image.data:
         raise InvalidRequest(f"{where}.data: want a text that is not empty.", param=f"{where}.data")
     if image.type == "base64":
-        return ImageSource(f"data:;base64,{image.data}", where)
+        return ImageSource(base64_url(image.data), where)
     return ImageSource(image.data, where)
 
 

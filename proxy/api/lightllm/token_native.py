@@ -31,6 +31,7 @@ from proxy.api.lightllm.token_native_schema import (
 from proxy.api.openai.objects import Usage
 from proxy.api.openai.sampling import check_token_ids, stop_strings
 from proxy.api.requests import service_of
+from proxy.media.inline import base64_url
 from proxy.media.loader import ImageSource
 from proxy.models.served_model import ServedModel
 from proxy.text.answer import Answer, Piece, TextOptions
@@ -145,7 +146,7 @@ def _sources(images: str | list[str] | None, model: ServedModel) -> list[ImageSo
     if given and model.image is None:
         raise InvalidRequest("This model reads text only; remove the images.", param="image_data")
     return [
-        ImageSource(one if _IS_URL.match(one) else f"data:;base64,{one}", f"image_data[{index}]")
+        ImageSource(one if _IS_URL.match(one) else base64_url(one), f"image_data[{index}]")
         for index, one in enumerate(given)
     ]
 

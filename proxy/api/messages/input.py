@@ -26,6 +26,7 @@ from proxy.api.openai.schema import (
     Tool,
 )
 from proxy.api.turns import Said, Turns, shown
+from proxy.media.inline import base64_url
 
 _NAMES = {
     "max_completion_tokens": "max_tokens",
@@ -170,7 +171,7 @@ def _part(block: ContentBlock, where: str) -> ContentPart:
 
 def _url(source: BlockSource, where: str) -> str:
     if source.type == "base64" and source.data is not None:
-        return f"data:{source.media_type or ''};base64,{source.data}"
+        return base64_url(source.data, source.media_type or "")
     if source.type == "url" and source.url is not None:
         return source.url
     raise InvalidRequest(f"{where}: want base64 with data, or url with url; there are no files here.", param=where)
