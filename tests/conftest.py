@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +29,33 @@ collector.start()
 def pytest_collection_finish() -> None:
     """All test modules are imported."""
     collector.settle()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Behind the last test of a file, fail if the file has left something open: else another one would, some day.
+
+    What was left in a cycle of references is found when Python collects those, which is at any time otherwise.
+    """
+    yield
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    if isinstance(item, pytest.Function):
+        item.funcargs.clear()  # fixtures that are over, but held
+    if left := left_open():
+        pytest.fail(f"a test of {item.path.name} has left open:\n" + "\n".join(left), pytrace=False)
+
+
+def left_open() -> list[str]:
+    """What objects that nobody holds any more say as they go."""
+    told: list[str] = []
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda one: told.append(f"{one.exc_value!r} in {one.object!r}")
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = before
+    return told
 
 
 @pytest.fixture(scope="session")
