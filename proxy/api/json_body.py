@@ -15,6 +15,7 @@ T = TypeVar("T")
 Body = bytes | bytearray | LargeBody
 """Of a request."""
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_BYTE = re.compile(r"(?<=\(byte )\d+(?=\))")
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
 _MAX_TEXTS_AND_CONTAINERS = 1 << 20
 _MAX_ITEMS = 1 << 23
@@ -55,8 +56,8 @@ def decode_keys(body: Body, kind: type[T]) -> T:
         return decode_body(body, kind)
     try:
         return decode_body(body.json, kind)
-    except InvalidJSON:
-        return decode_body(body.restored(), kind)  # which says where
+    except InvalidJSON as error:
+        raise InvalidJSON(_BYTE.sub(lambda at: str(body.place(int(at[0]))), error.message)) from error
 
 
 def _field_error(text: str) -> InvalidRequest:

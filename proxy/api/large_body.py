@@ -41,7 +41,8 @@ class LargeBody:
         """Grows in place: to join pieces at the end would stop all streams."""
         self._mark = secrets.token_hex(16)
         """What names begin with, and no client can know."""
-        self._pictures: dict[str, list[bytes]] = {}
+        self._names = re.compile(rb"%b[0-9a-f]{8}" % self._mark.encode())
+        self._pictures: dict[str, _LongText] = {}
         self._seen = 0
         """So far no long text begins in the JSON."""
         self._long: _LongText | None = None
@@ -69,10 +70,12 @@ class LargeBody:
     def restored(self) -> bytearray:
         r"""All as it came, but for `\/`."""
 
-        def text(match: re.Match[bytes]) -> bytes:
-            return _text(self._pictures[match[0].decode()])
+        return bytearray(self._names.sub(lambda name: self._pictures[name[0].decode()].text(), self.json))
 
-        return bytearray(re.sub(rb"%b[0-9a-f]{8}" % self._mark.encode(), text, self.json))
+    def place(self, at: int) -> int:
+        """Where in the body stood what stands there in the JSON."""
+        names = self._names.findall(self.json[:at])
+        return at + sum(self._pictures[name.decode()].size - len(name) for name in names)
 
     def hand_out(self, request: Any) -> bool:
         """Put the pictures into the fields where their names are.
@@ -100,12 +103,12 @@ class LargeBody:
                         value[:] = [self._picture(item, left) for item in value]
         return not left
 
-    def _picture(self, value: Any, left: dict[str, list[bytes]]) -> Any:
+    def _picture(self, value: Any, left: dict[str, _LongText]) -> Any:
         """The picture that a value names, which is `left` no more; other values as they are."""
         name = value[-len(self._mark) - 8 :] if isinstance(value, str) else ""
         if name not in left or not (value == name or _URL.fullmatch(value[: -len(name)])):
             return value
-        return InlinePicture(value, name, left.pop(name))
+        return InlinePicture(value, name, left.pop(name).pieces)
 
     # -- long texts ----------------------------------------------------------------------------------------------------
 
@@ -140,7 +143,7 @@ class LargeBody:
             self.json += long.text()
         else:
             name = f"{self._mark}{len(self._pictures):08x}"
-            self._pictures[name] = long.pieces
+            self._pictures[name] = long
             self.json += name.encode()
         self._long, self._seen = None, len(self.json)
         return b"" if end < 0 else piece[end:]
@@ -150,12 +153,15 @@ class _LongText:
     """Base64 that comes in. Whatever raises ValueError, because it is none, has taken all that it was given."""
 
     def __init__(self) -> None:
+        self.size = 0
+        """Bytes that came."""
         self.pieces: list[bytes] = []
         """Decoded."""
         self._left = bytearray()
         """Not yet. Among it is always the end, where padding may be, or half of what is escaped."""
 
     def add(self, text: bytes | bytearray) -> None:
+        self.size += len(text)
         self._left += text
         if len(self._left) >= _LONG:
             self._decode()
@@ -166,9 +172,11 @@ class _LongText:
         if b2a_base64(last, newline=False) != self._left:  # the same bytes may be written in several ways
             raise ValueError("not as we would write it")
         self.pieces.append(last)
+        self._left.clear()
 
     def text(self) -> bytes:
-        return _text(self.pieces) + self._left
+        r"""All as it came, but for `\/`: the pieces are threes of bytes, except for the last one."""
+        return b"".join(b2a_base64(piece, newline=False) for piece in self.pieces) + self._left
 
     def _decode(self) -> None:
         if b"\\" in self._left:
@@ -178,8 +186,3 @@ class _LongText:
             raise ValueError("padding is not at the end")
         self.pieces.append(a2b_base64(self._left[:end], strict_mode=True))
         del self._left[:end]
-
-
-def _text(pieces: list[bytes]) -> bytes:
-    """Base64 of pieces, of which all but the last have threes of bytes."""
-    return b"".join(b2a_base64(piece, newline=False) for piece in pieces)

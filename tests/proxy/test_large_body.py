@@ -131,6 +131,8 @@ SEEN_AS_BEFORE = {
     "cut off behind": chat(URL)[:-3],
     "wrong before": chat(URL).replace(b'"messages"', b'"messages'),
     "wrong behind": chat(URL) + b"}",
+    "wrong behind escapes": chat(URL, data_url(OTHER)).replace(b"/", rb"\/") + b"}",
+    "wrong between": chat(URL, data_url(OTHER)).replace(b"}, {", b"}; {"),
     "wrong type before": chat(URL).replace(b'"role": "user"', b'"role": 7'),
     "wrong type behind": chat(URL, temperature="hot"),
     "out of range": chat(URL, temperature=7),
