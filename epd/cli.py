@@ -262,10 +262,15 @@ def _use_cluster_keys(file: Path | None) -> None:
 
 
 def _leave_while_loading(number: int, _: Any) -> None:
-    """Nobody waits for anything yet, and loading can't be interrupted otherwise. Until the worker is ready."""
-    log.info("%s while loading: nothing to finish", signal.Signals(number).name)
-    logging.shutdown()
-    os._exit(0)
+    """Nobody waits for anything yet, and loading can't be interrupted otherwise. Until the worker is ready.
+
+    It may come anywhere, also where an import is about to add a handler to those of `logging`, which `logging.shutdown`
+    can't take: what goes wrong here must not become an error of the import.
+    """
+    try:
+        log.info("%s while loading: nothing to finish", signal.Signals(number).name)
+    finally:
+        os._exit(0)
 
 
 def _quieten_transformers() -> None:

@@ -41,10 +41,10 @@ def decode(frames: Sequence[Buffer]) -> tuple[AnyMessage, list[memoryview]]:
     """
     if not frames:
         raise ProtocolError("a message without frames")
-    header, *raw = (memoryview(frame) for frame in frames)
+    header, *raw = [memoryview(frame) for frame in frames]
     if header.nbytes > MAX_HEADER_BYTES:
         raise ProtocolError(f"header of {header.nbytes} bytes, at most {MAX_HEADER_BYTES} are read")
-    if any(buffer.nbytes > MAX_BUFFER_BYTES for buffer in raw):
+    if raw and max(buffer.nbytes for buffer in raw) > MAX_BUFFER_BYTES:
         raise ProtocolError(f"buffer over {MAX_BUFFER_BYTES} bytes")
     try:
         message = _decoder.decode(header)

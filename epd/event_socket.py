@@ -35,6 +35,8 @@ class EventSocket:
         self._descriptor = -1
         self._waiter: asyncio.Future[None] | None = None
         self._taken = 0
+        self._has_some = False
+        """There is a message for certain: the events said so, and none was taken since."""
 
     def start(self) -> None:
         """Begin to listen to signals on the running event loop. Call before the socket is connected or bound."""
@@ -43,8 +45,12 @@ class EventSocket:
 
     def _look(self) -> None:
         """Something may have come. Reading the events is also what tells libzmq that the signal was seen."""
-        if not self.socket.closed and self.socket.getsockopt(_EVENTS) & _IN:  # type: ignore[operator]
+        if not self.socket.closed and self._has_message():
             self.wake()
+
+    def _has_message(self) -> bool:
+        self._has_some = bool(self.socket.getsockopt(_EVENTS) & _IN)  # type: ignore[operator]
+        return self._has_some
 
     def wake(self) -> None:
         """Let the receiver look again."""
@@ -58,9 +64,12 @@ class EventSocket:
             copied: so many frames at the beginning are copied, as is best for small ones; the others are views.
         """
         socket = self.socket
+        if not (self._has_some or self._has_message()):
+            return None
+        self._has_some = False
         try:
             frames: list[Buffer] = [socket.recv(_NOW)]
-        except zmq.Again:
+        except zmq.Again:  # the peer is gone, and its message with it
             return None
         while socket.getsockopt(_MORE):
             frames.append(socket.recv(_NOW) if len(frames) < copied else socket.recv(_NOW, copy=False).buffer)

@@ -276,6 +276,9 @@ class _Edge:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", REQUEST_ID.get().encode())]
             return send(message)
 
+        connection = Connection.of(scope)
+        if connection is not None and send == connection.cycle.send:
+            outcome.send = send_with_id
         try:
             with self._budget.lease():
                 await self._app(scope, receive, send_with_id)
@@ -288,7 +291,8 @@ class _Edge:
             await error_response(error)(scope, receive, send_with_id)
         finally:
             self._metrics.answered(scope, outcome, arrived)
-            outcome.error = None  # its traceback leads to pictures, and the connection's timers know the outcome
+            # The error's traceback leads to pictures, and the connection's timers know the outcome.
+            outcome.error = outcome.send = None
 
     def _cut_root(self, path: str) -> str:
         """The path as routes know it. Gateways cut `--root-path` off or don't; both are right."""

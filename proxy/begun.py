@@ -44,6 +44,11 @@ class Begun(Generic[T]):
                 self._value, self.is_done = end.value, True
         return self._value
 
+    @property
+    def result(self) -> T:
+        """What it returned, where it `is_done`."""
+        return self._value
+
     def close(self) -> None:
         """It will not be awaited."""
         self._steps.close()

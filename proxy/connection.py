@@ -7,6 +7,7 @@ stream passes through several calls between here and the socket, of which a toke
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
 
 from starlette.types import Scope
@@ -14,13 +15,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _HEAD, _INTERIM = b"HTTP/1.1 ", b"HTTP/1.1 1"
 """What the heads of answers begin with, and those of which the client waits for before it goes on."""
-
-
+_OK = b"HTTP/1.1 200 OK\r\n"
 _KEY = "epd.connection"
 
 
 class Connection(HttpToolsProtocol):
     """One connection of a client."""
+
+    _on_lost: Callable[[], None] | None = None
 
     @staticmethod
     def of(scope: Scope) -> Connection | None:
@@ -46,6 +48,60 @@ class Connection(HttpToolsProtocol):
         self.transport.write(b"%x\r\n%b\r\n" % (len(words), words))
         return True
 
+    def write_answer(self, scope: Scope, headers: bytes, body: bytes) -> bool:
+        """Write a whole answer of status 200, past ASGI.
+
+        Args:
+            scope: of the request, which has had no answer.
+            headers: each with an end of line, content-length among them.
+            body: of the answer.
+
+        Returns:
+            False where nothing was written and ASGI's `send` is to do it: the client is gone, lags with what it asked
+            for before, or wants no body.
+        """
+        cycle = self.cycle
+        is_open = cycle.scope is scope and not (cycle.response_started or cycle.disconnected)
+        if not is_open or self.flow.write_paused or scope["method"] == "HEAD":
+            return False
+        cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
+        end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
+        usual = [b"%b: %b\r\n" % pair for pair in cycle.default_headers]
+        self.transport.write_now(b"".join((_OK, *usual, headers, end, body)))  # type: ignore[attr-defined]
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self.transport.close()
+        cycle.on_response()
+        return True
+
+    def call_when_lost(self, callback: Callable[[], None]) -> None:
+        """Call `callback`, and nobody else, when the client leaves."""
+        self._on_lost = callback
+        if self.transport.is_closing():
+            self.loop.call_soon(self._tell_lost)
+
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Do not call it any more."""
+        if self._on_lost == callback:  # else it is that of the next request
+            self._on_lost = None
+
+    def _tell_lost(self) -> None:
+        on_lost, self._on_lost = self._on_lost, None
+        if on_lost is not None:
+            on_lost()
+
+    def take_body(self, scope: Scope) -> bytearray | None:
+        """The body of a request, past ASGI; None: not all of it is here, and `receive` is to be awaited."""
+        cycle = self.cycle
+        if cycle.scope is not scope or cycle.more_body or cycle.disconnected or cycle.response_complete:
+            return None
+        body, cycle.body = cycle.body, bytearray()
+        cycle.waiting_for_100_continue = False
+        cycle.message_event.clear()  # whoever receives next waits for the client to leave
+        self.flow.resume_reading()
+        return body
+
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
@@ -54,6 +110,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Implements `asyncio.Protocol`."""
         super().connection_lost(exc)
+        self._tell_lost()
         if self.scope is not None:
             self.scope["extensions"] = {}  # they hold each other
 
@@ -82,6 +139,11 @@ class _Writer:
             self._head = data
             self._loop.call_soon(self._flush)
             return
+        self._write(data)
+
+    def write_now(self, data: bytes) -> None:
+        """Write it, which needs nothing that follows."""
+        self._flush()
         self._write(data)
 
     def close(self) -> None:

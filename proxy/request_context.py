@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
+from starlette.types import Send
 
 from epd.errors import EPDError
 
@@ -27,8 +29,7 @@ ERROR_WORDS: ContextVar[ErrorWords | None] = ContextVar("error_words", default=N
 """How the endpoint words its errors, those included that come before it is reached; None: as most do."""
 
 
-@dataclass
-class Outcome:
+class Outcome(msgspec.Struct, eq=False):
     """How a request ended, noted by whoever finds out: the status of a stream is sent before its failure."""
 
     model: str = ""
@@ -38,6 +39,8 @@ class Outcome:
     error: EPDError | None = None
     """That ended a stream."""
     client_left: bool = False
+    send: Send | None = None
+    """What hands the answer to the server, where nothing outside of it changes what it is given."""
 
 
 OUTCOME: ContextVar[Outcome | None] = ContextVar("outcome", default=None)

@@ -159,7 +159,7 @@ class Service:
 
     def models(self) -> list[ServedModel]:
         """All models that requests may name, whether or not all their workers are there."""
-        infos, version = [one.info for one in self.pool.connections()], self.catalog.version
+        infos, version = self.pool.infos(), self.catalog.version
         known = self._known_models
         if known is None or known.infos != infos or known.version != version or time.monotonic() > known.until:
             known = self._known_models = _Known(infos, version, time.monotonic() + _MODELS_KEPT_S, self._find_models())

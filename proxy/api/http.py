@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from epd.errors import ClientError, EPDError, RequestTooLarge, ShuttingDown, Unauthorized
 from proxy.api.json_body import Body
@@ -19,20 +19,19 @@ from proxy.api.large_body import LargeBody
 from proxy.begun import Begun
 from proxy.byte_budget import hold
 from proxy.connection import Connection
-from proxy.request_context import ERROR_WORDS, note_client_left
+from proxy.request_context import ERROR_WORDS, OUTCOME, REQUEST_ID, note_client_left
 from proxy.timers import Alarm, TimeLimit
 
 log = logging.getLogger(__name__)
 
 JSON = "application/json"
+_JSON_HEADERS = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n"
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
 _encode = msgspec.json.Encoder().encode
-_FIRST_LOOK_S = 0.02
-"""A client that leaves sooner is found out then."""
 STALLED_CLIENT_S = 120.0
 """A client that takes nothing for so long is treated as gone."""
 RETRY_AFTER_S = 1
@@ -95,12 +94,14 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> Body:
     announced = header(request.scope, b"content-length")
     if announced.isdigit() and int(announced) > max_bytes:
         raise _too_large(max_bytes)
-    first = Begun(request.receive())
-    if first.is_done and not (message := await first).get("more_body", False):
-        return _checked(message, 0, max_bytes)
+    connection = Connection.of(request.scope)
+    whole = None if connection is None else connection.take_body(request.scope)
+    if whole is not None:
+        _check_piece(len(whole), 0, max_bytes)
+        return whole
     try:
         with TimeLimit(timeout_s):
-            return await _read_on(request, first, max_bytes)
+            return await _read_on(request, max_bytes)
     except TimeoutError:
         raise RequestTimeout(f"The request body did not arrive within {timeout_s:g} s.") from None
 
@@ -109,23 +110,23 @@ def _too_large(max_bytes: int) -> RequestTooLarge:
     return RequestTooLarge(f"The request body is larger than {max_bytes} bytes; send smaller or fewer images.")
 
 
-def _checked(message: Message, size: int, max_bytes: int) -> bytes:
-    """The piece of a body in a message, behind so many bytes."""
-    if message["type"] == "http.disconnect":
-        raise ClientDisconnect
-    piece: bytes = message.get("body", b"")
-    hold(len(piece))
-    if size + len(piece) > max_bytes:
+def _check_piece(piece: int, before: int, max_bytes: int) -> None:
+    """Count a piece of a body, of so many bytes, behind so many others."""
+    hold(piece)
+    if before + piece > max_bytes:
         raise _too_large(max_bytes)
-    return piece
 
 
-async def _read_on(request: Request, first: Begun[Message], max_bytes: int) -> Body:
-    message, body = await first, LargeBody()
-    body.add(_checked(message, 0, max_bytes))
-    while message.get("more_body", False):
+async def _read_on(request: Request, max_bytes: int) -> Body:
+    body, has_more = LargeBody(), True
+    while has_more:
         message = await request.receive()
-        body.add(_checked(message, body.size, max_bytes))
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        piece: bytes = message.get("body", b"")
+        _check_piece(len(piece), body.size, max_bytes)
+        body.add(piece)
+        has_more = message.get("more_body", False)
     return body.finish()
 
 
@@ -139,6 +140,7 @@ class Client:
         self._scope = scope
         self._send = send
         self._connection = Connection.of(scope)
+        self._outcome = OUTCOME.get()
         self.started = False
         self.headers: dict[str, str] = {}
         """What else the answer's headers say."""
@@ -152,8 +154,20 @@ class Client:
     async def reply(self, value: Any) -> None:
         """Answer with one JSON body."""
         body = _encode(value)
+        if self._reply_at_once(body):
+            return
         await self._start({"content-type": JSON, "content-length": str(len(body))})
         await self._body(body, more=False)
+
+    def _reply_at_once(self, body: bytes) -> bool:
+        """Answer past all layers, where none of them wants to see it. Returns whether that was so."""
+        connection, outcome = self._connection, self._outcome
+        if connection is None or outcome is None or outcome.send is not self._send or self.headers:
+            return False
+        headers = _JSON_HEADERS % (len(body), REQUEST_ID.get().encode())
+        if connection.write_answer(self._scope, headers, body):
+            self.started, outcome.status = True, 200
+        return self.started
 
     async def start_stream(self, headers: Mapping[str, str]) -> None:
         """Send status and headers of an answer that comes in pieces."""
@@ -246,7 +260,7 @@ class Exchange(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the coroutine against the client's patience."""
-        patience = _Patience(receive)
+        patience = _Patience(scope, receive)
         client = Client(scope, send)
         try:
             await self._write(client)
@@ -263,35 +277,36 @@ class Exchange(Response):
 
 
 class _Patience:
-    """Cancels the task that made it when the client disconnects. Short answers end before anybody looks."""
+    """Cancels the task that made it when the client disconnects. The connection tells; where there is none, ASGI."""
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, scope: Scope, receive: Receive) -> None:
         self._task = asyncio.current_task()
-        self._receive = receive
+        self._is_over = False
+        self._connection = Connection.of(scope)
         self._watcher: asyncio.Task[None] | None = None
-        self._start = asyncio.get_running_loop().call_later(_FIRST_LOOK_S, self._watch)
+        if self._connection is not None:
+            self._connection.call_when_lost(self._client_left)
+        else:
+            self._watcher = asyncio.create_task(self._watch(receive))
 
-    def _watch(self) -> None:
-        self._watcher = asyncio.create_task(_wait_for_disconnect(self._receive))
-        self._watcher.add_done_callback(self._cancel)
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._client_left()
 
-    def _cancel(self, watcher: asyncio.Task[None]) -> None:
-        if self._task is not None and not watcher.cancelled():
+    def _client_left(self) -> None:
+        if self._task is not None:
+            self._is_over = True
             self._task.cancel()
 
     def is_over(self) -> bool:
         """Whether that is why the task was cancelled, and nobody else cancelled it too."""
-        is_gone = self._watcher is not None and self._watcher.done() and not self._watcher.cancelled()
-        return is_gone and self._task is not None and not self._task.uncancel()
+        return self._is_over and self._task is not None and not self._task.uncancel()
 
     def end(self) -> None:
         """The answer is given, or given up."""
         self._task = None
-        self._start.cancel()
+        if self._connection is not None:
+            self._connection.forget(self._client_left)
         if self._watcher is not None:
             self._watcher.cancel()
-
-
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -160,7 +160,7 @@ async def in_time(model: ServedModel, arrived: float, work: Awaitable[T]) -> T:
     """What `work` returns, within a `Deadline` unless it returns at once, as most does. Arguments are those."""
     begun = Begun(work)
     if begun.is_done:
-        return await begun
+        return begun.result
     with Deadline(model, arrived):
         return await begun
 

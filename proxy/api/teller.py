@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from epd.errors import EPDError
@@ -33,8 +33,7 @@ _MANY_LOGPROBS = 1000
 """Positions from which an answer is put together off the event loop: each may name 20 tokens."""
 
 
-@dataclass
-class _Told:
+class _Told(msgspec.Struct):
     """How much of a sample the stream has told."""
 
     token_ids: int = 0
@@ -95,8 +94,9 @@ class Teller:
                 await self._advance(update)
         await self._note_end()
         usage, timings = self.usage(), await self._timings()
-        size = sum(len(one.logprobs) + len(one.prompt_logprobs) for one in self._answers)
-        await client.reply(await _off_loop_if_many(size, lambda: self._dialect.whole(self._answers, usage, timings)))
+        size = sum([len(one.logprobs) + len(one.prompt_logprobs) for one in self._answers])
+        whole = partial(self._dialect.whole, self._answers, usage, timings)
+        await client.reply(whole() if size <= _MANY_LOGPROBS else await asyncio.to_thread(whole))
 
     async def _tell_stream(self, client: Client) -> None:
         updates = await self._generation.next(FIRST_OUTPUT_GRACE_S)
@@ -212,7 +212,7 @@ class Teller:
         """Token counts so far; those of the prompt are known with the first output."""
         generation, work = self._generation, self._generation.work
         prompt = generation.prompt_tokens
-        completion = sum(answer.completion_tokens for answer in self._answers)
+        completion = sum([answer.completion_tokens for answer in self._answers])
         # Pictures come with a single prompt, in which each is one placeholder.
         text = sum(map(len, work.prompts)) - len(work.images) if work.images and prompt else prompt
         details = PromptTokensDetails(generation.cached_tokens, image_tokens=prompt - text, text_tokens=text)

@@ -40,11 +40,13 @@ class Circuit:
     @property
     def lets_through(self) -> bool:
         """Whether the worker may get a request now."""
-        return self.state == "closed" or (self.state == "half_open" and self._clock() >= self._trial_until)
+        if self._open_until is None:
+            return True
+        return self.state == "half_open" and self._clock() >= self._trial_until
 
     def sent(self) -> None:
         """A request goes to the worker; in a half-open circuit it is the trial."""
-        if self.state == "half_open":
+        if self._open_until is not None and self.state == "half_open":
             self._trial_until = self._clock() + TRIAL_S
 
     def succeeded(self) -> None:

@@ -140,7 +140,7 @@ class WorkerConnection:
         """Whether it would refuse another request, as far as this proxy knows."""
         limit = self.info.max_requests if self.info is not None else 0
         load = self.reported_load
-        return bool(limit) and max(self.in_hand, load.running + load.waiting) >= limit
+        return bool(limit) and (len(self._in_hand) >= limit or load.running + load.waiting >= limit)
 
     @property
     def in_hand(self) -> int:
@@ -208,7 +208,7 @@ class WorkerConnection:
         dealer = self._dealer
         if dealer is None or self.info is None:
             raise self._failure(self.problem)
-        self._silence.sent(sum(memoryview(one).nbytes for one in buffers))
+        self._silence.sent(sum([memoryview(one).nbytes for one in buffers]))
         try:
             await dealer.send(message, *buffers)
         except PeerGone as error:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Coroutine
 
 from epd.errors import ConfigError, NoWorker, WorkerFailed
-from epd.messages import PROTOCOL_VERSION, Announcement
+from epd.messages import PROTOCOL_VERSION, Announcement, WorkerInfo
 from epd.transport import PeerGone, ProtocolError, Router, endpoint
 from epd.types import WorkerRole, WorkerState
 from metastore.roster import Member, Roster
@@ -112,6 +112,10 @@ class WorkerPool:
         """All connections, or those of a role, up or not."""
         return [one for one in self._connections.values() if role in (None, one.member.role)]
 
+    def infos(self) -> list[WorkerInfo | None]:
+        """What all workers say of themselves; None for those that are not up."""
+        return [one.info for one in self._connections.values()]
+
     def up(self, role: WorkerRole, model: ModelRef) -> list[WorkerConnection]:
         """Those of a role that answer and serve the model. Encoders serve a checkpoint, whatever it is called."""
         is_encoder, catalog = role is WorkerRole.ENCODER, self._catalog
@@ -126,8 +130,8 @@ class WorkerPool:
 
     def ready(self, role: WorkerRole, model: ModelRef) -> list[WorkerConnection]:
         """Those of them that take new requests. If all failed too often, all of them: one may do it after all."""
-        ready = [one for one in self.up(role, model) if one.is_ready]
-        return [one for one in ready if one.circuit.lets_through] or ready
+        ready = [one for one in self.up(role, model) if one.is_ready and one.circuit.lets_through]
+        return ready or [one for one in self.up(role, model) if one.is_ready]
 
     def pick(
         self,
@@ -156,8 +160,11 @@ class WorkerPool:
         Raises:
             NoWorker: no other one is ready.
         """
-        able = [one for one in self.ready(role, model) if one.member.address not in avoid]
-        ready = {one.member.address: one for one in [one for one in able if not one.is_full] or able}
+        able = self.ready(role, model)
+        if avoid:
+            able = [one for one in able if one.member.address not in avoid]
+        ready = {one.member.address: one for one in able if not one.is_full}
+        ready = ready or {one.member.address: one for one in able}
         if not ready:
             raise no_worker(role, model)
         plan, policy = plan or Plan(), self._policies[role]

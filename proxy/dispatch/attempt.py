@@ -82,10 +82,10 @@ class Attempt:
         work = self.work
         prompt, turn = divmod(sample.index, work.n)
         held = self.encoding.held if self.encoding is not None else frozenset()
-        slots = tuple(
+        slots = [
             ImageSlot(content_key=image.content_key, offset=offset, expect_cached=image.content_key in held)
             for image, offset in zip(work.images, work.image_offsets, strict=True)
-        )
+        ]
         sampling = sample.sampling_left(work.sampling)
         seed = (work.sampling.seed + turn) % _SEED_SPAN
         if seed != sampling.seed:
@@ -93,7 +93,7 @@ class Attempt:
         request = GenerateRequest(
             request_id=sample.request_id,
             prompt_token_ids=work.prompts[prompt],
-            images=slots,
+            images=tuple(slots),
             sampling=sampling,
             timeout_s=max(work.arrived + work.timeout_s - time.perf_counter(), 0.001),
             priority=work.priority,

@@ -6,8 +6,9 @@ What becomes of a request once it is admitted is `proxy.dispatch.generation`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from typing import Self
 
 from epd.errors import EPDError, Overloaded, RequestAborted, ShuttingDown
 from epd.types import WorkerRole
@@ -46,23 +47,6 @@ class Preparation:
         return True
 
 
-class Place:
-    """Among the requests in work, held inside a `with` block.
-
-    Args:
-        note: takes how many more there are.
-    """
-
-    def __init__(self, note: Callable[[int], None]) -> None:
-        self._note = note
-
-    def __enter__(self) -> None:
-        self._note(1)
-
-    def __exit__(self, *_: object) -> None:
-        self._note(-1)
-
-
 class Dispatcher:
     """Starts requests and knows which are in work.
 
@@ -79,8 +63,8 @@ class Dispatcher:
         self._metrics = metrics
         self._max_requests = max_requests
         self._admitted = 0
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
+        self._became_idle = asyncio.Event()
+        """Set when nothing is in work any more, once the dispatcher drains."""
         self.is_draining = False
         """Takes nothing new."""
         self.active: dict[str, Generation] = {}
@@ -92,7 +76,7 @@ class Dispatcher:
         """Requests that hold a place."""
         return self._admitted
 
-    def admit(self) -> Place:
+    def admit(self) -> Self:
         """`with` this, hold a place among the requests in work.
 
         Raises:
@@ -102,14 +86,17 @@ class Dispatcher:
         self.check_open()
         if self._admitted >= self._max_requests:
             raise Overloaded(f"{self._max_requests} requests are in work already. Try again in a moment.")
-        return Place(self._note_admitted)
+        return self
 
-    def _note_admitted(self, change: int) -> None:
-        self._admitted += change
-        if self._admitted:
-            self._is_idle.clear()
-        else:
-            self._is_idle.set()
+    def __enter__(self) -> None:
+        """Take a place among the requests in work. See `admit`."""
+        self._admitted += 1
+
+    def __exit__(self, *_: object) -> None:
+        """Leave it."""
+        self._admitted -= 1
+        if self.is_draining and not self._admitted:
+            self._became_idle.set()
 
     def abort(self, ids: Collection[str] | None, owner: str = "") -> list[str]:
         """Stop requests by the ids of their answers or by their X-Request-Id. Returns those stopped.
@@ -146,9 +133,10 @@ class Dispatcher:
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new; return when all is answered. What is not after `timeout_s` ends with an error."""
         self.is_draining = True
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._is_idle.wait()
+        if self._admitted:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._became_idle.wait()
         error = ShuttingDown(f"The proxy is shutting down and the answer took more than {timeout_s:g} s.")
         for generation in self.active.values():
             generation.fail(error)
@@ -200,7 +188,9 @@ class Dispatcher:
 
 def _refuse_if_full(workers: Sequence[WorkerConnection], role: WorkerRole) -> None:
     """Raises Overloaded at once instead of waiting for each of them to say so."""
-    if all(worker.is_full for worker in workers):
-        error = Overloaded(f"All {role.value} workers have as many requests as they take. Try again in a moment.")
-        error.retry_after_s = min(worker.reported_load.work_ms for worker in workers) / 1000
-        raise error
+    for worker in workers:
+        if not worker.is_full:
+            return
+    error = Overloaded(f"All {role.value} workers have as many requests as they take. Try again in a moment.")
+    error.retry_after_s = min(worker.reported_load.work_ms for worker in workers) / 1000
+    raise error

@@ -69,7 +69,12 @@ class Generation:
     @property
     def done(self) -> bool:
         """Whether the consumer has seen the end of every sample. A request that failed never is: `next` raises."""
-        return self._error is None and all(sample.taken for sample in self._samples)
+        if self._error is not None:
+            return False
+        for sample in self._samples:  # noqa: SIM110  # in a fraction of the time of `all`, at each token
+            if not sample.taken:
+                return False
+        return True
 
     @property
     def num_samples(self) -> int:
@@ -83,12 +88,12 @@ class Generation:
     @property
     def prompt_tokens(self) -> int:
         """Length of all prompts, pictures expanded; each counts once, whatever `n` is."""
-        return sum(sample.prompt_tokens for sample in self._samples[:: self.work.n])
+        return sum([sample.prompt_tokens for sample in self._samples[:: self.work.n]])
 
     @property
     def cached_tokens(self) -> int:
         """How many of them came from the prefix cache."""
-        return sum(sample.cached_tokens for sample in self._samples[:: self.work.n])
+        return sum([sample.cached_tokens for sample in self._samples[:: self.work.n]])
 
     def token_ids(self, index: int) -> tuple[int, ...]:
         """All tokens of a sample that came so far: behind a stop string there may be more than its answer has."""
@@ -164,9 +169,10 @@ class Generation:
         for task in self._chores:
             task.cancel()
         unfinished = [sample for sample in self._samples if not sample.finished]
-        for attempt in list(self._attempts):
-            await attempt.abort(*unfinished)  # what it lost a moment ago may still be in hand there
-            await attempt.stop()
+        if unfinished or self.work.images:
+            for attempt in list(self._attempts):
+                await attempt.abort(*unfinished)  # what it lost a moment ago may still be in hand there
+                await attempt.stop()
         self._let_go()
 
     def _let_go(self) -> None:
@@ -294,9 +300,11 @@ class Generation:
 
     def _count_tokens(self) -> None:
         figures = self._figures
-        figures.prompt_tokens += self.prompt_tokens
-        figures.cached_tokens += self.cached_tokens
-        figures.completion_tokens += sum(len(sample.token_ids) for sample in self._samples)
+        for index, sample in enumerate(self._samples):
+            if index % self.work.n == 0:
+                figures.prompt_tokens += sample.prompt_tokens
+                figures.cached_tokens += sample.cached_tokens
+            figures.completion_tokens += len(sample.token_ids)
 
     def on_trouble(self, attempt: Attempt, samples: list[Sample], error: EPDError) -> None:
         """Implements `Listener`."""

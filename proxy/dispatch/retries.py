@@ -13,8 +13,10 @@ final    the work is wrong, or its time is over       never
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from epd.errors import ClientError, DeadlineExceeded, EPDError, NoWorker, Overloaded, WorkerFailed
 from proxy.cluster.in_hand import WorkerGone
@@ -78,11 +80,10 @@ class Death:
     """Tokens made by then."""
 
 
-@dataclass
-class Retries:
+class Retries(msgspec.Struct, eq=False):
     """What one piece of work went through so far."""
 
-    deaths: list[Death] = field(default_factory=list)
+    deaths: list[Death] = []
     """Those that the work may be the cause of."""
     num_deaths: int = 0
     """Of all."""
@@ -90,7 +91,7 @@ class Retries:
     refusals: int = 0
     num_full: int = 0
     faults: int = 0
-    refused_by: set[str] = field(default_factory=set)
+    refused_by: set[str] = set()
     """Live workers that did not do it: others come first."""
 
     def note(self, trouble: Trouble, address: str, progress: int = 0) -> None:

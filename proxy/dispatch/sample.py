@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,8 +15,7 @@ if TYPE_CHECKING:
     from proxy.dispatch.attempt import Attempt
 
 
-@dataclass
-class Sample:
+class Sample(msgspec.Struct, eq=False):
     """A slow reader finds one update here, however many outputs there were."""
 
     index: int
@@ -26,9 +24,9 @@ class Sample:
     pending: Update
     attempt: Attempt | None = None
     """Who makes it; None: nobody at the moment."""
-    retries: Retries = field(default_factory=Retries)
+    retries: Retries = msgspec.field(default_factory=Retries)
     num_attempts: int = 0
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = []
     """All that were received, told or not: another PD goes on behind them."""
     prompt_tokens: int = 0
     cached_tokens: int = 0

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from epd.config import ProxyConfig
@@ -130,7 +130,7 @@ class ServedModel:
         Raises:
             ContextLengthExceeded: it does not fit.
         """
-        limit = self.max_model_len
+        limit = self._max_model_len or self.max_model_len
         if limit and prompt_tokens + (1 if max_tokens is None else max_tokens) > limit:
             raise ContextLengthExceeded.of(limit=limit, prompt=prompt_tokens, completion=max_tokens)
 
@@ -143,14 +143,14 @@ class ServedModel:
         check = partial(validate, grammar, param=field)
         await asyncio.get_running_loop().run_in_executor(self._threads, check)
 
-    @property
+    @cached_property
     def tool_family(self) -> Family | None:
         """What the model writes to call a tool; None: nobody knows."""
         if self.template is None:
             return None
         return family_of(self.config.tool_call_parser, self.template.tool_source, has_tools=self.template.takes_tools)
 
-    @property
+    @cached_property
     def has_short_call_ids(self) -> bool:
         """Whether the chat template takes ids of tool calls of nine letters and digits alone."""
         family = self.tool_family
@@ -190,7 +190,7 @@ class ServedModel:
         template = self.template
         if template is None:
             raise InvalidRequest("This model has no chat template; use /v1/completions.")
-        size = _size(messages) + _size(tools)
+        size = _size(messages) + (_size(tools) if tools else 0)
         self._check_size(size)
         return await self.off_loop_if_large(
             size, lambda: template.encode(messages, tools=tools, ending=ending, **variables)
@@ -243,8 +243,11 @@ class ServedModel:
 
 def _size(value: Any) -> int:
     """Characters that JSON has in a prompt, at least: of what is no text, a digit and what follows it."""
-    if isinstance(value, str):
-        return len(value)
+    size, items = 0, value
     if isinstance(value, dict):
-        return sum(map(len, value)) + sum(map(_size, value.values()))
-    return sum(map(_size, value)) if isinstance(value, list | tuple) else 2
+        size, items = sum(map(len, value)), value.values()
+    elif not isinstance(value, list | tuple):
+        return len(value) if isinstance(value, str) else 2
+    for item in items:  # most are texts: a call for each would take longer than the rest
+        size += len(item) if isinstance(item, str) else _size(item)
+    return size

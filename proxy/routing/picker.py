@@ -33,7 +33,8 @@ class Picker:
     @property
     def keys(self) -> dict[str, int]:
         """Content key → index of the first picture that has it: each content is encoded once."""
-        return {image.content_key: index for index, image in reversed(list(enumerate(self._work.images)))}
+        images = self._work.images
+        return {images[index].content_key: index for index in reversed(range(len(images)))}
 
     def pd(self, prompt: int, *, plan: Plan | None = None, avoid: Collection[str] = ()) -> WorkerConnection:
         """A PD for samples of a prompt. `plan`: what the request places at the same time.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 
 import msgspec
 
@@ -26,8 +25,7 @@ _MOST_CORRECTION = 4.0
 """A worker's predictions are scaled by so much at most, up or down."""
 
 
-@dataclass
-class _Item:
+class _Item(msgspec.Struct, eq=False):
     """A request in the worker's hands."""
 
     units: float
@@ -78,7 +76,7 @@ class WorkLedger:
             content: content key, of a picture.
         """
         self.ended(key)
-        ahead = self.foreign * units + sum(item.units for item in self._waiting.values())
+        ahead = self.foreign * units + sum([item.units for item in self._waiting.values()])
         self._items[key] = self._waiting[key] = item = _Item(units, sequence, self._clock(), ahead, content)
         self.reported_mine += self._is_covered(item)
         if content:

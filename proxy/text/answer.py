@@ -147,7 +147,7 @@ class Answer:
         calls = self._options.calls
         if self.finish_reason is FinishReason.STOP and calls is not None and calls.ends_with_calls and self.tool_calls:
             return "tool_calls"
-        return self.finish_reason.value
+        return self.finish_reason  # a string itself
 
     @property
     def mean_logprob(self) -> float:

@@ -50,7 +50,10 @@ def _collect(value: Any, found: list[str], key: str | None = None) -> None:
         for name, item in value.items():
             if name not in _USUAL_KEYS and not _PLAIN_WORD.fullmatch(name):
                 found.append(name)
-            _collect(item, found, name)
+            if name == "content" and isinstance(item, str):  # as most are, and no call is cheap enough
+                found.append(item)
+            else:
+                _collect(item, found, name)
     elif isinstance(value, list | tuple):
         for item in value:
             _collect(item, found, key)
@@ -76,8 +79,11 @@ def with_tail(messages: Sequence[Message], tail: str) -> list[Message]:
 
 def count_images(messages: Sequence[Message]) -> int:
     """Pictures among the parts of all messages."""
-    contents = (message.get("content") for message in messages)
-    return sum(part.get("type") == "image" for content in contents if isinstance(content, list) for part in content)
+    images = 0
+    for message in messages:
+        if isinstance(content := message.get("content"), list):
+            images += sum([part.get("type") == "image" for part in content])
+    return images
 
 
 class Markers:

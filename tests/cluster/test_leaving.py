@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -127,8 +129,24 @@ def test_a_signal_while_the_model_loads_ends_the_worker_well(tmp_path: Path) -> 
     try:
         wait_until_caught(process, signal.SIGTERM)
     finally:
-        assert process.stop() == 0
+        code = process.stop()
+    assert code == 0, process.log_text()
     assert "while loading" in process.log_text()
+
+
+_AMID_AN_IMPORT = """
+import logging, signal
+from epd import cli
+handler = logging.Handler.__new__(logging.Handler)
+logging._addHandlerRef(handler)  # as far as `logging.Handler` has come when the signal arrives
+signal.signal(signal.SIGTERM, cli._leave_while_loading)
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_signal_while_a_library_adds_a_log_handler_ends_the_worker_well() -> None:
+    ended = subprocess.run([sys.executable, "-c", _AMID_AN_IMPORT], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
 
 
 def wait_until_caught(process: Process, number: signal.Signals) -> None:

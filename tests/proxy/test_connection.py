@@ -237,3 +237,62 @@ async def test_nothing_is_written_to_a_connection_that_is_gone() -> None:
     await all_of(connection, socket)
     await asyncio.sleep(0)
     assert socket.written == []
+
+
+async def test_an_answer_past_asgi_is_one_write_and_frees_the_connection() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        own = Connection.of(scope)
+        assert own is not None
+        assert own.write_answer(scope, b"content-length: 2\r\n", b"hi")
+        assert not own.write_answer(scope, b"content-length: 2\r\n", b"no")  # there has been one
+
+    connection, socket = connect(app)
+    for request in (GET, GET.replace(b"host: x", b"connection: close")):
+        connection.data_received(request)
+        await all_of(connection, socket)
+    first, last = socket.written
+    assert first.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert first.endswith(b"content-length: 2\r\n\r\nhi")
+    assert last.endswith(b"content-length: 2\r\nconnection: close\r\n\r\nhi")
+    assert socket.closed
+
+
+async def test_a_body_is_taken_at_once_only_when_all_of_it_is_here() -> None:
+    taken: list[bytearray | None] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        own = Connection.of(scope)
+        assert own is not None
+        taken.append(own.take_body(scope))
+        assert (await receive())["body"] == b"ab"
+        await receive()
+        await start(send, 0)
+        await body(send, b"")
+
+    connection, socket = connect(app)
+    connection.data_received(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nab")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    connection.data_received(b"c")
+    await all_of(connection, socket)
+    assert taken == [None]
+
+
+async def test_whoever_takes_a_body_at_once_can_wait_for_the_client_to_leave() -> None:
+    taken: list[bytearray | None] = []
+    left: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        own = Connection.of(scope)
+        assert own is not None
+        taken.append(own.take_body(scope))
+        own.call_when_lost(lambda: left.append("told"))
+        left.append((await receive())["type"])
+
+    connection, socket = connect(app)
+    connection.data_received(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc")
+    await asyncio.sleep(0)
+    connection.connection_lost(None)
+    await all_of(connection, socket)
+    assert taken == [bytearray(b"abc")]
+    assert left == ["told", "http.disconnect"]

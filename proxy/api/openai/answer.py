@@ -180,8 +180,8 @@ class ChatDialect(ServerSent):
         return message
 
     def _reason(self, answer: Answer) -> str:
-        is_old = answer.reason == "tool_calls" and self._wanted.function_call
-        return "function_call" if is_old else answer.reason
+        reason = answer.reason
+        return "function_call" if reason == "tool_calls" and self._wanted.function_call else reason
 
     def _logprobs(self, shown: Sequence[ShownToken]) -> ChatLogprobs | None:
         top = self._wanted.logprobs

@@ -89,8 +89,11 @@ def template_variables(request: ChatRequest) -> dict[str, Any]:
 
 def count_parts(request: ChatRequest) -> int:
     """Messages and parts of messages. More of them than the context has tokens are refused before they cost time."""
-    calls = sum(len(one.tool_calls or ()) for one in request.messages)
-    return calls + sum(len(one.content) if isinstance(one.content, list) else 1 for one in request.messages)
+    parts = 0
+    for one in request.messages:
+        parts += len(one.content) if isinstance(one.content, list) else 1
+        parts += len(one.tool_calls or ())
+    return parts
 
 
 def messages_of(request: ChatRequest, *, has_short_ids: bool = False) -> tuple[list[Message], list[ImageSource]]:

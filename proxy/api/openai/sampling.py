@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
 
 from epd.errors import InvalidRequest
 from epd.types import SamplingParams
-from proxy.api.openai.schema import CACHE_SALT, ChatRequest, CompletionRequest, SamplingRequest
+from proxy.api.openai.schema import CACHE_SALT, ChatRequest, CompletionRequest
 from proxy.models.checkpoint import SamplingDefaults
 from proxy.models.served_model import ServedModel
 from proxy.text.answer import TextOptions
 from proxy.text.tokenizer import Tokenizer
-
-T = TypeVar("T")
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_ANSWERS = 2048
@@ -71,26 +68,31 @@ def sampling_of(request: ChatRequest | CompletionRequest, model: ServedModel) ->
         InvalidRequest: two fields contradict each other, or a token id does not exist.
     """
     defaults: SamplingDefaults = model.sampling_defaults
+    tokenizer = model.tokenizer
     max_tokens, min_tokens = max_tokens_of(request), request.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise InvalidRequest(f"min_tokens ({min_tokens}) is larger than max_tokens ({max_tokens}).", param="min_tokens")
     logprobs, prompt_logprobs = wanted_logprobs(request)
+    temperature, top_k, top_p = request.temperature, request.top_k, request.top_p
+    repetition_penalty = request.repetition_penalty
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        temperature=_first(request.temperature, defaults.temperature),
-        top_k=max(_first(request.top_k, defaults.top_k), 0),
-        top_p=_first(request.top_p, defaults.top_p),
-        min_p=_first(request.min_p, 0.0),
+        temperature=defaults.temperature if temperature is None else temperature,
+        top_k=max(defaults.top_k if top_k is None else top_k, 0),
+        top_p=defaults.top_p if top_p is None else top_p,
+        min_p=request.min_p or 0.0,
         seed=int.from_bytes(os.urandom(8)) >> 2 if request.seed is None else request.seed % (1 << 63),
-        stop_token_ids=_token_ids(request.stop_token_ids, model.tokenizer, "stop_token_ids"),
+        stop_token_ids=_token_ids(request.stop_token_ids, tokenizer, "stop_token_ids")
+        if request.stop_token_ids
+        else (),
         ignore_eos=bool(request.ignore_eos),
-        frequency_penalty=_first(request.frequency_penalty, 0.0),
-        presence_penalty=_first(request.presence_penalty, 0.0),
-        repetition_penalty=_first(request.repetition_penalty, defaults.repetition_penalty),
-        logit_bias=_logit_bias(request, model.tokenizer),
-        bad_words=_bad_words(request, model.tokenizer),
-        allowed_token_ids=_allowed(request, model.tokenizer),
+        frequency_penalty=request.frequency_penalty or 0.0,
+        presence_penalty=request.presence_penalty or 0.0,
+        repetition_penalty=defaults.repetition_penalty if repetition_penalty is None else repetition_penalty,
+        logit_bias=_logit_bias(request.logit_bias, tokenizer) if request.logit_bias else (),
+        bad_words=_bad_words(request.bad_words, tokenizer) if request.bad_words else (),
+        allowed_token_ids=() if request.allowed_token_ids is None else _allowed(request.allowed_token_ids, tokenizer),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
@@ -131,7 +133,7 @@ def stop_strings(asked: str | Sequence[str] | None, model: ServedModel, field: s
         raise InvalidRequest(f"{field}: {len(stops)} strings; at most {limit}.", param=field)
     if "" in stops:
         raise InvalidRequest(f"{field}: a string is empty; remove it.", param=field)
-    if any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
+    if stops and max(map(len, stops)) > MAX_STOP_CHARACTERS:
         raise InvalidRequest(f"{field}: a string has more than {MAX_STOP_CHARACTERS} characters.", param=field)
     return stops
 
@@ -182,9 +184,7 @@ def check_token_ids(token_ids: Iterable[int], tokenizer: Tokenizer, field: str) 
         raise InvalidRequest(f"{field}: the model has no token {bad}.", param=field)
 
 
-def _token_ids(token_ids: Sequence[int] | None, tokenizer: Tokenizer, field: str) -> tuple[int, ...]:
-    if not token_ids:
-        return ()
+def _token_ids(token_ids: Sequence[int], tokenizer: Tokenizer, field: str) -> tuple[int, ...]:
     if len(token_ids) > tokenizer.vocab_size:
         raise InvalidRequest(f"{field}: more tokens than the model has.", param=field)
     known = tuple(dict.fromkeys(token_ids))
@@ -192,16 +192,13 @@ def _token_ids(token_ids: Sequence[int] | None, tokenizer: Tokenizer, field: str
     return known
 
 
-def _allowed(request: SamplingRequest, tokenizer: Tokenizer) -> tuple[int, ...]:
-    if request.allowed_token_ids == []:
+def _allowed(token_ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:
+    if not token_ids:
         raise InvalidRequest("allowed_token_ids is empty; no token could come.", param="allowed_token_ids")
-    return _token_ids(request.allowed_token_ids, tokenizer, "allowed_token_ids")
+    return _token_ids(token_ids, tokenizer, "allowed_token_ids")
 
 
-def _logit_bias(request: SamplingRequest, tokenizer: Tokenizer) -> tuple[tuple[int, float], ...]:
-    biases = request.logit_bias
-    if not biases:
-        return ()
+def _logit_bias(biases: Mapping[str, float], tokenizer: Tokenizer) -> tuple[tuple[int, float], ...]:
     if len(biases) > MAX_BIASES:
         raise InvalidRequest(f"logit_bias has {len(biases)} tokens; at most {MAX_BIASES}.", param="logit_bias")
     by_token = {_bias_token(key): float(bias) for key, bias in biases.items()}
@@ -215,11 +212,8 @@ def _bias_token(key: str) -> int:
     return int(key)
 
 
-def _bad_words(request: SamplingRequest, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Each text at the beginning of a word and, with a blank in front, inside a sentence: the tokens differ."""
-    words = request.bad_words
-    if not words:
-        return ()
     if len(words) > MAX_BAD_WORDS or any(len(word) > MAX_BAD_WORD_CHARACTERS for word in words):
         raise InvalidRequest(
             f"bad_words: at most {MAX_BAD_WORDS} of at most {MAX_BAD_WORD_CHARACTERS} characters.", param="bad_words"
@@ -228,7 +222,3 @@ def _bad_words(request: SamplingRequest, tokenizer: Tokenizer) -> tuple[tuple[in
         raise InvalidRequest("bad_words has an empty text; remove it.", param="bad_words")
     variants = [prefix + word.lstrip() for word in words for prefix in ("", " ")]
     return tuple(dict.fromkeys(tuple(tokenizer.encode(variant)) for variant in variants))
-
-
-def _first(value: T | None, default: T) -> T:
-    return default if value is None else value

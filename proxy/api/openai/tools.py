@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -24,6 +25,9 @@ _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 _CHOICES = {"auto": Choice.AUTO, "required": Choice.REQUIRED}
 
 
+_asked_for = attrgetter("tools", "functions", "tool_choice", "function_call")
+_NOTHING = (None,) * 4
+
 # -- what a request asks for -------------------------------------------------------------------------------------------
 
 
@@ -33,6 +37,8 @@ def tool_use_of(request: ChatRequest) -> ToolUse | None:
     Raises:
         InvalidRequest: fields contradict each other, or name no function.
     """
+    if _asked_for(request) == _NOTHING:
+        return None
     if request.tools == [] and request.tool_choice == "none":
         return None
     functions, field = _functions(request)
@@ -150,6 +156,9 @@ class ToolSide(msgspec.Struct, frozen=True):
     """Whether a function of the request is."""
 
 
+NO_TOOLS = ToolSide()
+
+
 async def tool_side_of(request: ChatRequest, model: ServedModel) -> ToolSide:
     """What the tools of a request change, checked as far as it can be here.
 
@@ -158,7 +167,7 @@ async def tool_side_of(request: ChatRequest, model: ServedModel) -> ToolSide:
     """
     use = tool_use_of(request)
     if use is None or model.template is None:  # without one there are no chats, which is told elsewhere
-        return ToolSide()
+        return NO_TOOLS
     tools = tuple(function.tool for function in use.shown)
     model.check_size(tools)
     family = model.tool_family
