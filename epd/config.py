@@ -40,7 +40,7 @@ class ProcessConfig:
     metastore_client_config: str | None = secret_option(
         None,
         "where workers register and proxies find them, as JSON: "
-        '{"metastore_client":"RedisMetastoreClient","metastore_address":"redis://host:6379/0"}; default: nowhere',
+        '{"metastore_client": "RedisMetastoreClient", "metastore_address": "redis://host:6379/0"}; default: nowhere',
         metavar="JSON",
     )
 

@@ -86,10 +86,15 @@ def _add_flag(parser: argparse._ActionsContainer, field: dataclasses.Field[Any],
         options["action"] = _Extend
     if not is_required:
         options["default"] = field.default
-        if field.default not in (None, (), ""):
-            shown = " ".join(field.default) if isinstance(field.default, tuple) else field.default
-            help_text += f" (default: {shown})"
+        if field.default not in (None, (), "") and "; default: " not in help_text:
+            help_text += f" (default: {_shown(field.default)})"
     parser.add_argument(flag, help=help_text.replace("%", "%%"), **options)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _value_type(hint: Any) -> tuple[type[Any], bool]:

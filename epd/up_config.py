@@ -19,8 +19,14 @@ from epd.options import option
 class UpConfig(GatewayOptions, AccessOptions, MediaOptions, EngineOptions, DeviceOptions, ModelConfig):
     """A supervised cluster on this host."""
 
-    model: Path = option(CHECKPOINT_DIR, "checkpoint folder in Hugging Face format", metavar="DIR")
-    served_model_name: str | None = option(None, "name of the model in the API; default: --model as given")
+    model: Path = option(
+        CHECKPOINT_DIR,
+        "checkpoint folder in Hugging Face format; default: the demo model that comes along",
+        metavar="DIR",
+    )
+    served_model_name: str | None = option(
+        None, "name of the model in the API; default: --model as given, epd-demo for the demo model"
+    )
     encoders: int = option(1, "encoder workers; 0 serves text only", minimum=0, maximum=MOST_PROCESSES)
     pds: int = option(1, "prefill-decode workers", minimum=1, maximum=MOST_PROCESSES)
     tp: int = option(
