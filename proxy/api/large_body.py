@@ -183,10 +183,13 @@ class _LongText:
         return b"".join(b64encode(piece) for piece in self.pieces) + self._left
 
     def _decode(self) -> None:
-        if b"\\" in self._left:
-            self._left = self._left.replace(rb"\/", b"/")
-        end = max(len(self._left) - 1, 0) // 4 * 4
-        if b"=" in self._left[:end]:
+        text = self._left
+        if b"\\" in text:
+            if rb"\\" in text:  # a backslash, and what follows is not escaped
+                raise ValueError("a letter that base64 does not have")
+            text = text.replace(rb"\/", b"/")
+        end = max(len(text) - 1, 0) // 4 * 4
+        if b"=" in text[:end]:
             raise ValueError("padding is not at the end")
-        self.pieces.append(b64decode(self._left[:end], validate=True))
-        del self._left[:end]
+        self.pieces.append(b64decode(text[:end], validate=True))
+        self._left = text[end:]

@@ -90,6 +90,14 @@ def test_slashes_may_be_escaped() -> None:
     assert all(taken(in_pieces(body, size)) == [PICTURE] for size in range(1395, 1402))  # cut within an escape too
 
 
+@pytest.mark.parametrize("letters", range(1 << 16, (1 << 16) + 4))
+def test_backslashes_are_not_lost_where_pieces_end(letters: int) -> None:
+    start = b'{"messages": [{"role": "user", "content": "' + b"A" * letters + rb"\\/"
+    body = start + b"A" * 100_000 + b'"}]}'
+    assert outcome(in_pieces(body, len(start))) == outcome(body)
+    assert outcome(in_pieces(body, len(start) - 1)) == outcome(body)
+
+
 def with_letter(at: int, letter: str) -> str:
     return data_url(PICTURE)[:at] + letter + data_url(PICTURE)[at + 1 :]
 
@@ -112,6 +120,7 @@ SEEN_AS_BEFORE = {
     "wrong letter late": chat(with_letter(250_000, "!")),
     "wrong letter last": chat(with_letter(len(URL) - 1, "!")),
     "letter of no ASCII": chat(with_letter(250_000, "é")),
+    "backslash and slash": json.dumps({"messages": [{"role": "user", "content": URL}]}).encode().replace(b"/", rb"\\/"),
     "backslash at the end": chat(URL).replace(b'="', rb'=\""'),
     "no comma": chat(URL.replace(",", ".")),
     "no base64": chat(URL.replace(";base64,", ",")),
@@ -121,6 +130,7 @@ SEEN_AS_BEFORE = {
     "bare": chat(BASE64),
     "text": chat(URL, chat_template_kwargs={"url": URL, "data": BASE64, "image_url": {"url": BASE64}}),
     "text, bits behind the end": chat(URL, chat_template_kwargs={"url": data_url(PICTURE[:300_000]) + "QR=="}),
+    "text like names": chat(URL, chat_template_kwargs={"url": URL, "hash": "0123456789" * 4}),
     "unknown field": chat(URL, something={"data": BASE64}),
     "the same key twice": chat(URL).replace(b'{"url"', b'{"url": "%b", "url"' % data_url(OTHER).encode()),
     "the same body twice": chat(URL) * 2,
