@@ -64,17 +64,20 @@ class LargeBody:
     def finish(self) -> LargeBody | bytearray:
         """Nothing comes any more. Returns the JSON alone where no picture was taken out."""
         if self._long is not None:
-            self.json += self._long.text()
+            self._long.append_to(self.json)
         return self if self._pictures else self.json
 
     def restored(self) -> bytearray:
         r"""All as it came, but for `\/`."""
-
-        def text(found: re.Match[bytes]) -> bytes:
-            picture = self._pictures.get(found[0].decode())
-            return found[0] if picture is None else picture.text()
-
-        return bytearray(_NAME.sub(text, self.json))
+        body, end = bytearray(), 0
+        for name in _NAME.finditer(self.json):
+            picture = self._pictures.get(name[0].decode())
+            if picture is not None:
+                body += self.json[end : name.start()]
+                picture.append_to(body)
+                end = name.end()
+        body += self.json[end:]
+        return body
 
     def place(self, at: int) -> int:
         """Where in the body stood what stands there in the JSON."""
@@ -144,7 +147,7 @@ class LargeBody:
             long.add(piece[:end])
             long.finish()
         except ValueError:  # then it stays
-            self.json += long.text()
+            long.append_to(self.json)
         else:
             name = secrets.token_hex(_NAME_LETTERS // 2)
             self._pictures[name] = long
@@ -178,9 +181,11 @@ class _LongText:
         self.pieces.append(last)
         self._left.clear()
 
-    def text(self) -> bytes:
-        r"""All as it came, but for `\/`: the pieces are threes of bytes, except for the last one."""
-        return b"".join(b64encode(piece) for piece in self.pieces) + self._left
+    def append_to(self, body: bytearray) -> None:
+        r"""Append all as it came, but for `\/`: the pieces are threes of bytes, except for the last one."""
+        for piece in self.pieces:
+            body += b64encode(piece)
+        body += self._left
 
     def _decode(self) -> None:
         text = self._left
