@@ -13,6 +13,7 @@ import contextlib
 import logging
 import socket as unix_socket
 import time
+from collections import deque
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -193,6 +194,9 @@ class Dealer:
         self._connected: asyncio.Future[None] | None = None
         self._lost: asyncio.Future[tuple[type[PeerGone], str]] | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._posted: deque[list[Buffer]] = deque()
+        self._late: asyncio.Task[None] | None = None
+        """Sends what found no room."""
 
     def connect(self) -> None:
         """Begin to connect; needs a running event loop. libzmq keeps trying until the peer is there or `close`."""
@@ -209,8 +213,7 @@ class Dealer:
         while not self._lost.done():
             event = parse_monitor_message(await self._monitor.recv_multipart())["event"]
             if event == zmq.EVENT_DISCONNECTED:
-                self._lost.set_result(why)
-                self._socket.wake()
+                self._lose(*why)
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._connected.set_result(None)
             else:  # the end of the connection follows
@@ -231,8 +234,45 @@ class Dealer:
             await self._socket.wait()
         return codec.decode(frames)
 
+    def post(self, message: AnyMessage) -> None:
+        """Send to a peer that is connected, at the end of the event loop's turn: nobody waits for it.
+
+        Each sending wakes libzmq's thread, which then often has this process's core: what else waits for its turn would
+        wait for that as well. A peer that takes nothing for `SEND_TIMEOUT_S` is gone.
+        """
+        if not self._posted:
+            asyncio.get_running_loop().call_soon(self._send_posted)
+        self._posted.append(codec.encode(message))
+
+    def _send_posted(self) -> None:
+        assert self._lost is not None
+        try:
+            while self._posted and not self._lost.done():
+                if not _is_sent(self._socket, self._posted[0]):
+                    if self._late is None or self._late.done():
+                        self._late = asyncio.create_task(self._send_late(), name=f"send to {self.address}")
+                    return
+                self._posted.popleft()
+        except PeerGone as gone:
+            self._lose(PeerGone, str(gone))
+
+    async def _send_late(self) -> None:
+        try:
+            await self._send_all_posted(SEND_TIMEOUT_S)
+        except PeerGone as gone:
+            self._lose(PeerGone, str(gone))
+
+    async def _send_all_posted(self, timeout_s: float) -> None:
+        while self._posted:
+            await _send(self._socket, self._posted.popleft(), timeout_s)
+
+    def _lose(self, kind: type[PeerGone], text: str) -> None:
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result((kind, text))
+            self._socket.wake()
+
     async def send(self, message: AnyMessage, *buffers: Buffer, timeout_s: float = SEND_TIMEOUT_S) -> None:
-        """Send to the peer, waiting up to `timeout_s` for a connection or for room in its queue.
+        """Send to the peer behind what was posted, waiting up to `timeout_s` for a connection or for room in its queue.
 
         Raises:
             PeerGone: the connection was lost, or the peer took nothing for so long.
@@ -246,12 +286,15 @@ class Dealer:
             raise _gone(self._lost.result())
         if not self._connected.done():
             raise PeerGone(f"nobody answers at {self.address}")
+        await self._send_all_posted(timeout_s)
         await _send(self._socket, codec.encode(message, *buffers), timeout_s)
 
     def close(self) -> None:
         """Drop the connection and what is queued on it."""
-        if self._watcher is not None:
-            self._watcher.cancel()
+        self._posted.clear()
+        for task in (self._watcher, self._late):
+            if task is not None:
+                task.cancel()
         self._socket.socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close()

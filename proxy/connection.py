@@ -1,7 +1,8 @@
-"""Connections of clients: the head of an answer goes out with what follows at once, and pieces of streams go straight.
+"""Connections of clients: whole bodies, whole answers and pieces of streams go past ASGI, and out at the turn's end.
 
-Uvicorn writes head and body apart: two system calls, two packets, and a client that wakes up twice. And each piece of a
-stream passes through several calls between here and the socket, of which a token needs none.
+Each write wakes a client, which then often has this process's core: what else waits for its turn waits for that as
+well. So all that waits is done first, and then all is written. Uvicorn's head and body become one write by the way.
+And each piece of a stream passes through several calls between here and the socket, of which a token needs none.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any, cast
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-_HEAD, _INTERIM = b"HTTP/1.1 ", b"HTTP/1.1 1"
-"""What the heads of answers begin with, and those of which the client waits for before it goes on."""
+_MOST_HELD_BYTES = 1 << 16
+"""To one client: then its transport is to know how much there is, for the sake of flow control."""
 _OK = b"HTTP/1.1 200 OK\r\n"
 _KEY = "epd.connection"
 
@@ -68,7 +69,7 @@ class Connection(HttpToolsProtocol):
         cycle.waiting_for_100_continue = False
         end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
         usual = [b"%b: %b\r\n" % pair for pair in cycle.default_headers]
-        self.transport.write_now(b"".join((_OK, *usual, headers, end, body)))  # type: ignore[attr-defined]
+        self.transport.write(b"".join((_OK, *usual, headers, end, body)))
         cycle.message_event.set()
         if not cycle.keep_alive:
             self.transport.close()
@@ -120,31 +121,26 @@ class Connection(HttpToolsProtocol):
 
 
 class _Writer:
-    """A transport that holds the head of an answer back, until there is more to write or the event loop's next turn."""
+    """A transport that writes what a turn of the event loop has for it at the turn's end, in one piece."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._write, self.is_closing = transport.write, transport.is_closing
         self._loop = asyncio.get_running_loop()
-        self._head = b""
+        self._held: list[bytes] = []
+        self._held_bytes = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        """Write it, now or with what follows."""
-        if self._head:
-            data, self._head = self._head + data, b""
-        elif data.startswith(_HEAD) and not data.startswith(_INTERIM):
-            self._head = data
+        """Write it, soon."""
+        if not self._held:
             self._loop.call_soon(self._flush)
-            return
-        self._write(data)
-
-    def write_now(self, data: bytes) -> None:
-        """Write it, which needs nothing that follows."""
-        self._flush()
-        self._write(data)
+        self._held.append(data)
+        self._held_bytes += len(data)
+        if self._held_bytes > _MOST_HELD_BYTES:
+            self._flush()
 
     def close(self) -> None:
         """Close the connection when all is written."""
@@ -152,6 +148,6 @@ class _Writer:
         self._transport.close()
 
     def _flush(self) -> None:
-        head, self._head = self._head, b""
-        if head and not self.is_closing():
-            self._write(head)
+        held, self._held, self._held_bytes = self._held, [], 0
+        if held and not self.is_closing():
+            self._write(b"".join(held))

@@ -149,20 +149,19 @@ class WorkerConnection:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerateRequest, sink: OutputSink) -> None:
+    def generate(self, request: GenerateRequest, sink: OutputSink) -> None:
         """Hand over a request. `sink` gets its outputs, the last with a finish reason, or one error.
 
         Raises:
             WorkerFailed: the worker is gone; `sink` hears nothing.
         """
+        dealer = self._dealer
+        if dealer is None or self.info is None:
+            raise self._failure(self.problem)
         units = len(request.prompt_token_ids) + len(request.resume_token_ids)
         self.ledger.sent(request.request_id, units=units, sequence=self._sequence)
         self._in_hand.add_generation(request.request_id, sink)
-        try:
-            await self._send(request)
-        except WorkerFailed:
-            self._in_hand.take_generation(request.request_id)
-            raise
+        dealer.post(request)  # if that fails the connection is lost, with all that is in hand
         self.circuit.sent()
 
     async def encode(self, request: EncodeRequest, data: bytes, sink: EncodeSink, units: float = 1.0) -> None:

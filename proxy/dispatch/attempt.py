@@ -62,8 +62,8 @@ class Attempt:
             sample.attempt = self
             sample.num_attempts += 1
 
-    async def send(self, encoders: Mapping[int, WorkerConnection]) -> None:
-        """Hand everything over. Sending waits only while a worker's queue is full, so one by one is as good as at once.
+    def send(self, encoders: Mapping[int, WorkerConnection]) -> None:
+        """Hand everything over.
 
         Args:
             encoders: that do pictures first, by the pictures' indices; others are picked.
@@ -72,13 +72,13 @@ class Attempt:
             if sample.finished or sample.attempt is not self:
                 continue  # the PD refused one before, and all went elsewhere
             try:
-                await self._send_sample(sample)
+                self._send_sample(sample)
             except WorkerFailed as error:
                 self._on_output(sample, error)
         if self.encoding is not None and self.samples:
             self.encoding.start(encoders)
 
-    async def _send_sample(self, sample: Sample) -> None:
+    def _send_sample(self, sample: Sample) -> None:
         work = self.work
         prompt, turn = divmod(sample.index, work.n)
         held = self.encoding.held if self.encoding is not None else frozenset()
@@ -101,7 +101,7 @@ class Attempt:
             pooling=work.pooling,
             resume_token_ids=tuple(sample.token_ids),
         )
-        await self.pd.generate(request, partial(self._on_output, sample))
+        self.pd.generate(request, partial(self._on_output, sample))
 
     def _on_output(self, sample: Sample, output: TokenOutput | EPDError) -> None:
         if sample.attempt is not self or sample.finished:

@@ -172,9 +172,9 @@ class Dispatcher:
         """
         note_model(work.model.name)
         generation = Generation(work, self._pool, self._limits, self._metrics.model(work.model.name))
-        self.active[work.request_id] = generation  # before it is sent, which may take a while
+        self.active[work.request_id] = generation
         try:
-            await generation.send()
+            generation.send()
         except BaseException:  # cancellation too
             await self.close(generation)
             raise

@@ -230,7 +230,7 @@ class Generation:
 
     # -- towards the workers ---------------------------------------------------------------------------------------
 
-    async def send(self) -> None:
+    def send(self) -> None:
         """Pick workers and hand the request to all of them.
 
         Raises:
@@ -246,7 +246,7 @@ class Generation:
             wanted = attempt.encoding.wanted if attempt.encoding is not None else []
             starts.append((attempt, {index: self._picker.encoder(index, plan=pictures) for index in wanted}))
         for attempt, encoders in starts:
-            await attempt.send(encoders)
+            attempt.send(encoders)
 
     def _attempt(self, pd: WorkerConnection, samples: list[Sample]) -> Attempt:
         work, encoding = self.work, None
@@ -347,7 +347,7 @@ class Generation:
             return
         log.info("%s goes on at %s: %s", self.work.request_id, pd.member.address, error.message)
         self._figures.retries[pd.member.role.value, trouble.value] += 1
-        await self._attempt(pd, samples).send({})
+        self._attempt(pd, samples).send({})
         if not old.samples:
             # Only now: an encoder that is at a picture finishes it for both.
             await old.stop()

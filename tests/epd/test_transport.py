@@ -193,6 +193,46 @@ async def test_a_peer_that_does_not_read_stops_the_sender_not_the_process(
             await flood
 
 
+async def test_what_is_posted_keeps_its_place_before_what_is_sent(router: Router, address: str) -> None:
+    router.bind()
+    with contextlib.closing(await connect(address)) as dealer:
+        await dealer.send(Ping(sequence=0))
+        for sequence in (1, 2):
+            dealer.post(Ping(sequence=sequence))
+        await dealer.send(Ping(sequence=3))
+        dealer.post(Ping(sequence=4))
+        async with asyncio.timeout(10):
+            heard = [(await router.receive())[1] for _ in range(5)]
+    assert heard == [Ping(sequence=sequence) for sequence in range(5)]
+
+
+async def test_posts_that_find_no_room_go_when_there_is_some(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(transport, "HIGH_WATER_MARK", 2)
+    with contextlib.closing(Router(str(tmp_path / "worker"))) as router:
+        router.bind()
+        with contextlib.closing(await connect(str(tmp_path / "worker"))) as dealer:
+            await dealer.send(Ping(sequence=0))
+            for sequence in range(1, 3000):
+                dealer.post(Ping(sequence=sequence))
+            async with asyncio.timeout(30):
+                heard = [(await router.receive())[1] for _ in range(3000)]
+    assert heard == [Ping(sequence=sequence) for sequence in range(3000)]
+
+
+async def test_a_peer_that_takes_no_posts_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(transport, "HIGH_WATER_MARK", 2)
+    monkeypatch.setattr(transport, "SEND_TIMEOUT_S", 0.05)
+    with contextlib.closing(Router(str(tmp_path / "worker"))) as router:
+        router.bind()
+        with contextlib.closing(await connect(str(tmp_path / "worker"))) as dealer:
+            await dealer.send(Ping(sequence=0))
+            await router.receive()
+            for sequence in range(100_000):
+                dealer.post(Ping(sequence=sequence))
+            with pytest.raises(PeerGone, match="took no message"):
+                await asyncio.wait_for(dealer.receive(), 10)
+
+
 async def test_malformed_messages_cost_only_themselves(router: Router, address: str) -> None:
     router.bind()
     with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as stranger:

@@ -88,19 +88,44 @@ async def test_a_short_answer_is_one_write(keep_alive: bool) -> None:
     assert socket.closed is not keep_alive
 
 
-async def test_pieces_of_a_stream_go_out_as_they_come() -> None:
+async def test_pieces_go_out_with_the_turn_that_they_come_in() -> None:
+    turns = [asyncio.Event(), asyncio.Event()]
+
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await start(send, None)
-        for words in (b"one", b"HTTP/1.1 2", b""):
-            await body(send, words, more=bool(words))
+        for words in (b"one", b"HTTP/1.1 2"):
+            await body(send, words, more=True)
+        await turns[0].wait()
+        await body(send, b"three", more=True)
+        await turns[1].wait()
+        await body(send, b"")
 
     connection, socket = connect(app)
     connection.data_received(GET)
+    async with asyncio.timeout(5):
+        for turn, written in enumerate(turns, 1):
+            while len(socket.written) < turn:
+                await asyncio.sleep(0)
+            written.set()
     await all_of(connection, socket)
     first, *others = socket.written
     assert first.startswith(b"HTTP/1.1 200 OK\r\n")
-    assert first.endswith(b"\r\n\r\n3\r\none\r\n")
-    assert others == [b"a\r\nHTTP/1.1 2\r\n", b"0\r\n\r\n"]
+    assert first.endswith(b"\r\n\r\n3\r\none\r\na\r\nHTTP/1.1 2\r\n")
+    assert others == [b"5\r\nthree\r\n", b"0\r\n\r\n"]
+
+
+async def test_much_goes_out_at_once_so_that_a_client_that_lags_is_noticed() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await start(send, None)
+        await body(send, bytes(1 << 17), more=True)
+        written.append(len(socket.written))
+        await body(send, b"")
+
+    written: list[int] = []
+    connection, socket = connect(app)
+    connection.data_received(GET)
+    await all_of(connection, socket)
+    assert written == [1]
 
 
 async def test_a_head_does_not_wait_for_a_body_that_comes_later() -> None:
@@ -143,7 +168,9 @@ async def test_a_client_that_waits_to_send_its_body_is_told_at_once() -> None:
 
     connection, socket = connect(app)
     connection.data_received(b"POST / HTTP/1.1\r\ncontent-length: 2\r\nexpect: 100-continue\r\n\r\n")
-    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        while not socket.written:
+            await asyncio.sleep(0)
     assert socket.written == [b"HTTP/1.1 100 Continue\r\n\r\n"]
     connection.data_received(b"hi")
     await all_of(connection, socket)
@@ -174,7 +201,7 @@ async def test_pieces_go_straight_between_others(keep_alive: bool) -> None:
     await all_of(connection, socket)
     _, _, chunks = b"".join(socket.written).partition(b"\r\n\r\n")
     assert chunks == b"3\r\none\r\n3\r\ntwo\r\n5\r\nthree\r\n0\r\n\r\n"
-    assert len(socket.written) == 4
+    assert len(socket.written) == 1
 
 
 async def test_pieces_do_not_go_where_there_are_no_chunks() -> None:

@@ -133,7 +133,7 @@ async def test_a_bug_in_one_request_costs_no_other(cluster: Cluster, caplog: pyt
         raise ZeroDivisionError
 
     request = GenerateRequest(request_id="r", prompt_token_ids=(1,), sampling=SamplingParams(), timeout_s=9)
-    await connection.generate(request, buggy)
+    connection.generate(request, buggy)
     await eventually(lambda: any("bug in a request" in record.getMessage() for record in caplog.records))
     assert (await cluster.chat("x")).status_code == 200
     assert connection.info is before
