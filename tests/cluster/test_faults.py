@@ -133,12 +133,15 @@ def test_pd_killed_ends_answers_with_errors_and_a_new_one_serves(cluster: Cluste
 
 
 @contextmanager
-def picture_in_flight(cluster: Cluster) -> Iterator[None]:
-    """The encoder is stopped: it has a picture, and does nothing. The request must end with an error that says so."""
+def picture_in_flight(cluster: Cluster, seed: int) -> Iterator[None]:
+    """The encoder is stopped: it has a picture, and does nothing. The request must end with an error that says so.
+
+    `seed`: of a picture of its own. The encoder finishes it when it goes on, and the prefill-decode worker keeps it.
+    """
     address = cluster.pd_addresses[0]
     checks = cluster.ping(address).counters["integrity_checks"]
     cluster.processes["encoder_0"].send_signal(signal.SIGSTOP)
-    with in_flight(cluster, image_messages(1), lambda load: load.waiting == 1) as answer:
+    with in_flight(cluster, image_messages(seed), lambda load: load.waiting == 1) as answer:
         yield
         with pytest.raises(openai.InternalServerError) as error:
             answer.result(2 * DEADLINE_S)
@@ -148,7 +151,7 @@ def picture_in_flight(cluster: Cluster) -> Iterator[None]:
 
 
 def test_encoder_silent_with_a_picture_in_flight_is_an_error_not_silence(cluster: Cluster) -> None:
-    with picture_in_flight(cluster):
+    with picture_in_flight(cluster, 1):
         pass
     cluster.processes["encoder_0"].send_signal(signal.SIGCONT)
     cluster.wait_healthy(2)
@@ -157,7 +160,7 @@ def test_encoder_silent_with_a_picture_in_flight_is_an_error_not_silence(cluster
 
 def test_encoder_killed_with_a_picture_in_flight_and_while_there_is_none(cluster: Cluster) -> None:
     encoder = cluster.processes["encoder_0"]
-    with picture_in_flight(cluster):
+    with picture_in_flight(cluster, 3):
         encoder.send_signal(signal.SIGKILL)
     encoder.popen.wait()
     cluster.wait_healthy(1)
