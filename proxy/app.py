@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import re
 import signal
 import socket
@@ -48,6 +47,7 @@ from proxy.byte_budget import ByteBudget
 from proxy.certificate import Renewals
 from proxy.connection import Connection
 from proxy.figures.metrics import CLIENT_CLOSED_REQUEST, Metrics
+from proxy.randomness import random_piece
 from proxy.request_context import ERROR_WORDS, OUTCOME, REQUEST_ID, REQUEST_ID_PATTERN, Outcome, note_client_left
 from proxy.service import Service
 from proxy.short_cuts import ShortCuts
@@ -306,7 +306,7 @@ def _request_id(scope: Scope) -> str:
             text: str = value.decode("latin-1")
             if re.fullmatch(REQUEST_ID_PATTERN, text):
                 return text
-    return os.urandom(16).hex()
+    return random_piece().hex()
 
 
 # -- process ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ are ready for the socket, so that a stream costs one write for all that came in 
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from msgspec import UNSET, UnsetType
 from epd.errors import EPDError
 from proxy.api.http import STREAM_HEADERS, error_body
 from proxy.api.openai.objects import Usage
+from proxy.randomness import random_piece
 from proxy.text.answer import Answer, Piece, ShownToken
 from proxy.tools.calls import CallDelta
 
@@ -79,7 +79,7 @@ class Head(msgspec.Struct, frozen=True):
 
 def unguessable(prefix: str) -> str:
     """A new id: `chatcmpl-…`, or `resp_…` where the prefix ends with its own `_`."""
-    return f"{prefix}{'' if prefix.endswith('_') else '-'}{os.urandom(16).hex()}"
+    return f"{prefix}{'' if prefix.endswith('_') else '-'}{random_piece().hex()}"
 
 
 class News(msgspec.Struct, frozen=True):

@@ -280,9 +280,9 @@ class _Patience:
     """Cancels the task that made it when the client disconnects. The connection tells; where there is none, ASGI."""
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
-        self._task = asyncio.current_task()
-        self._is_over = False
         self._connection = Connection.of(scope)
+        self._task = asyncio.current_task(None if self._connection is None else self._connection.loop)
+        self._is_over = False
         self._watcher: asyncio.Task[None] | None = None
         if self._connection is not None:
             self._connection.call_when_lost(self._client_left)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,6 +10,7 @@ from epd.types import SamplingParams
 from proxy.api.openai.schema import CACHE_SALT, ChatRequest, CompletionRequest
 from proxy.models.checkpoint import SamplingDefaults
 from proxy.models.served_model import ServedModel
+from proxy.randomness import random_piece
 from proxy.text.answer import TextOptions
 from proxy.text.tokenizer import Tokenizer
 
@@ -82,7 +82,7 @@ def sampling_of(request: ChatRequest | CompletionRequest, model: ServedModel) ->
         top_k=max(defaults.top_k if top_k is None else top_k, 0),
         top_p=defaults.top_p if top_p is None else top_p,
         min_p=request.min_p or 0.0,
-        seed=int.from_bytes(os.urandom(8)) >> 2 if request.seed is None else request.seed % (1 << 63),
+        seed=int.from_bytes(random_piece()[:8]) >> 2 if request.seed is None else request.seed % (1 << 63),
         stop_token_ids=_token_ids(request.stop_token_ids, tokenizer, "stop_token_ids")
         if request.stop_token_ids
         else (),
