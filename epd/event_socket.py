@@ -91,7 +91,7 @@ class EventSocket:
             await asyncio.sleep(0)
 
     def send_now(self, frames: list[Buffer]) -> None:
-        """Send a message.
+        """Send a message. Call `look_again` when there is no more to send now.
 
         Raises:
             zmq.Again: there is no room in the peer's queue.
@@ -101,8 +101,11 @@ class EventSocket:
         for index, frame in enumerate(frames):
             is_small = len(frame) < _COPIED_BYTES  # of views of wider items that counts the items; they are not small
             self.socket.send(frame, _AND_MORE if index < last else _NOW, copy=is_small)
+
+    def look_again(self) -> None:
+        """Behind `send_now`, once for all that was sent: sending may have taken the signal."""
         if self._waiter is not None:
-            self._look()  # sending may have taken the signal
+            self._look()
 
     def close(self, linger_ms: int = 0) -> None:
         """Close the socket. Whoever waits is cancelled."""

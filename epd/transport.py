@@ -14,6 +14,7 @@ import logging
 import socket as unix_socket
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -69,28 +70,34 @@ def _make_socket(kind: int) -> EventSocket:
 
 async def _send(socket: EventSocket, frames: list[Buffer], timeout_s: float) -> None:
     """Send, waiting while the peer's queue is full: back-pressure for the caller, loss for nobody."""
-    if _is_sent(socket, frames):
+    if _num_sent(socket, [frames]):
         return
     deadline = time.monotonic() + timeout_s
     while True:
         # POLLOUT of a ROUTER tells about any peer, not about this one, so it can't be waited for.
         await asyncio.sleep(_FULL_PIPE_RETRY_S)
-        if _is_sent(socket, frames):
+        if _num_sent(socket, [frames]):
             return
         if time.monotonic() > deadline:
             raise PeerGone(f"the peer took no message for {timeout_s:g} s")
 
 
-def _is_sent(socket: EventSocket, frames: list[Buffer]) -> bool:
+def _num_sent(socket: EventSocket, messages: Iterable[list[Buffer]]) -> int:
+    """Send as many as there is room for, and return how many."""
+    sent = 0
     try:
-        socket.send_now(frames)
+        for frames in messages:
+            socket.send_now(frames)
+            sent += 1
     except zmq.Again:
-        return False
+        pass
     except zmq.ZMQError as error:
         if error.errno in (zmq.EHOSTUNREACH, zmq.ENOTSOCK, zmq.ETERM):
             raise PeerGone("the peer is not connected") from None
         raise
-    return True
+    finally:
+        socket.look_again()
+    return sent
 
 
 class Router:
@@ -195,6 +202,8 @@ class Dealer:
         self._lost: asyncio.Future[tuple[type[PeerGone], str]] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._posted: deque[list[Buffer]] = deque()
+        self._order = asyncio.Lock()
+        """Of what was posted, held by whoever waits for room."""
         self._late: asyncio.Task[None] | None = None
         """Sends what found no room."""
 
@@ -246,15 +255,16 @@ class Dealer:
 
     def _send_posted(self) -> None:
         assert self._lost is not None
+        if self._lost.done() or self._order.locked():
+            return
         try:
-            while self._posted and not self._lost.done():
-                if not _is_sent(self._socket, self._posted[0]):
-                    if self._late is None or self._late.done():
-                        self._late = asyncio.create_task(self._send_late(), name=f"send to {self.address}")
-                    return
+            for _ in range(_num_sent(self._socket, self._posted)):
                 self._posted.popleft()
         except PeerGone as gone:
             self._lose(PeerGone, str(gone))
+            return
+        if self._posted:
+            self._late = asyncio.create_task(self._send_late(), name=f"send to {self.address}")
 
     async def _send_late(self) -> None:
         try:
@@ -263,8 +273,10 @@ class Dealer:
             self._lose(PeerGone, str(gone))
 
     async def _send_all_posted(self, timeout_s: float) -> None:
-        while self._posted:
-            await _send(self._socket, self._posted.popleft(), timeout_s)
+        async with self._order:
+            while self._posted:
+                await _send(self._socket, self._posted[0], timeout_s)
+                self._posted.popleft()
 
     def _lose(self, kind: type[PeerGone], text: str) -> None:
         if self._lost is not None and not self._lost.done():
@@ -286,7 +298,8 @@ class Dealer:
             raise _gone(self._lost.result())
         if not self._connected.done():
             raise PeerGone(f"nobody answers at {self.address}")
-        await self._send_all_posted(timeout_s)
+        if self._posted:
+            await self._send_all_posted(timeout_s)
         await _send(self._socket, codec.encode(message, *buffers), timeout_s)
 
     def close(self) -> None:
