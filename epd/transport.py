@@ -201,6 +201,7 @@ class Dealer:
         self._connected: asyncio.Future[None] | None = None
         self._lost: asyncio.Future[tuple[type[PeerGone], str]] | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._posted: deque[list[Buffer]] = deque()
         self._order = asyncio.Lock()
         """Of what was posted, held by whoever waits for room."""
@@ -209,7 +210,7 @@ class Dealer:
 
     def connect(self) -> None:
         """Begin to connect; needs a running event loop. libzmq keeps trying until the peer is there or `close`."""
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         self._lost, self._connected = loop.create_future(), loop.create_future()
         self._watcher = asyncio.create_task(self._watch_connection(), name=f"watch {self.address}")
         self._socket.start()
@@ -250,7 +251,8 @@ class Dealer:
         wait for that as well. A peer that takes nothing for `SEND_TIMEOUT_S` is gone.
         """
         if not self._posted:
-            asyncio.get_running_loop().call_soon(self._send_posted)
+            assert self._loop is not None, "connect first"
+            self._loop.call_soon(self._send_posted)
         self._posted.append(codec.encode(message))
 
     def _send_posted(self) -> None:

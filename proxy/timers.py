@@ -59,11 +59,12 @@ class Alarm:
 
     Args:
         ring: called on the event loop when a wait lasts too long.
+        loop: the running one, where it is at hand: Python makes a system call to find it.
     """
 
-    def __init__(self, ring: Callable[[], None]) -> None:
+    def __init__(self, ring: Callable[[], None], loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._ring = ring
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop or asyncio.get_running_loop()
         self._due: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0

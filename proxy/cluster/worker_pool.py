@@ -72,6 +72,8 @@ class WorkerPool:
         self.became_ready = asyncio.Event()
         """Set when a worker begins to take requests; another event takes its place then."""
         self.is_closing = False
+        self.loop: asyncio.AbstractEventLoop
+        """That it runs on, from `start` on."""
 
     async def start(self) -> None:
         """Connect to the workers of the roster and follow its changes.
@@ -79,6 +81,7 @@ class WorkerPool:
         Raises:
             ConfigError: the announcement address can't be bound.
         """
+        self.loop = asyncio.get_running_loop()
         if self._router is not None:
             self._router.bind()
             self._spawn(self._listen(self._router), "announcements")

@@ -27,11 +27,12 @@ class Consumer:
 
     Args:
         tell_all: tells by a teller what there is; returns whether the consumer may go on waiting.
+        loop: the running one.
     """
 
-    def __init__(self, tell_all: Callable[[Teller], bool]) -> None:
+    def __init__(self, tell_all: Callable[[Teller], bool], loop: asyncio.AbstractEventLoop) -> None:
         self._tell_all = tell_all
-        self._loop, self._context = asyncio.get_running_loop(), copy_context()
+        self._loop, self._context = loop, copy_context()
         self._waiter: asyncio.Future[None] | None = None
         self._teller: Teller | None = None
         """Of the consumer that waits."""
@@ -41,7 +42,7 @@ class Consumer:
         """The consumer is, to look for itself."""
         self._heard_at = 0.0
         """`time.perf_counter()` when it last heard of anything."""
-        self._alarm = Alarm(self._wake)
+        self._alarm = Alarm(self._wake, loop)
 
     async def wait(self, time_left_s: Callable[[], float], timeout_s: float | None, teller: Teller | None) -> bool:
         """Wait until the consumer is called, or heard nothing for `timeout_s`.

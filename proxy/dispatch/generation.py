@@ -62,7 +62,7 @@ class Generation:
         self._error: EPDError | None = None
         self._wants_logprobs = work.sampling.logprobs is not None
         self._has_news = False
-        self._consumer = Consumer(self._tell_all)
+        self._consumer = Consumer(self._tell_all, pool.loop)
         self._chores: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
