@@ -29,7 +29,6 @@ _MAX_ITEMS = 1 << 14
 _FIELDS = frozenset({"url", "image_url", "data", "image_data"})
 """Those that hold pictures, in all dialects, and of those with a type nothing else."""
 _NAME_LETTERS = 40
-_NAME = re.compile(b"[0-9a-f]{%d}" % _NAME_LETTERS)
 _URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
@@ -70,19 +69,17 @@ class LargeBody:
     def restored(self) -> bytearray:
         r"""All as it came, but for `\/`."""
         body, end = bytearray(), 0
-        for name in _NAME.finditer(self.json):
-            picture = self._pictures.get(name[0].decode())
-            if picture is not None:
-                body += self.json[end : name.start()]
-                picture.append_to(body)
-                end = name.end()
+        for picture in self._pictures.values():  # in order
+            body += self.json[end : picture.at]
+            picture.append_to(body)
+            end = picture.at + _NAME_LETTERS
         body += self.json[end:]
         return body
 
     def place(self, at: int) -> int:
         """Where in the body stood what stands there in the JSON."""
-        pictures = [self._pictures.get(name.decode()) for name in _NAME.findall(self.json[:at])]
-        return at + sum(picture.size - _NAME_LETTERS for picture in pictures if picture is not None)
+        before = [picture for picture in self._pictures.values() if picture.at + _NAME_LETTERS <= at]
+        return at + sum(picture.size - _NAME_LETTERS for picture in before)
 
     def hand_out(self, request: Any) -> bool:
         """Put the pictures into the fields where their names are.
@@ -151,6 +148,7 @@ class LargeBody:
         else:
             name = secrets.token_hex(_NAME_LETTERS // 2)
             self._pictures[name] = long
+            long.at = len(self.json)  # and there it stays: the JSON is cut off behind it only
             self.json += name.encode()
         self._long, self._seen = None, len(self.json)
         return b"" if end < 0 else piece[end:]
@@ -162,6 +160,8 @@ class _LongText:
     def __init__(self) -> None:
         self.size = 0
         """Bytes that came."""
+        self.at = 0
+        """Where its name stands in the JSON, once it has one."""
         self.pieces: list[bytes] = []
         """Decoded."""
         self._left = bytearray()

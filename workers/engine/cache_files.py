@@ -72,7 +72,7 @@ def _files(parent: Path) -> Iterator[tuple[Path, os.stat_result]]:
     for name, _, files in os.walk(parent):
         for file in files:
             path = Path(name, file)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 yield path, path.lstat()
 
 
