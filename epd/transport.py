@@ -257,15 +257,16 @@ class Dealer:
 
     def _send_posted(self) -> None:
         assert self._lost is not None
-        if self._lost.done() or self._order.locked():
+        if self._lost.done():
             return
-        try:
-            for _ in range(_num_sent(self._socket, self._posted)):
-                self._posted.popleft()
-        except PeerGone as gone:
-            self._lose(PeerGone, str(gone))
-            return
-        if self._posted:
+        if not self._order.locked():  # by somebody who empties it, if nobody ends that
+            try:
+                for _ in range(_num_sent(self._socket, self._posted)):
+                    self._posted.popleft()
+            except PeerGone as gone:
+                self._lose(PeerGone, str(gone))
+                return
+        if self._posted and (self._late is None or self._late.done()):
             self._late = asyncio.create_task(self._send_late(), name=f"send to {self.address}")
 
     async def _send_late(self) -> None:

@@ -81,6 +81,8 @@ class Connection(HttpToolsProtocol):
         self._on_lost = callback
         if self.transport.is_closing():
             self.loop.call_soon(self._tell_lost)
+        else:  # a large last piece of a body paused it: nobody would see the client leave
+            self.flow.resume_reading()
 
     def forget(self, callback: Callable[[], None]) -> None:
         """Do not call it any more."""

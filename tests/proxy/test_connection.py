@@ -323,3 +323,25 @@ async def test_whoever_takes_a_body_at_once_can_wait_for_the_client_to_leave() -
     await all_of(connection, socket)
     assert taken == [bytearray(b"abc")]
     assert left == ["told", "http.disconnect"]
+
+
+async def test_reading_goes_on_behind_a_large_last_piece_so_that_a_client_that_leaves_is_noticed() -> None:
+    paused: list[bool] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            pass
+        paused.append(connection.flow.read_paused)
+        connection.call_when_lost(lambda: None)
+        paused.append(connection.flow.read_paused)
+        await start(send, 0)
+        await body(send, b"")
+
+    connection, socket = connect(app)
+    size = 1 << 17
+    connection.data_received(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size)
+    for _ in range(3):
+        await asyncio.sleep(0)  # the application waits for the body
+    connection.data_received(bytes(size))
+    await all_of(connection, socket)
+    assert paused == [True, False]
