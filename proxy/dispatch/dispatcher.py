@@ -175,7 +175,7 @@ class Dispatcher:
         self.active[work.request_id] = generation
         try:
             generation.send()
-        except BaseException:  # cancellation too
+        except BaseException:  # whatever it was, nothing is left in work
             await self.close(generation)
             raise
         return generation
